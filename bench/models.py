@@ -1,0 +1,98 @@
+"""The models that are measured: real MiniLM, and block stacks of standard shapes."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, LlamaConfig
+from transformers.models.bert.modeling_bert import BertEncoder
+from transformers.models.llama.modeling_llama import LlamaModel
+
+from bench.rows import GLUE
+from leantune.train.data import Table, TaskData, load_task
+from leantune.train.demo import demo_model_path
+
+
+class BertBlocks(nn.Module):
+    """A stack of BERT-base blocks without embeddings; (b, t, 768) -> a () loss."""
+
+    def __init__(self, num_layers: int = 4) -> None:
+        super().__init__()
+        config = BertConfig(
+            num_hidden_layers=num_layers,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            attn_implementation="sdpa",
+        )
+        self.encoder = BertEncoder(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the mean square of the output, a () loss with a gradient on every row."""
+        return self.encoder(x).last_hidden_state.square().mean()
+
+
+class LlamaBlocks(nn.Module):
+    """A stack of Llama-3.2-1B-shaped blocks with a tiny vocabulary; (b, t) ids -> a () loss."""
+
+    def __init__(self, num_layers: int = 16) -> None:
+        super().__init__()
+        config = LlamaConfig(
+            vocab_size=1024,
+            hidden_size=2048,
+            intermediate_size=8192,
+            num_hidden_layers=num_layers,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            attn_implementation="sdpa",
+            use_cache=False,
+        )
+        self.model = LlamaModel(config)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Return the mean square of the output, a () loss with a gradient on every row."""
+        return self.model(input_ids=input_ids).last_hidden_state.float().square().mean()
+
+
+def minilm(num_labels: int = 2, seed: int = 0) -> tuple[nn.Module, Any]:
+    """Return the real pre-trained MiniLM, its head drawn from ``seed``, and its tokenizer."""
+    path = demo_model_path()
+    torch.manual_seed(seed)
+    model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=num_labels)
+    return model, AutoTokenizer.from_pretrained(path)
+
+
+def glue(task: str, **limits: int) -> TaskData:
+    """Load one GLUE task from the local folder of real data.
+
+    Raises:
+        FileNotFoundError: the folder is not there; says which variable names another one.
+    """
+    if not GLUE.is_dir():
+        raise FileNotFoundError(
+            f"no GLUE data in {GLUE}: set LEANTUNE_GLUE to a folder with files like "
+            "sst2.train.tsv.gz"
+        )
+    return load_task(task, GLUE, **limits)
+
+
+def batches(
+    data: TaskData, tokenizer: Any, batch_size: int, seed: int, max_length: int = 128
+) -> Iterator[dict[str, Tensor]]:
+    """Yield one shuffled epoch of padded training batches, with ``sample_id``."""
+    table = data.train
+    order = torch.randperm(len(table), generator=torch.Generator().manual_seed(seed))
+    for ids in order.split(batch_size):
+        yield collate(table, ids.tolist(), tokenizer, max_length) | {"sample_id": ids}
+
+
+def collate(
+    table: Table, ids: list[int], tokenizer: Any, max_length: int = 128
+) -> dict[str, Tensor]:
+    """Tokenize some rows of a table and pad them to their longest."""
+    names = [name for name in ("sentence1", "sentence2") if name in table.columns]
+    texts = [[table[name][i] for i in ids] for name in names]
+    encoded = tokenizer(
+        *texts, padding=True, truncation=True, max_length=max_length, return_tensors="pt"
+    )
+    return dict(encoded) | {"labels": torch.tensor([table["label"][i] for i in ids])}

@@ -1,0 +1,76 @@
+"""Result rows: JSON lines with what they were measured on, written one by one and resumable."""
+
+import json
+import os
+import platform
+import subprocess
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from leantune.core.state import write_atomic
+
+RESULTS = Path(__file__).parent / "results"
+GLUE = Path(os.environ.get("LEANTUNE_GLUE", Path(__file__).parents[2] / "shared" / "data" / "glue"))
+"""Folder of GLUE's labelled splits; measured on, never shipped."""
+
+
+@cache
+def environment() -> dict[str, Any]:
+    """Say what a row was measured on: commit, device, threads, versions."""
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    else:
+        device = f"cpu {platform.machine()}, {torch.get_num_threads()} threads"
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    return {
+        "commit": commit or "unknown",
+        "device": device,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def read(name: str) -> list[dict[str, Any]]:
+    """Return the rows of one result file, [] where there is none yet."""
+    path = RESULTS / f"{name}.jsonl"
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def append(name: str, row: dict[str, Any]) -> None:
+    """Add one row, so that a run stopped halfway goes on after the last whole one."""
+    RESULTS.mkdir(exist_ok=True)
+    line = json.dumps(row | environment()) + "\n"
+    # One write in append mode: workers side by side do not tear each other's rows.
+    handle = os.open(RESULTS / f"{name}.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        os.write(handle, line.encode())
+    finally:
+        os.close(handle)
+
+
+def write(name: str, rows: list[dict[str, Any]]) -> None:
+    """Replace one result file by ``rows``, each with the environment."""
+    RESULTS.mkdir(exist_ok=True)
+    lines = [json.dumps(row | environment()) for row in rows]
+    write_atomic(RESULTS / f"{name}.jsonl", "\n".join(lines) + "\n")
+
+
+def table(rows: list[dict[str, Any]], columns: dict[str, str]) -> str:
+    """Lay rows out as a Markdown table; ``columns`` maps key -> heading."""
+
+    def cell(value: Any) -> str:
+        if isinstance(value, float):
+            return f"{value:.3g}" if abs(value) < 1 else f"{value:,.2f}"
+        return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
+
+    lines = [list(columns.values()), ["---"] * len(columns)]
+    lines += [[cell(row.get(key)) for key in columns] for row in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

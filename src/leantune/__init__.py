@@ -1,0 +1,26 @@
+"""Fine-tune transformers with less memory and less compute."""
+
+from leantune.core.apply import apply, load
+from leantune.core.registry import methods
+from leantune.core.session import Session
+from leantune.errors import ConfigError, LeantuneError, SiteError, UnsupportedError
+from leantune.measure import fidelity, ledger
+from leantune.methods import WTACRS, Checkpoint, LoRA
+from leantune.train.data import with_sample_ids
+
+__all__ = [
+    "WTACRS",
+    "Checkpoint",
+    "ConfigError",
+    "LeantuneError",
+    "LoRA",
+    "Session",
+    "SiteError",
+    "UnsupportedError",
+    "apply",
+    "fidelity",
+    "ledger",
+    "load",
+    "methods",
+    "with_sample_ids",
+]

@@ -1,0 +1,53 @@
+"""``leantune env``: versions and devices."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+from typing import Any
+
+from leantune.cli.output import DebugFlag, JsonFlag, make_table, out, print_json, reported_errors
+
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "triton")
+
+
+def env(json: JsonFlag = False, debug: DebugFlag = False) -> None:
+    """Show versions of everything that a result depends on, and the devices."""
+    with reported_errors(debug):
+        facts = describe_environment()
+        if json:
+            print_json(facts)
+            return
+        table = make_table("Environment", ("", ""), left=2)
+        table.show_header = False
+        for name, value in facts.items():
+            if name == "gpus":
+                for number, gpu in enumerate(value):
+                    size = f"{gpu['memory_bytes'] / 2**30:.1f} GiB"
+                    table.add_row(f"gpu {number}", f"{gpu['name']}, {size}")
+            else:
+                table.add_row(name.replace("_", " "), "none" if value is None else str(value))
+        out().print(table)
+
+
+def describe_environment() -> dict[str, Any]:
+    """Return versions, None for what is not installed, and the CUDA devices with their memory."""
+    import torch
+
+    facts: dict[str, Any] = {"leantune": _version("leantune"), "python": platform.python_version()}
+    facts |= {package: _version(package) for package in PACKAGES}
+    facts["platform"] = platform.platform()
+    facts["cpu_threads"] = torch.get_num_threads()
+    facts["cuda"] = torch.version.cuda if torch.cuda.is_available() else None
+    facts["gpus"] = [
+        {"name": gpu.name, "memory_bytes": gpu.total_memory}
+        for gpu in map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    ]
+    return facts
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

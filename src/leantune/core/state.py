@@ -1,0 +1,201 @@
+"""What to save of a session: recipe.json and safetensors, written atomically, versions checked."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from leantune.core.config import MethodConfig
+from leantune.core.registry import config_from_dict
+from leantune.errors import ConfigError
+
+if TYPE_CHECKING:
+    from leantune.core.session import Session
+
+RECIPE_FORMAT = 1
+RECIPE_FILE = "recipe.json"
+WEIGHTS_FILE = "weights.safetensors"
+STATE_FILE = "session.safetensors"
+
+
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder that takes ``folder``'s place when the block ends without error.
+
+    On an error (a full disk, an interrupt) the old folder is still there, untouched.
+    """
+    folder = folder.absolute()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    old = fresh.with_name(f"{fresh.name}.old")
+    try:
+        yield fresh
+        fresh.chmod(0o755)
+        if folder.exists():
+            folder.replace(old)
+        fresh.replace(folder)
+    except BaseException:
+        if old.exists() and not folder.exists():
+            old.replace(folder)
+        raise
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def write_atomic(path: Path, data: str | bytes) -> None:
+    """Write a file so that a reader sees the old content or the new, never half of it."""
+    payload = data.encode() if isinstance(data, str) else data
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as out:
+            out.write(payload)
+            out.flush()
+            os.fsync(out.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write named tensors to one safetensors file, atomically; shared storage is written once
+    per name.
+
+    Raises:
+        OSError: the file cannot be written; what was there before survives.
+    """
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    try:
+        try:
+            save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, name)
+        except SafetensorError as error:
+            # What safetensors makes of a full disk.
+            raise OSError(f"cannot write {path}: {error}") from error
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file.
+
+    Raises:
+        ConfigError: the file is missing or truncated.
+    """
+    try:
+        return load_file(path)
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"load: checkpoint must hold {path.name}, got no such file in {path.parent}"
+        ) from error
+    except SafetensorError as error:
+        raise ConfigError(
+            f"load: {path} must be a whole safetensors file, got a truncated or damaged one "
+            f"({error}); take an earlier checkpoint"
+        ) from error
+
+
+def recipe_to_dict(methods: tuple[MethodConfig, ...], seed: int) -> dict[str, Any]:
+    """Return the JSON form of a recipe."""
+    return {
+        "format": RECIPE_FORMAT,
+        "seed": seed,
+        "methods": [m.to_dict() for m in methods],
+    }
+
+
+def recipe_from_dict(data: Any) -> tuple[tuple[MethodConfig, ...], int]:
+    """Read a recipe's JSON form: (methods, seed).
+
+    Raises:
+        ConfigError: not a recipe, from a newer version, or with an unknown key.
+    """
+    if not isinstance(data, Mapping) or not isinstance(data.get("methods"), list):
+        raise ConfigError(f"recipe: methods must be a list of method entries, got {data!r}")
+    version = data.get("format", RECIPE_FORMAT)
+    if not isinstance(version, int) or version > RECIPE_FORMAT:
+        raise ConfigError(
+            f"recipe: format must be at most {RECIPE_FORMAT}, got {version!r}; it was written by a "
+            "newer leantune: upgrade with pip install -U leantune"
+        )
+    unknown = set(data) - {"format", "seed", "methods"}
+    if unknown:
+        raise ConfigError(f"recipe: keys must be format, seed, methods, got {min(unknown, key=str)!r}")
+    seed = data.get("seed", 0)
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise ConfigError(f"recipe: seed must be an integer, got {seed!r}")
+    return tuple(config_from_dict(m) for m in data["methods"]), seed
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that train, by name: what a saved session holds of the weights."""
+    return {n: p for n, p in model.named_parameters() if p.requires_grad}
+
+
+def save_session(session: "Session", folder: Path) -> None:
+    """Write one session's folder: see :meth:`Session.save`."""
+    recipe = recipe_to_dict(session.methods, session.seed)
+    with atomic_folder(folder) as fresh:
+        write_atomic(fresh / RECIPE_FILE, json.dumps(recipe, indent=2) + "\n")
+        save_tensors(fresh / WEIGHTS_FILE, trained_parameters(session.model))
+        save_tensors(fresh / STATE_FILE, session.state_dict())
+
+
+def read_recipe(folder: Path) -> tuple[tuple[MethodConfig, ...], int]:
+    """Read the recipe of a saved session.
+
+    Raises:
+        ConfigError: no recipe there, or one that cannot be read.
+    """
+    path = folder / RECIPE_FILE
+    try:
+        data = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"load: folder must hold {RECIPE_FILE}, got none in {folder}; give the folder that "
+            "session.save wrote"
+        ) from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"load: {path} must be valid JSON, got {error}") from error
+    return recipe_from_dict(data)
+
+
+def load_weights(model: nn.Module, folder: Path) -> None:
+    """Copy saved weights into the parameters that train, by name, all or nothing.
+
+    Raises:
+        ConfigError: names or shapes differ from the model's.
+    """
+    saved = load_tensors(folder / WEIGHTS_FILE)
+    wanted = trained_parameters(model)
+    lost = sorted(set(wanted) ^ set(saved))
+    if lost:
+        where = "the file" if lost[0] in wanted else "the model"
+        raise ConfigError(
+            f"load: weights must match the model's trainable parameters, got {lost[0]!r} missing "
+            f"in {where} ({len(lost)} differ); load onto the base model that was saved from, with "
+            "the same parameters frozen"
+        )
+    for name, value in saved.items():
+        if value.shape != wanted[name].shape:
+            raise ConfigError(
+                f"load: {name} must have shape {tuple(wanted[name].shape)}, got "
+                f"{tuple(value.shape)}; load onto the base model that was saved from"
+            )
+    with torch.no_grad():
+        for name, value in saved.items():
+            wanted[name].copy_(value)

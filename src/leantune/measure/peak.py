@@ -1,0 +1,166 @@
+"""Peak memory and time of a step; variants are timed against a reference in one run."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from leantune.errors import ConfigError
+from leantune.measure._text import format_bytes, table
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """Time and peak of one variant over the rounds of a comparison.
+
+    Args:
+        median_ms: median wall time of a step.
+        p20_ms: 20th percentile of the wall time.
+        p80_ms: 80th percentile of the wall time.
+        ratio: median over rounds of this variant's time over the reference's in that round;
+            below 1 is faster.
+        ratio_p20: 20th percentile of that ratio.
+        ratio_p80: 80th percentile of that ratio.
+        peak_bytes: highest peak of the CUDA allocator during a step, whatever else lives on the
+            device included; None on the CPU.
+        resident_bytes: allocated when that step began, so that ``peak_bytes - resident_bytes``
+            is what the step adds; None on the CPU.
+        num_rounds: rounds measured, warm-up excluded.
+    """
+
+    median_ms: float
+    p20_ms: float
+    p80_ms: float
+    ratio: float
+    ratio_p20: float
+    ratio_p80: float
+    peak_bytes: int | None
+    resident_bytes: int | None
+    num_rounds: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain JSON types."""
+        return dict(vars(self))
+
+
+def peak_memory(fn: Callable[[], Any], device: torch.device | str) -> int | None:
+    """Run ``fn`` once and return the peak of the CUDA allocator meanwhile, in bytes.
+
+    What was allocated before counts as well.
+
+    Args:
+        fn: the work to measure.
+        device: where it runs.
+
+    Returns:
+        Bytes, or None where there is no allocator to ask (the CPU); ``fn`` has run all the same.
+    """
+    device = torch.device(device)
+    if device.type != "cuda":
+        fn()
+        return None
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    fn()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device)
+
+
+def compare_steps(
+    steps: Mapping[str, Callable[[], Any]], *, reference: str, rounds: int = 7, warmup: int = 2
+) -> dict[str, StepStats]:
+    """Time variants of a step against each other so that drift of the machine hits all alike.
+
+    Each round runs every variant once, starting with another one than the round before; a ratio
+    is formed within each round. On CUDA (the current device, if the warm-up used it) each step
+    is timed between two synchronisations.
+
+    Args:
+        steps: name -> one full step; each call does the same amount of work.
+        reference: name of the variant that the ratios refer to.
+        rounds: measured rounds, >= 1.
+        warmup: unmeasured runs of each variant, >= 0.
+
+    Returns:
+        Name -> stats, in the order of ``steps``.
+
+    Raises:
+        ConfigError: unknown reference or a count out of range.
+    """
+    if reference not in steps:
+        raise ConfigError(
+            f"compare_steps: reference must be one of {list(steps)}, got {reference!r}"
+        )
+    for name, value, least in (("rounds", rounds, 1), ("warmup", warmup, 0)):
+        if value < least:
+            raise ConfigError(f"compare_steps: {name} must be at least {least}, got {value}")
+    names = list(steps)
+    for _ in range(warmup):
+        for step in steps.values():
+            step()
+    # Asked after the warm-up, so that steps on the CPU never create a CUDA context.
+    on_cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
+    times: dict[str, list[float]] = {name: [] for name in names}
+    memory: dict[str, tuple[int, int]] = {}
+    for number in range(rounds):
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            elapsed_ms, peak = _run(steps[name], on_cuda)
+            times[name].append(elapsed_ms)
+            if peak is not None:
+                memory[name] = max(memory.get(name, peak), peak)
+    base = times[reference]
+    return {name: _stats(times[name], base, memory.get(name, (None, None))) for name in names}
+
+
+def steps_table(stats: Mapping[str, StepStats]) -> str:
+    """Return a comparison as plain text: one row for each variant."""
+    rows = [
+        (
+            name,
+            f"{s.median_ms:.2f}",
+            f"{s.p20_ms:.2f} to {s.p80_ms:.2f}",
+            f"{s.ratio:.3f}",
+            f"{s.ratio_p20:.3f} to {s.ratio_p80:.3f}",
+            "-" if s.peak_bytes is None else format_bytes(s.peak_bytes),
+        )
+        for name, s in stats.items()
+    ]
+    return table(("step", "median ms", "p20 to p80", "ratio", "p20 to p80", "peak"), rows)
+
+
+def _run(step: Callable[[], Any], on_cuda: bool) -> tuple[float, tuple[int, int] | None]:
+    resident = 0
+    if on_cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        resident = torch.cuda.memory_allocated()
+    start = time.perf_counter()
+    step()
+    if on_cuda:
+        torch.cuda.synchronize()
+    elapsed_ms = (time.perf_counter() - start) * 1e3
+    return elapsed_ms, (torch.cuda.max_memory_allocated(), resident) if on_cuda else None
+
+
+def _stats(
+    times: list[float], base: list[float], memory: tuple[int, int] | tuple[None, None]
+) -> StepStats:
+    quantiles = torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64)
+    own = torch.tensor(times, dtype=torch.float64)
+    median, p20, p80 = own.quantile(quantiles).tolist()
+    ratio = own / torch.tensor(base, dtype=torch.float64)
+    ratio_median, ratio_p20, ratio_p80 = ratio.quantile(quantiles).tolist()
+    return StepStats(
+        median_ms=median,
+        p20_ms=p20,
+        p80_ms=p80,
+        ratio=ratio_median,
+        ratio_p20=ratio_p20,
+        ratio_p80=ratio_p80,
+        peak_bytes=memory[0],
+        resident_bytes=memory[1],
+        num_rounds=len(times),
+    )

@@ -1,0 +1,7 @@
+"""The methods; each import line is that method's registration."""
+
+from leantune.methods.checkpoint import Checkpoint
+from leantune.methods.lora import LoRA
+from leantune.methods.wta_crs import WTACRS
+
+__all__ = ["WTACRS", "Checkpoint", "LoRA"]

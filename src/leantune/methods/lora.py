@@ -1,0 +1,133 @@
+"""LoRA, handed over to ``peft``: its layers, its files, its merging.
+
+Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from leantune.core.config import MethodConfig, option
+from leantune.core.registry import MethodSpec, register
+from leantune.core.session import Session
+from leantune.core.sites import Site
+from leantune.errors import UnsupportedError
+
+_HEADS = ("classifier", "score", "qa_outputs")
+_FLAGS = ("peft_config", "_hf_peft_config_loaded")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRA(MethodConfig):
+    """Train low-rank factors beside frozen linears, through ``peft``.
+
+    The adapter that ``model.save_pretrained`` writes is a plain PEFT one. Every linear inside the
+    model's blocks is adapted by default.
+    """
+
+    method: ClassVar[str] = "lora"
+
+    rank: int = option(16, ge=1, help="width of the low-rank factors")
+    alpha: float = option(32.0, gt=0, help="the update is scaled by alpha / rank")
+    dropout: float = option(0.0, ge=0, lt=1, help="dropout on the factors' input")
+    train_head: bool = option(
+        True, help="train the task head (classifier, score, qa_outputs) in full beside the factors"
+    )
+
+
+@dataclass
+class _Injected:
+    """An injected adapter, and what the model looked like before."""
+
+    model: nn.Module
+    requires_grad: list[tuple[nn.Parameter, bool]]
+    flags: dict[str, Any]
+
+    def undo(self) -> None:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+        from peft.utils import ModulesToSaveWrapper
+
+        for name, module in list(self.model.named_modules()):
+            parent_name, _, attribute = name.rpartition(".")
+            if isinstance(module, BaseTunerLayer):
+                setattr(self.model.get_submodule(parent_name), attribute, module.get_base_layer())
+            elif isinstance(module, ModulesToSaveWrapper):
+                setattr(self.model.get_submodule(parent_name), attribute, module.original_module)
+        for parameter, flag in self.requires_grad:
+            parameter.requires_grad_(flag)
+        for name in _FLAGS:
+            self.model.__dict__.pop(name, None)
+        self.model.__dict__.update(self.flags)
+
+    def merge(self) -> None:
+        from peft.tuners.lora import LoraLayer
+        from peft.utils import ModulesToSaveWrapper
+
+        for module in self.model.modules():
+            if isinstance(module, LoraLayer):
+                module.merge()  # type: ignore[operator]
+            elif isinstance(module, ModulesToSaveWrapper):
+                trained = module.modules_to_save[module.active_adapter].state_dict()  # type: ignore
+                module.original_module.load_state_dict(trained)
+        self.undo()
+
+
+def _attach(model: nn.Module, sites: list[Site], config: LoRA, session: Session) -> _Injected:
+    from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    if hasattr(model, "peft_config"):
+        raise UnsupportedError(
+            "LoRA: model must carry no PEFT adapter yet, got one; leave LoRA out of the recipe: "
+            "the other methods act on the adapter that is there"
+        )
+    heads = [name for name, _ in model.named_children() if name in _HEADS]
+    wanted = LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]
+        lora_dropout=config.dropout,
+        target_modules=[site.name for site in sites],
+        modules_to_save=heads if config.train_head and heads else None,
+        fan_in_fan_out=any(type(site.module).__name__ == "Conv1D" for site in sites),
+    )
+    before = _Injected(
+        model=model,
+        requires_grad=[(p, p.requires_grad) for p in model.parameters()],
+        flags={name: model.__dict__[name] for name in _FLAGS if name in model.__dict__},
+    )
+    # The factors' start is the session's choice, and the caller's generators do not move.
+    with torch.random.fork_rng():
+        torch.manual_seed(session.seed)
+        try:
+            if hasattr(model, "add_adapter"):
+                model.add_adapter(wanted)  # type: ignore[operator]
+            else:
+                inject_adapter_in_model(wanted, model)
+        except BaseException:
+            # peft changes one layer after the other: take back those it came to.
+            before.undo()
+            raise
+    for module in model.modules():
+        # New modules are in training mode, whatever the model is in.
+        if isinstance(module, BaseTunerLayer):
+            module.train(module.get_base_layer().training)
+        elif isinstance(module, ModulesToSaveWrapper):
+            module.train(module.original_module.training)
+    return before
+
+
+register(
+    MethodSpec(
+        config=LoRA,
+        axis="weights",
+        roles=("linear",),
+        summary="low-rank factors beside frozen linears, by peft",
+        source="Hu et al., arXiv 2106.09685",
+        selects=lambda site, config: site.block is not None,
+        attach=_attach,
+        example={"rank": 4},
+    )
+)

@@ -1,0 +1,294 @@
+"""The activation stores of WTA-CRS: rows kept for backward, chosen in forward or in backward.
+
+Legend: n rows (all leading dimensions flattened), k kept rows, d_in, d_out, r rank of the part
+that is kept exactly.
+"""
+
+import hashlib
+import math
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from leantune.core.sites import Site
+from leantune.methods.wta_crs import maths
+from leantune.methods.wta_crs.norms import NormSource, make_source
+from leantune.ops.rows import row_norms, uniform
+from leantune.ops.stores import Draw, Packed, exact_grad_weight
+
+if TYPE_CHECKING:
+    from leantune.core.session import Batch, Session
+    from leantune.methods.wta_crs import WTACRS
+
+
+class Sample(NamedTuple):
+    """Kept rows of one input.
+
+    Args:
+        rows: (k, d_in), unscaled; residual rows where a part is kept exactly.
+        indices: (k,) int32 row numbers.
+        weights: (k,) float32, applied to the gradient's rows.
+        kept: the exact part: (), (mean (d_in,),) or (projection (n, r), basis (d_in, r)).
+    """
+
+    rows: Tensor
+    indices: Tensor
+    weights: Tensor
+    kept: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class _Meta:
+    """Plain facts about a packed input: whether rows are chosen already, its shape and batch."""
+
+    is_drawn: bool
+    shape: torch.Size
+    batch: "Batch"
+
+
+class Group:
+    """Linears that read one input: they share one sample, so that the input itself is released.
+
+    Holds what they share: the random stream, the basis of the exact part, and - during a forward -
+    the sample that the first of them made.
+    """
+
+    def __init__(self, names: list[str], columns: Sequence[int], config: "WTACRS") -> None:
+        self.config = config
+        self.columns = columns
+        self.num_members = len(names)
+        digest = hashlib.blake2b(names[0].encode(), digest_size=8).digest()
+        self.stream = int.from_bytes(digest, "little", signed=True)
+        self.basis: Tensor | None = None
+        # Weak, so that an input whose readers turn out not to share it is released all the same.
+        self._shared: tuple[weakref.ref[Tensor], Sample] | None = None
+        self._num_served = 0
+
+    def share(self, origin: Tensor, make: Callable[[], Sample]) -> Sample:
+        """Return the group's sample of ``origin``, made by the first member that asks."""
+        if self._shared is not None and self._shared[0]() is origin:
+            sample = self._shared[1]
+            self._num_served += 1
+        else:
+            sample = make()
+            self._shared, self._num_served = (weakref.ref(origin), sample), 1
+        if self._num_served >= self.num_members:
+            self.forget()
+        return sample
+
+    def forget(self) -> None:
+        """Drop the shared sample: the graph alone holds it from now on."""
+        self._shared = None
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {} if self.basis is None else {"basis": self.basis}
+
+    def load_state_dict(self, state: Any) -> None:
+        self.basis = state.get("basis")
+
+
+class SampledStore:
+    """Keeps ``keep_ratio`` of the input rows of one linear; see :class:`leantune.WTACRS`."""
+
+    def __init__(
+        self, site: Site, column: int, group: Group, source: NormSource, session: "Session"
+    ) -> None:
+        self.config = group.config
+        self.group = group
+        self.source = source
+        self.session = session
+        self._column = column
+        self._mask = site.mask
+        # Transformers sets this flag on the block itself, also after we were applied.
+        self._block: nn.Module | None = (
+            None if site.block is None else session.model.get_submodule(site.block)
+        )
+
+    def pack(self, x: Tensor, draw: Draw | None, origin: Tensor) -> Packed:
+        num_rows = x.shape[:-1].numel()
+        batch = self.session.batch
+        if self._budget(num_rows) >= num_rows:
+            return Packed((x,), None)
+        if self._draws_in_backward():
+            return Packed((x,), _Meta(False, x.shape, batch))
+        assert draw is not None
+        sample = self.group.share(origin, lambda: self._sample(x, draw, batch))
+        tensors = (sample.rows, sample.indices, sample.weights, *sample.kept)
+        return Packed(tensors, _Meta(True, x.shape, batch))
+
+    def grad_weight(self, packed: Packed, grad_output: Tensor) -> Tensor:
+        meta: _Meta | None = packed.meta
+        if meta is None:
+            return exact_grad_weight(packed.tensors[0], grad_output)
+        g = grad_output.reshape(-1, grad_output.shape[-1])  # (n, d_out)
+        if meta.is_drawn:
+            sample = Sample(*packed.tensors[:3], packed.tensors[3:])
+            if self.source.needs_gradients:
+                mask = meta.batch.row_mask(self._mask, meta.shape)
+                self.source.observe(self._column, row_norms(g), mask, meta.shape, meta.batch)
+        else:
+            draw = self.session.current_draw(g.device)
+            sample = self._sample(packed.tensors[0], draw, meta.batch, row_norms(g))
+        return estimate(sample, g)
+
+    def saved_bytes(self, shape: torch.Size, dtype: torch.dtype) -> int:
+        """Bytes kept of an input of ``shape``; members of a group share theirs."""
+        num_rows, d_in = shape[:-1].numel(), shape[-1]
+        num_kept = self._budget(num_rows)
+        if num_kept >= num_rows or self._draws_in_backward():
+            return num_rows * d_in * dtype.itemsize
+        exact = 0
+        if self.config.residual_rank == "mean":
+            exact = d_in
+        elif self.config.residual_rank:
+            exact = (num_rows + d_in) * self._rank(num_rows, d_in)
+        per_row = d_in * dtype.itemsize + torch.int32.itemsize + torch.float32.itemsize
+        return num_kept * per_row + exact * dtype.itemsize
+
+    def _budget(self, num_rows: int) -> int:
+        return maths.budget(num_rows, self.config.keep_ratio, self.config.min_rows)
+
+    def _rank(self, num_rows: int, d_in: int) -> int:
+        assert isinstance(self.config.residual_rank, int)
+        return min(self.config.residual_rank, num_rows, d_in)
+
+    def _draws_in_backward(self) -> bool:
+        if self.config.draw_at == "auto":
+            return bool(getattr(self._block, "gradient_checkpointing", False))
+        return self.config.draw_at == "backward"
+
+    def _sample(
+        self, x: Tensor, draw: Draw, batch: "Batch", grad_norms: Tensor | None = None
+    ) -> Sample:
+        """Choose and gather rows of ``x`` (..., d_in); exact ``grad_norms`` (n,) in backward."""
+        config = self.config
+        rows = x.detach().reshape(-1, x.shape[-1])  # (n, d_in)
+        mask = batch.row_mask(self._mask, x.shape)
+        basis = self._basis(rows)
+        norms, kept = split_exact(rows, config.residual_rank == "mean", basis, mask)
+        if grad_norms is not None:
+            # Exact norms: padding has none, and nothing else needs a floor.
+            p = maths.probabilities(norms * grad_norms, None, 0.0)
+        else:
+            guess = self.source.read(x.shape, self.group.columns, batch)
+            scores = norms if guess is None else norms * guess.to(norms.device)
+            p = maths.probabilities(scores, mask, config.probability_floor)
+        num_kept = self._budget(len(rows))
+        num_random = maths.num_uniforms(num_kept, config.estimator)
+        u = uniform(draw.seed, self.group.stream, draw.number, num_random, device=x.device)
+        return gather(rows, kept, maths.select(p, num_kept, config.estimator, config.c_rule, u))
+
+    def _basis(self, rows: Tensor) -> Tensor | None:
+        """Return this use's basis of the exact part, (d_in, r), one step on from the last use's."""
+        if self.config.residual_rank in (0, "mean"):
+            return None
+        shape = (rows.shape[1], self._rank(*rows.shape))
+        basis = self.group.basis
+        if basis is None or basis.shape != shape:
+            zero = torch.zeros((), dtype=torch.int64, device=rows.device)
+            u = uniform(0, self.group.stream, zero, math.prod(shape), device=rows.device)
+            basis = power_step(rows, u.view(shape) - 0.5)
+        # One overflowed forward must not spoil every later one.
+        self.group.basis = power_step(rows, basis.nan_to_num(0.0, 0.0, 0.0))
+        return self.group.basis
+
+
+def power_step(rows: Tensor, basis: Tensor) -> Tensor:
+    """Return ``orth(H^T H V)``: (d_in, r) float32 orthonormal, nearer the leading directions.
+
+    Args:
+        rows: (n, d_in), H.
+        basis: (d_in, r), V.
+    """
+    wide = rows.float()
+    return torch.linalg.qr(wide.t() @ (wide @ basis.to(wide)))[0]
+
+
+def split_exact(
+    rows: Tensor, centred: bool, basis: Tensor | None, mask: Tensor | None
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Split an input into a part that is kept exactly for all rows and a rest to sample.
+
+    Args:
+        rows: (n, d_in).
+        centred: whether the exact part is the mean of the real rows.
+        basis: (d_in, r) orthonormal, or None; the exact part is then ``H V``.
+        mask: (n,) bool, real rows; None for all.
+
+    Returns:
+        norms: (n,) float32, of the rest.
+        kept: (), (mean (d_in,),) or (projection (n, r), basis (d_in, r)).
+    """
+    if centred:
+        weights = torch.ones(len(rows), device=rows.device) if mask is None else mask.float()
+        mean = (weights / weights.sum().clamp(min=1)) @ rows.float()  # (d_in,)
+        mean = mean.to(rows.dtype)
+        return row_norms(rows - mean), (mean,)
+    norms = row_norms(rows)
+    if basis is None:
+        return norms, ()
+    basis = basis.to(rows.dtype)
+    projection = rows @ basis  # (n, r)
+    left = norms.square() - row_norms(projection).square()
+    return left.clamp(min=0).sqrt(), (projection, basis)
+
+
+def gather(rows: Tensor, kept: tuple[Tensor, ...], chosen: maths.Selection) -> Sample:
+    """Gather the chosen rows (k, d_in) of ``rows`` (n, d_in), less the part in ``kept``."""
+    picked = rows.index_select(0, chosen.indices)
+    if len(kept) == 1:
+        picked = picked - kept[0]
+    elif kept:
+        picked = picked - kept[0].index_select(0, chosen.indices) @ kept[1].t()
+    return Sample(picked, chosen.indices, chosen.weights, kept)
+
+
+def estimate(sample: Sample, g: Tensor) -> Tensor:
+    """Form ``sum_t w_t g_t^T h_t`` plus the exact part, (d_out, d_in).
+
+    Weights meet the gradient in float32. In float16 they are scaled into range first: a rare row
+    can carry a weight of thousands.
+    """
+    picked = g.index_select(0, sample.indices).float()  # (k, d_out)
+    weights, scale = sample.weights, None
+    if sample.rows.dtype == torch.float16:
+        scale = weights.abs().amax().clamp(min=1)
+        weights = weights / scale
+    scaled = (picked * weights[:, None]).to(sample.rows.dtype)
+    grad = scaled.t() @ sample.rows
+    if scale is not None:
+        grad = grad.float() * scale
+    if len(sample.kept) == 1:
+        grad = grad + torch.outer(g.sum(0), sample.kept[0])
+    elif sample.kept:
+        projection, basis = sample.kept
+        grad = grad + (g.t() @ projection) @ basis.t()
+    return grad
+
+
+def make_stores(
+    groups: list[list[Site]], config: "WTACRS", session: "Session"
+) -> list[list[SampledStore]]:
+    """Make one store per linear; linears of one group share their sample."""
+    names = [site.name for group in groups for site in group]
+    source = make_source(config, names, session)
+    stores: list[list[SampledStore]] = []
+    first = 0
+    for sites in groups:
+        columns = range(first, first + len(sites))
+        group = Group([site.name for site in sites], columns, config)
+        session.at_forward_end(group.forget)
+        if config.residual_rank not in (0, "mean"):
+            session.keep_state(f"wta_crs.basis.{sites[0].name}", group)
+        stores.append(
+            [
+                SampledStore(site, column, group, source, session)
+                for site, column in zip(sites, columns, strict=True)
+            ]
+        )
+        first += len(sites)
+    return stores

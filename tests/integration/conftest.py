@@ -1,0 +1,32 @@
+"""Fixtures of the integration tests: one thread, and a run's inputs as folders."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from integration.tiny import bert, tokenizer, write_sentences
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny tensors gain nothing from a second thread, and other tests run beside these."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def model_folder(tmp_path: Path) -> Path:
+    """A folder with a tiny BERT encoder without a head, and the tokenizer."""
+    folder = tmp_path / "model"
+    bert().bert.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def data_folder(tmp_path: Path) -> Path:
+    """Train and validation as TSV: the label is whether the sentence has a friendly word."""
+    return write_sentences(tmp_path / "data", lambda good: str(int(good)))

@@ -1,0 +1,407 @@
+"""A session inside an unmodified Trainer: every kind of run, and stopping and resuming."""
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import datasets
+import pytest
+import torch
+import transformers
+from integration.tiny import bert, llama, make_trainer, same, token_rows, tokenizer, weights
+from safetensors.torch import load_file, save_file
+
+import leantune as lt
+from leantune.core import registry
+from leantune.core.config import MethodConfig, option
+from leantune.core.registry import MethodSpec, register
+from leantune.train.callback import SESSION_FILE, SessionCallback
+from leantune.train.data import with_sample_ids
+
+# The older name is deprecated since the newer one exists.
+CHECKPOINTING = next(
+    name
+    for name in ("activation_checkpointing", "gradient_checkpointing")
+    if name in transformers.TrainingArguments.__dataclass_fields__
+)
+PEERS_USE_THE_OLDER_NAME = pytest.mark.filterwarnings(
+    "ignore:.*gradient_checkpointing.* is deprecated:FutureWarning"
+)
+NORMS = ("activation", "running", "cache")
+Weights = dict[str, torch.Tensor]
+
+
+def sampled(norms: str = "running", **options: Any) -> lt.WTACRS:
+    return lt.WTACRS(keep_ratio=0.3, min_rows=2, norms=norms, **options)  # type: ignore[arg-type]
+
+
+def train(
+    folder: Path,
+    *methods: MethodConfig,
+    resume: Path | None = None,
+    model: Any = None,
+    **options: Any,
+) -> tuple[Weights, lt.Session]:
+    """Train a tiny BERT and return its weights; by default every step leaves a checkpoint."""
+    session = lt.apply(bert() if model is None else model, *methods, seed=3)
+    options = {"remove_unused_columns": False, "save_strategy": "steps", "save_steps": 1, **options}
+    options.setdefault("dataset", with_sample_ids(token_rows()))
+    trainer = make_trainer(session.model, folder, [session.trainer_callback()], **options)
+    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    return weights(session.model), session
+
+
+@pytest.mark.parametrize("norms", NORMS)
+def test_a_plain_trainer_learns_with_sampled_rows(tmp_path: Path, norms: str) -> None:
+    session = lt.apply(bert(dropout=0.0), sampled(norms))
+    options = {"max_steps": 60, "remove_unused_columns": norms != "cache", "logging_steps": 5}
+    rows = with_sample_ids(token_rows()) if norms == "cache" else token_rows()
+    callbacks = [session.trainer_callback()]
+    trainer = make_trainer(session.model, tmp_path, callbacks, dataset=rows, **options)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < 0.5 * losses[0]
+    assert (session.step, session.draw) == (60, 60)
+    assert session.num_samples == 24
+
+
+@pytest.mark.parametrize("norms", ("running", "cache"))
+def test_stopped_anywhere_and_resumed_ends_with_the_same_bits(tmp_path: Path, norms: str) -> None:
+    expected, whole = train(tmp_path, sampled(norms))
+    # Six steps an epoch: the last stop falls on the border of two epochs.
+    for stop in range(1, 7):
+        checkpoint = tmp_path / f"checkpoint-{stop}"
+        got, resumed = train(tmp_path, sampled(norms), resume=checkpoint, save_strategy="no")
+        assert same(got, expected), stop
+        assert (resumed.step, resumed.draw) == (whole.step, whole.draw) == (7, 7)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gradient_accumulation_steps": 2, "max_steps": 5},
+        {"max_grad_norm": 0.01},
+        {CHECKPOINTING: True},
+        {"bf16": True},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_every_way_to_train_resumes_with_the_same_bits(tmp_path: Path, options: dict) -> None:
+    expected, session = train(tmp_path, sampled(), **options)
+    got, _ = train(tmp_path, sampled(), resume=tmp_path / "checkpoint-3", **options)
+    assert same(got, expected)
+    assert all(value.isfinite().all() for value in got.values())
+    plain, _ = train(tmp_path / "plain", sampled())
+    assert not same(plain, expected)
+    assert session.step == options.get("max_steps", 7)
+    assert session.draw == session.step * options.get("gradient_accumulation_steps", 1)
+
+
+def test_the_basis_of_the_exact_part_is_resumed(tmp_path: Path) -> None:
+    expected, _ = train(tmp_path, sampled(residual_rank=2))
+    got, _ = train(tmp_path, sampled(residual_rank=2), resume=tmp_path / "checkpoint-3")
+    assert same(got, expected)
+
+
+def test_other_draws_after_the_stop_end_elsewhere(tmp_path: Path) -> None:
+    """The control of the tests above: they would notice a state that is not restored."""
+    expected, _ = train(tmp_path, sampled())
+    file = tmp_path / "checkpoint-3" / SESSION_FILE
+    state = load_file(file)
+    save_file({**state, "draw": torch.zeros_like(state["draw"])}, file)
+    without_draw, _ = train(tmp_path, sampled(), resume=file.parent)
+    assert not same(without_draw, expected)
+    save_file({key: state[key] for key in ("draw", "step", "seed")}, file)
+    without_norms, _ = train(tmp_path, sampled(), resume=file.parent)
+    assert not same(without_norms, expected)
+
+
+def test_a_checkpoint_without_its_session_is_refused(tmp_path: Path) -> None:
+    train(tmp_path, sampled(), max_steps=2)
+    file = tmp_path / "checkpoint-1" / SESSION_FILE
+    file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(lt.ConfigError, match="whole safetensors file, got a truncated"):
+        train(tmp_path, sampled(), resume=file.parent, max_steps=2)
+    file.unlink()
+    with pytest.raises(lt.ConfigError, match=r"must hold leantune_session.*an earlier checkpoint"):
+        train(tmp_path, sampled(), resume=file.parent, max_steps=2)
+
+
+def test_a_checkpoint_elsewhere_is_named_or_found_in_the_arguments(tmp_path: Path) -> None:
+    expected, _ = train(tmp_path / "a", sampled())
+    moved = tmp_path / "kept"
+    shutil.move(tmp_path / "a" / "checkpoint-3", moved)
+    with pytest.raises(lt.ConfigError, match=r"resume_from=\.\.\."):
+        train(tmp_path / "b", sampled(), resume=moved)
+    got, _ = train(tmp_path / "b", sampled(), resume=moved, resume_from_checkpoint=str(moved))
+    assert same(got, expected)
+
+    def explicit(step: str | None) -> Weights:
+        session = lt.apply(bert(), sampled(), seed=3)
+        rows = with_sample_ids(token_rows())
+        callbacks = [SessionCallback(session, resume_from=moved)]
+        trainer = make_trainer(
+            session.model, tmp_path / "c", callbacks, dataset=rows, remove_unused_columns=False
+        )
+        trainer.train(resume_from_checkpoint=step)
+        return weights(session.model)
+
+    assert same(explicit(str(moved)), expected)
+    with pytest.raises(lt.ConfigError, match="resume_from must be left out"):
+        explicit(None)
+
+
+def test_checkpointed_blocks_draw_in_backward_by_themselves(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"save_strategy": "no", CHECKPOINTING: True}
+    by_itself, _ = train(tmp_path, sampled(), **options)
+    asked_for, _ = train(tmp_path, sampled(draw_at="backward"), **options)
+    forward, _ = train(tmp_path, sampled(draw_at="forward"), **options)
+    # The linears outside the blocks are the head and the pooler, which are exact in all three.
+    assert same(by_itself, asked_for)
+    assert not same(by_itself, forward)
+
+
+def test_sample_ids_that_the_trainer_would_drop_are_an_error(tmp_path: Path) -> None:
+    with pytest.raises(lt.ConfigError, match=r"remove_unused_columns must be False.*got True"):
+        train(tmp_path, sampled("cache"), remove_unused_columns=True)
+    with pytest.raises(lt.ConfigError, match="sample_id must be in every training batch"):
+        train(tmp_path, sampled("cache"), dataset=token_rows())
+
+
+def test_ids_of_a_selection_keep_their_bound(tmp_path: Path) -> None:
+    rows = with_sample_ids(token_rows())
+    _, session = train(tmp_path, sampled("cache"), dataset=rows.select(range(12, 24)), max_steps=1)
+    assert session.num_samples == 24
+    half = torch.utils.data.Subset(rows, range(12, 24))
+    _, session = train(tmp_path / "b", sampled("cache"), dataset=half, max_steps=1)
+    assert session.num_samples == 24
+
+
+def test_a_closed_or_foreign_session_is_refused(tmp_path: Path) -> None:
+    session = lt.apply(bert(), sampled())
+    with pytest.raises(lt.ConfigError, match="model must be the session's"):
+        make_trainer(bert(), tmp_path, [session.trainer_callback()]).train()
+    session.remove()
+    with pytest.raises(lt.ConfigError, match="session must be open"):
+        make_trainer(session.model, tmp_path, [session.trainer_callback()]).train()
+
+
+# -- auxiliary losses and calibration, by a method made for these tests ----------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Penalty(MethodConfig):
+    """Punish large outputs of each MLP, and note what calibration shows."""
+
+    method: ClassVar[str] = "penalty_of_tests"
+
+    weight: float = option(1.0, ge=0, help="factor of the auxiliary loss")
+
+
+@dataclass
+class _Hooks:
+    handles: list[Any]
+
+    def undo(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    merge = undo
+
+
+SHOWN: list[torch.Tensor] = []
+
+
+@pytest.fixture
+def penalty() -> Iterator[type[Penalty]]:
+    def attach(model: Any, sites: list, config: Penalty, session: lt.Session) -> _Hooks:
+        def punish(module: Any, args: Any, output: torch.Tensor) -> None:
+            session.add_auxiliary_loss(config.weight * output.square().mean())
+
+        return _Hooks([site.module.register_forward_hook(punish) for site in sites])
+
+    def calibrate(session: lt.Session, batches: Any) -> None:
+        for batch in batches:
+            SHOWN.append(batch["input_ids"])
+            session.model(**batch)
+
+    SHOWN.clear()
+    register(
+        MethodSpec(
+            config=Penalty,
+            axis="compute",
+            roles=("mlp",),
+            summary="for tests",
+            source="none",
+            attach=attach,
+            calibrate=calibrate,
+        )
+    )
+    yield Penalty
+    del registry._METHODS[Penalty.method]
+
+
+def by_hand(method: MethodConfig, num_steps: int, num_micro: int, extra: bool) -> Weights:
+    """Plain SGD on the rows in order, with or without the auxiliary loss."""
+    model = bert(dropout=0.0).train()
+    session = lt.apply(model, method)
+    optimizer = session.optimizer(torch.optim.SGD, lr=0.1)
+    rows = token_rows().with_format("torch")
+    for step in range(num_steps):
+        for micro in range(num_micro):
+            first = 4 * (step * num_micro + micro)
+            loss = model(**rows[first : first + 4]).loss
+            if extra:
+                loss = loss + session.auxiliary_loss() / num_micro
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return weights(model)
+
+
+@pytest.mark.parametrize("num_micro", [1, 2])
+def test_the_trainer_adds_auxiliary_losses(tmp_path: Path, penalty: Any, num_micro: int) -> None:
+    session = lt.apply(bert(dropout=0.0), penalty())
+    trainer = make_trainer(
+        session.model,
+        tmp_path,
+        [session.trainer_callback()],
+        train_sampling_strategy="sequential",
+        gradient_accumulation_steps=num_micro,
+        max_steps=3,
+        optim="sgd",
+        learning_rate=0.1,
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,
+    )
+    assert trainer.model_accepts_loss_kwargs
+    trainer.train()
+    got = weights(session.model)
+
+    def distance(other: Weights) -> float:
+        return max(float((got[name] - other[name]).abs().max()) for name in got)
+
+    # This BERT head ignores the trainer's num_items_in_batch: micro-batch losses add up.
+    assert distance(by_hand(penalty(), 3, num_micro, extra=True)) < 1e-5
+    assert distance(by_hand(penalty(), 3, num_micro, extra=False)) > 1e-3
+    # Outside of training the model's loss is its own again.
+    rows = token_rows().with_format("torch")[:4]
+    session.model.train()
+    with_hook = session.model(**rows).loss
+    session.remove()
+    assert torch.equal(with_hook, session.model(**rows).loss)
+
+
+def test_an_auxiliary_loss_that_would_be_lost_is_an_error(tmp_path: Path, penalty: Any) -> None:
+    session = lt.apply(bert(), penalty())
+    callbacks = [session.trainer_callback()]
+    trainer = make_trainer(session.model, tmp_path, callbacks, label_smoothing_factor=0.1)
+    with pytest.raises(lt.UnsupportedError, match="loss must be the one that the model returns"):
+        trainer.train()
+
+    def own_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(outputs["logits"], labels)
+
+    session = lt.apply(bert(), penalty())
+    trainer = make_trainer(session.model, tmp_path, [session.trainer_callback()])
+    trainer.compute_loss_func = own_loss
+    with pytest.raises(lt.UnsupportedError, match="a trainer that computes its own"):
+        trainer.train()
+
+
+def test_calibration_sees_spread_rows_and_moves_nothing(tmp_path: Path, penalty: Any) -> None:
+    rows = token_rows(num_rows=96)
+    options: dict[str, Any] = {"dataset": rows, "save_strategy": "no", "max_steps": 3}
+    with_calibration, _ = train(tmp_path, penalty(weight=0.0), **options)
+    shown = torch.cat(SHOWN)
+    every_third = torch.tensor([rows[i]["input_ids"] for i in range(0, 96, 3)])
+    assert torch.equal(shown, every_third)
+    model = bert()
+    trainer = make_trainer(model, tmp_path, [], **options)
+    trainer.train()
+    assert same(with_calibration, weights(model))
+
+
+# -- adapters ---------------------------------------------------------------------------------
+
+
+def logits(model: Any) -> torch.Tensor:
+    model.eval()
+    with torch.no_grad():
+        return model(**token_rows().remove_columns("labels").with_format("torch")[:]).logits
+
+
+@PEERS_USE_THE_OLDER_NAME
+def test_a_peft_model_trains_resumes_and_loads_without_us(tmp_path: Path) -> None:
+    import peft
+
+    def adapted() -> Any:
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            config = peft.LoraConfig(
+                r=4, target_modules=["query", "value", "dense"], modules_to_save=["classifier"]
+            )
+            return peft.get_peft_model(bert(), config)
+
+    expected, session = train(tmp_path / "a", sampled(), model=adapted())
+    start = weights(adapted())
+    assert any("lora_A" in n and not torch.equal(expected[n], start[n]) for n in start)
+    got, _ = train(
+        tmp_path / "a", sampled(), model=adapted(), resume=tmp_path / "a" / "checkpoint-3"
+    )
+    assert same(got, expected)
+    trainer = make_trainer(session.model, tmp_path, [])
+    trainer.save_model(str(tmp_path / "adapter"))
+    loaded = peft.PeftModel.from_pretrained(bert(), tmp_path / "adapter")
+    assert torch.equal(logits(loaded), logits(session.model))
+    assert not torch.equal(logits(adapted()), logits(session.model))
+
+
+@PEERS_USE_THE_OLDER_NAME
+def test_our_lora_trains_resumes_and_loads_without_us(tmp_path: Path) -> None:
+    import peft
+
+    recipe = (lt.LoRA(rank=4), sampled())
+    expected, session = train(tmp_path / "a", *recipe)
+    got, _ = train(tmp_path / "a", *recipe, resume=tmp_path / "a" / "checkpoint-3")
+    assert same(got, expected)
+    session.model.save_pretrained(tmp_path / "adapter")  # type: ignore[operator]
+    loaded = peft.PeftModel.from_pretrained(bert(), tmp_path / "adapter")
+    assert torch.equal(logits(loaded), logits(session.model))
+    assert not torch.equal(logits(bert()), logits(session.model))
+
+
+@PEERS_USE_THE_OLDER_NAME
+def test_sft_trainer_trains_and_resumes(tmp_path: Path) -> None:
+    trl = pytest.importorskip("trl", reason="trl is not installed")
+    rows = datasets.Dataset.from_dict({"input_ids": token_rows()["input_ids"][:]})
+
+    def run(resume: str | None = None) -> Weights:
+        session = lt.apply(llama(), sampled())
+        trainer = trl.SFTTrainer(
+            session.model,
+            trl.SFTConfig(
+                str(tmp_path),
+                max_steps=4,
+                per_device_train_batch_size=4,
+                save_steps=1,
+                learning_rate=1e-2,
+                report_to="none",
+                use_cpu=True,
+                bf16=False,
+                disable_tqdm=True,
+                dataloader_pin_memory=False,
+            ),
+            train_dataset=rows,
+            processing_class=tokenizer(),
+            callbacks=[session.trainer_callback()],
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        assert session.draw == session.step == 4
+        return weights(session.model)
+
+    expected = run()
+    assert not same(expected, weights(llama()))
+    assert same(run(str(tmp_path / "checkpoint-2")), expected)

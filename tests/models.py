@@ -1,0 +1,331 @@
+"""Tiny random models as data, each with a padded sample batch; dropout is 0 everywhere."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+VOCABULARY = 64
+D_MODEL, D_HIDDEN, NUM_HEADS = 16, 32, 2
+NUM_SAMPLES, NUM_TOKENS = 4, 8
+LENGTHS = (8, 5, 3, 7)
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class TinyModel:
+    """One architecture: how to build it, and what is found in it.
+
+    Args:
+        kind: the transformers class to build.
+        config: the configuration class.
+        options: of the configuration.
+        task: "classify", "generate" (labels by token) or "translate" (encoder and decoder).
+        blocks: names of the blocks, with ``*`` for the number.
+        attention: block-relative attention entries -> their parts.
+        mlp: block-relative MLP entries -> their parts.
+        shared: block-relative groups of linears that read one input.
+        num_blocks: per pattern of ``blocks``.
+    """
+
+    kind: str
+    config: str
+    options: Mapping[str, Any]
+    task: str
+    blocks: tuple[str, ...]
+    attention: Mapping[str, Mapping[str, str]] = field(repr=False)
+    mlp: Mapping[str, Mapping[str, str]] = field(repr=False)
+    shared: tuple[tuple[str, ...], ...] = field(repr=False)
+    num_blocks: int = 2
+
+    def build(self, seed: int = 0) -> nn.Module:
+        """Make the model in training mode; equal seeds give equal weights."""
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            config = getattr(transformers, self.config)(**self.options)
+            return getattr(transformers, self.kind)(config).train()
+
+    def batch(self, seed: int = 0) -> Batch:
+        """Make a batch of padded samples with labels."""
+        return _BATCHES[self.task](torch.Generator().manual_seed(seed))
+
+
+def _tokens(generator: torch.Generator) -> Batch:
+    ids = torch.randint(3, VOCABULARY, (NUM_SAMPLES, NUM_TOKENS), generator=generator)
+    mask = (torch.arange(NUM_TOKENS) < torch.tensor(LENGTHS)[:, None]).long()
+    return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+def _classify(generator: torch.Generator) -> Batch:
+    labels = torch.randint(0, 2, (NUM_SAMPLES,), generator=generator)
+    return {**_tokens(generator), "labels": labels}
+
+
+def _generate(generator: torch.Generator) -> Batch:
+    batch = _tokens(generator)
+    return {**batch, "labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
+
+
+def _translate(generator: torch.Generator) -> Batch:
+    labels = torch.randint(3, VOCABULARY, (NUM_SAMPLES, NUM_TOKENS - 2), generator=generator)
+    return {**_tokens(generator), "labels": labels}
+
+
+_BATCHES: dict[str, Callable[[torch.Generator], Batch]] = {
+    "classify": _classify,
+    "generate": _generate,
+    "translate": _translate,
+}
+
+_BERT_LIKE: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": D_MODEL,
+    "num_hidden_layers": 2,
+    "num_attention_heads": NUM_HEADS,
+    "intermediate_size": D_HIDDEN,
+    "max_position_embeddings": 32,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+_BERT_SITES: dict[str, Any] = {
+    "attention": {
+        "attention.self": {
+            "query": "attention.self.query",
+            "key": "attention.self.key",
+            "value": "attention.self.value",
+            "output": "attention.output.dense",
+        }
+    },
+    "mlp": {
+        "intermediate": {
+            "up": "intermediate.dense",
+            "down": "output.dense",
+            "activation": "intermediate.intermediate_act_fn",
+        }
+    },
+    "shared": (("attention.self.query", "attention.self.key", "attention.self.value"),),
+}
+_LLAMA_LIKE: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": D_MODEL,
+    "intermediate_size": D_HIDDEN,
+    "num_hidden_layers": 2,
+    "num_attention_heads": NUM_HEADS,
+    "num_key_value_heads": 1,
+    "head_dim": D_MODEL // NUM_HEADS,
+    "max_position_embeddings": 32,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+_LLAMA_SITES: dict[str, Any] = {
+    "attention": {
+        "self_attn": {
+            "query": "self_attn.q_proj",
+            "key": "self_attn.k_proj",
+            "value": "self_attn.v_proj",
+            "output": "self_attn.o_proj",
+        }
+    },
+    "mlp": {
+        "mlp": {
+            "gate": "mlp.gate_proj",
+            "up": "mlp.up_proj",
+            "down": "mlp.down_proj",
+            "activation": "mlp.act_fn",
+        }
+    },
+    "shared": (
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        ("mlp.gate_proj", "mlp.up_proj"),
+    ),
+}
+_T5: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "d_model": D_MODEL,
+    "d_kv": D_MODEL // NUM_HEADS,
+    "d_ff": D_HIDDEN,
+    "num_layers": 2,
+    "num_heads": NUM_HEADS,
+    "dropout_rate": 0.0,
+    "pad_token_id": 0,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 0,
+}
+
+
+def _t5_attention(name: str) -> dict[str, str]:
+    return {
+        "query": f"{name}.q",
+        "key": f"{name}.k",
+        "value": f"{name}.v",
+        "output": f"{name}.o",
+    }
+
+
+def _t5_sites(gated: bool) -> dict[str, Any]:
+    up = {"up": "wi_1", "gate": "wi_0"} if gated else {"up": "wi"}
+    names = {**up, "down": "wo", "activation": "act"}
+    mlps = [f"layer.{i}.DenseReluDense" for i in (1, 2)]
+    attention, cross = "layer.0.SelfAttention", "layer.1.EncDecAttention"
+    return {
+        "attention": {attention: _t5_attention(attention), cross: _t5_attention(cross)},
+        "mlp": {m: {part: f"{m}.{name}" for part, name in names.items()} for m in mlps},
+        "shared": (
+            tuple(f"{attention}.{x}" for x in "qkv"),
+            tuple(f"{cross}.{x}" for x in "kv"),
+            *((tuple(f"{m}.{x}" for x in ("wi_0", "wi_1")) for m in mlps) if gated else ()),
+        ),
+    }
+
+
+MODELS: dict[str, TinyModel] = {
+    "bert": TinyModel(
+        kind="BertForSequenceClassification",
+        config="BertConfig",
+        options=_BERT_LIKE,
+        task="classify",
+        blocks=("bert.encoder.layer.*",),
+        **_BERT_SITES,
+    ),
+    "roberta": TinyModel(
+        kind="RobertaForSequenceClassification",
+        config="RobertaConfig",
+        options={**_BERT_LIKE, "pad_token_id": 0},
+        task="classify",
+        blocks=("roberta.encoder.layer.*",),
+        **_BERT_SITES,
+    ),
+    "distilbert": TinyModel(
+        kind="DistilBertForSequenceClassification",
+        config="DistilBertConfig",
+        options={
+            "vocab_size": VOCABULARY,
+            "dim": D_MODEL,
+            "hidden_dim": D_HIDDEN,
+            "n_layers": 2,
+            "n_heads": NUM_HEADS,
+            "max_position_embeddings": 32,
+            "dropout": 0.0,
+            "attention_dropout": 0.0,
+            "seq_classif_dropout": 0.0,
+        },
+        task="classify",
+        blocks=("distilbert.transformer.layer.*",),
+        attention={
+            "attention": {
+                "query": "attention.q_lin",
+                "key": "attention.k_lin",
+                "value": "attention.v_lin",
+                "output": "attention.out_lin",
+            }
+        },
+        mlp={"ffn": {"up": "ffn.lin1", "down": "ffn.lin2", "activation": "ffn.activation"}},
+        shared=(("attention.q_lin", "attention.k_lin", "attention.v_lin"),),
+    ),
+    "t5": TinyModel(
+        kind="T5ForConditionalGeneration",
+        config="T5Config",
+        options=_T5,
+        task="translate",
+        blocks=("encoder.block.*", "decoder.block.*"),
+        **_t5_sites(gated=False),
+    ),
+    "t5_gated": TinyModel(
+        kind="T5ForConditionalGeneration",
+        config="T5Config",
+        options={**_T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+        task="translate",
+        blocks=("encoder.block.*", "decoder.block.*"),
+        **_t5_sites(gated=True),
+    ),
+    "gpt2": TinyModel(
+        kind="GPT2LMHeadModel",
+        config="GPT2Config",
+        options={
+            "vocab_size": VOCABULARY,
+            "n_embd": D_MODEL,
+            "n_layer": 2,
+            "n_head": NUM_HEADS,
+            "n_inner": D_HIDDEN,
+            "n_positions": 32,
+            "resid_pdrop": 0.0,
+            "embd_pdrop": 0.0,
+            "attn_pdrop": 0.0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+        },
+        task="generate",
+        blocks=("transformer.h.*",),
+        attention={"attn": {"qkv": "attn.c_attn", "output": "attn.c_proj"}},
+        mlp={"mlp": {"up": "mlp.c_fc", "down": "mlp.c_proj", "activation": "mlp.act"}},
+        shared=(),
+    ),
+    "opt": TinyModel(
+        kind="OPTForCausalLM",
+        config="OPTConfig",
+        options={
+            "vocab_size": VOCABULARY,
+            "hidden_size": D_MODEL,
+            "word_embed_proj_dim": D_MODEL,
+            "ffn_dim": D_HIDDEN,
+            "num_hidden_layers": 2,
+            "num_attention_heads": NUM_HEADS,
+            "max_position_embeddings": 32,
+            "dropout": 0.0,
+            "attention_dropout": 0.0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+        },
+        task="generate",
+        blocks=("model.decoder.layers.*",),
+        attention={
+            "self_attn": {
+                "query": "self_attn.q_proj",
+                "key": "self_attn.k_proj",
+                "value": "self_attn.v_proj",
+                "output": "self_attn.out_proj",
+            }
+        },
+        mlp={"fc1": {"up": "fc1", "down": "fc2", "activation": "activation_fn"}},
+        shared=(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),),
+    ),
+    "llama": TinyModel(
+        kind="LlamaForCausalLM",
+        config="LlamaConfig",
+        options=_LLAMA_LIKE,
+        task="generate",
+        blocks=("model.layers.*",),
+        **_LLAMA_SITES,
+    ),
+    "mistral": TinyModel(
+        kind="MistralForCausalLM",
+        config="MistralConfig",
+        options=_LLAMA_LIKE,
+        task="generate",
+        blocks=("model.layers.*",),
+        **_LLAMA_SITES,
+    ),
+    "qwen2": TinyModel(
+        kind="Qwen2ForCausalLM",
+        config="Qwen2Config",
+        options=_LLAMA_LIKE,
+        task="generate",
+        blocks=("model.layers.*",),
+        **_LLAMA_SITES,
+    ),
+    "qwen3": TinyModel(
+        kind="Qwen3ForCausalLM",
+        config="Qwen3Config",
+        options=_LLAMA_LIKE,
+        task="generate",
+        blocks=("model.layers.*",),
+        **_LLAMA_SITES,
+    ),
+}

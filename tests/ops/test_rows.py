@@ -1,0 +1,163 @@
+"""The counter-based numbers look independent along every argument, and row norms are accurate."""
+
+import numpy as np
+import pytest
+import torch
+from stats import chi_square_check, correlation_check, z_check
+from torch import Tensor
+
+from leantune.ops.rows import row_norms, uniform
+
+NUM_ROWS = 1024
+
+
+def draw_table(seed: int = 0, stream: int = 0, num_draws: int = 512) -> np.ndarray:
+    """(num_draws, NUM_ROWS): one line per draw number."""
+    line = torch.func.vmap(lambda draw: uniform(seed, stream, draw, NUM_ROWS, device="cpu"))
+    return line(torch.arange(num_draws)).double().numpy()
+
+
+def stack(name: str) -> np.ndarray:
+    """(256, NUM_ROWS): one line per value of the argument ``name``, the others fixed."""
+    zero = torch.tensor(0)
+    if name == "draw":
+        return draw_table(num_draws=256)
+    if name == "seed":
+        lines = [uniform(i, 3, zero, NUM_ROWS, device="cpu") for i in range(256)]
+    else:
+        lines = [uniform(3, i, zero, NUM_ROWS, device="cpu") for i in range(256)]
+    return torch.stack(lines).double().numpy()
+
+
+def weyl_table() -> np.ndarray:
+    """An additive sequence: evenly spread but far from random; every check must notice."""
+    i = np.arange(256)[:, None] * NUM_ROWS + np.arange(NUM_ROWS)
+    return (i * 0.6180339887498949) % 1.0
+
+
+def pair_counts(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Counts over a 32 by 32 grid of (a, b)."""
+    cell = (a * 32).astype(np.int64) * 32 + (b * 32).astype(np.int64)
+    return np.bincount(cell.reshape(-1), minlength=1024)
+
+
+def test_same_arguments_same_numbers_and_range() -> None:
+    draw = torch.tensor(5)
+    first = uniform(1, 2, draw, 1000, device="cpu")
+    assert torch.equal(first, uniform(1, 2, draw, 1000, device="cpu"))
+    assert first.dtype == torch.float32
+    assert first.shape == (1000,)
+    assert first.min() >= 0 and first.max() < 1
+    # A shorter request is a prefix: the number of a row does not depend on how many there are.
+    assert torch.equal(first[:10], uniform(1, 2, draw, 10, device="cpu"))
+
+
+def test_bits_are_pinned() -> None:
+    # A recipe's draws must not change with a release, a device or a torch version.
+    words = uniform(1, 2, torch.tensor(3), 4, device="cpu").mul(2**24).to(torch.int64).tolist()
+    assert words == [10195082, 10418062, 2750556, 7140559]
+
+
+def test_arithmetic_equals_unbounded_integers() -> None:
+    """The same rounds in Python integers: no int64 product overflows, even at the extremes."""
+
+    def mix64(value: int) -> int:
+        z = (value + 0x9E3779B97F4A7C15) % 2**64
+        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+        return z ^ (z >> 31)
+
+    def fold(x: int, multiplier: int) -> int:
+        return (x * multiplier) % 2**32 ^ (x * multiplier) >> 32
+
+    for seed, stream, draw in [(0, 0, 0), (-1, 2**64 - 1, 2**32 - 1), (2**80 + 7, -5, 123456)]:
+        key = mix64(mix64(seed) + stream)
+        expected = []
+        for row in range(64):
+            x = fold(row ^ key % 2**32, 0x7FEB352D)
+            x ^= (draw * 0x5851F42D + (key >> 32)) % 2**32
+            expected.append((fold(fold(x, 0x21F0AAAD), 0x735A2D97) >> 8) / 2**24)
+        actual = uniform(seed, stream, torch.tensor(draw), 64, device="cpu")
+        assert actual.tolist() == expected
+
+
+def test_moments() -> None:
+    u = draw_table(seed=1)
+    centred = u - 0.5
+    assert z_check(u, 1 / 2).ok
+    assert z_check(centred**2, 1 / 12).ok
+    assert z_check(centred**4, 1 / 80).ok
+    assert not z_check(u * 1.01, 1 / 2).ok
+    assert not z_check((centred * 1.01) ** 2, 1 / 12).ok
+
+
+def test_every_bit_level_is_uniform() -> None:
+    u = draw_table(seed=2)
+    for scale in (1, 2**7, 2**14):
+        assert chi_square_check(np.bincount((u * scale % 1 * 1024).astype(int).reshape(-1))).ok
+    skewed = u**1.02
+    assert not chi_square_check(np.bincount((skewed * 1024).astype(int).reshape(-1))).ok
+
+
+@pytest.mark.parametrize("lag", [1, 2, 3, 8, 64, 512])
+def test_neighbouring_rows_are_independent(lag: int) -> None:
+    u = draw_table(seed=3)
+    assert correlation_check(u[:, lag:], u[:, :-lag]).ok
+    assert chi_square_check(pair_counts(u[:, lag:], u[:, :-lag])).ok
+    weyl = weyl_table()
+    assert not chi_square_check(pair_counts(weyl[:, lag:], weyl[:, :-lag])).ok
+
+
+@pytest.mark.parametrize("name", ["draw", "stream", "seed"])
+@pytest.mark.parametrize("lag", [1, 2, 16])
+def test_lines_of_every_argument_are_independent(name: str, lag: int) -> None:
+    u = stack(name)
+    assert correlation_check(u[lag:], u[:-lag]).ok
+    assert chi_square_check(pair_counts(u[lag:], u[:-lag])).ok
+    weyl = weyl_table()
+    assert not chi_square_check(pair_counts(weyl[lag:], weyl[:-lag])).ok
+    # One line shared by two draws is the defect of a generator that is not advanced.
+    u[1] = u[0]
+    assert not correlation_check(u[1], u[0]).ok
+
+
+@pytest.mark.parametrize("name", ["draw", "stream", "seed"])
+def test_line_sums_have_the_variance_of_independent_numbers(name: str) -> None:
+    centred = stack(name) - 0.5
+    for axis, count in ((1, NUM_ROWS), (0, 256)):
+        assert z_check(centred.sum(axis) ** 2, count / 12).ok
+    stratified = np.sort(centred, axis=1)[:, ::2]
+    assert not z_check(stratified.sum(1) ** 2, NUM_ROWS / 24).ok
+
+
+def test_no_host_read() -> None:
+    def numbers(draw: Tensor) -> Tensor:
+        return uniform(1, 2, draw, 64, device="meta")
+
+    assert numbers(torch.empty((), dtype=torch.int64, device="meta")).shape == (64,)
+
+
+@pytest.mark.gpu
+def test_same_bits_on_the_gpu() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    on_gpu = uniform(9, 8, torch.tensor(7, device="cuda"), 5000, device="cuda")
+    assert torch.equal(on_gpu.cpu(), uniform(9, 8, torch.tensor(7), 5000, device="cpu"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_row_norms_accumulate_in_float32(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = (torch.randn(7, 4096, generator=generator) * 100).to(dtype)
+    exact = np.array([np.sqrt((row**2).sum()) for row in x.double().numpy()])
+    norms = row_norms(x)
+    assert norms.dtype == torch.float32
+    # The sum of squares of a half-precision row exceeds 65504, float16's largest number.
+    error = np.abs(norms.double().numpy() / exact - 1).max()
+    assert error < 1e-6
+    rounded = np.abs(norms.to(torch.bfloat16).double().numpy() / exact - 1).max()
+    assert not rounded < 1e-6
+
+
+def test_row_norms_of_no_rows() -> None:
+    assert row_norms(torch.zeros(0, 3)).shape == (0,)
