@@ -41,9 +41,9 @@ class Setting:
 
 
 SETTINGS = (
-    Setting("sst2", 6000, 2),
-    Setting("cola", 6000, 2),
-    Setting("stsb", 2000, 2),
+    Setting("sst2", 6000, 1),
+    Setting("cola", 3000, 2),
+    Setting("stsb", 1500, 2),
 )
 
 RECIPES: dict[str, tuple[MethodConfig, ...]] = {
@@ -136,7 +136,7 @@ class _Encoded:
         return encoded
 
     def batches(self, seed: int) -> Iterator[dict[str, Tensor]]:
-        """Yield one shuffled epoch; a batch holds rows of like length, so that little is padding."""
+        """Yield one shuffled epoch of batches of like length, so that little is padding."""
         rng = random.Random(seed)
         order = rng.sample(range(len(self.train)), len(self.train))
         size, pool = self.setting.batch_size, 50 * self.setting.batch_size

@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from bench import rows
 from bench.models import batches, glue, minilm
 from leantune.core.session import Batch, Session
 from leantune.core.sites import Site, find_sites
@@ -23,10 +24,26 @@ NUM_DRAWS = 60
 _SEED = 0
 
 
+def main() -> None:
+    """Measure on synthetic and on real rows, write both result files, print both tables."""
+    made = synthetic()
+    rows.write("wta_crs_variance_synthetic", made)
+    heads = {"case": "case", "estimator": "estimator", "c_rule": "rule", "over_crs": "over CRS"}
+    print(rows.table(made, heads | {"over_wta": "over WTA"}))
+    try:
+        real = list(minilm_rows())
+    except FileNotFoundError as error:
+        print(f"\nreal rows left out: {error}")
+        return
+    rows.write("wta_crs_variance_minilm", real)
+    heads = {"estimator": "estimator", "probabilities": "probabilities from", "median": "median"}
+    print("\n" + rows.table(real, heads | {"mean": "mean", "own_median": "the batch's own"}))
+
+
 def synthetic() -> list[dict[str, Any]]:
     """Measure each estimator on Gaussian rows with log-normal norms, relative to CRS's variance."""
     n, width, draws = 1024, 8, 2000
-    rows = []
+    found = []
     for log_std, k in ((0.0, 307), (1.0, 102), (1.0, 307), (2.0, 102), (2.0, 307), (3.0, 102)):
         generator = torch.Generator().manual_seed(_SEED)
         h = torch.randn(n, width, generator=generator)
@@ -43,7 +60,7 @@ def synthetic() -> list[dict[str, Any]]:
                 draws,
             )
         for (estimator, rule), value in variance.items():
-            rows.append(
+            found.append(
                 {
                     "case": f"log-std {log_std:g}, n = {n}, k = {k}",
                     "estimator": estimator,
@@ -54,7 +71,7 @@ def synthetic() -> list[dict[str, Any]]:
                     "num_draws": draws,
                 }
             )
-    return rows
+    return found
 
 
 _ESTIMATORS = (

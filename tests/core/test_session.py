@@ -218,3 +218,10 @@ def test_ranks_draw_different_rows(monkeypatch) -> None:
     monkeypatch.setattr(session_module, "_rank", lambda: 3)
     there = session.current_draw(torch.device("cpu"))
     assert here.seed != there.seed and here.number == there.number
+
+
+def test_empty_batch_is_refused() -> None:
+    model, _ = make()
+    batch = {name: value[:0] for name, value in TINY.batch().items()}
+    with pytest.raises(ConfigError, match=r"batch must hold at least one row, got .* \(0, "):
+        model(**batch)

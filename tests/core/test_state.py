@@ -236,7 +236,10 @@ def test_broken_recipe(saved: Path, text) -> None:
     [
         ({"format": 2}, "format must be at most 1, got 2"),
         ({"methods": [{"method": "wta_crs", "version": 2}]}, "version must be at most 1, got 2"),
-        ({"methods": [{"method": "wta_crs", "keep_ratoi": 1}]}, "got 'keep_ratoi'; did you mean 'keep_ratio'"),
+        (
+            {"methods": [{"method": "wta_crs", "keep_ratoi": 1}]},
+            "got 'keep_ratoi'; did you mean 'keep_ratio'",
+        ),
         ({"methods": [{"method": "fancy"}]}, "got 'fancy'"),
     ],
 )

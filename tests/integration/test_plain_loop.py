@@ -1,5 +1,6 @@
 """A session in a plain PyTorch loop: how well it learns, loss scales, autocast."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -39,7 +40,7 @@ def toy_task() -> dict[str, Tensor]:
     centres = torch.randn(4, D_MODEL, generator=generator)
     x = torch.randn(NUM_SAMPLES, NUM_TOKENS, D_MODEL, generator=generator)
     x = (x + 0.7 * centres[labels][:, None]) * torch.exp(
-        torch.randn(NUM_SAMPLES, NUM_TOKENS, 1, generator=generator)
+        0.7 * torch.randn(NUM_SAMPLES, NUM_TOKENS, 1, generator=generator)
     )
     lengths = torch.randint(2, NUM_TOKENS + 1, (NUM_SAMPLES, 1), generator=generator)
     mask = (torch.arange(NUM_TOKENS) < lengths).long()
@@ -48,34 +49,38 @@ def toy_task() -> dict[str, Tensor]:
 
 def fit(
     *methods: Any,
-    num_steps: int = 96,
+    num_steps: int = 64,
     scale: Callable[[int], float] = lambda step: 1.0,
+    is_scale_seen: bool = True,
     autocast: bool = False,
     seed: int = 0,
 ) -> tuple[Weights, float]:
-    """Train with SGD and return the weights and the loss over the whole set.
+    """Train with AdamW and return the weights and the loss over the whole set.
 
-    The loss is multiplied by ``scale(step)`` and the gradients are divided by it, as mixed
-    precision does.
+    As mixed precision does, the loss is multiplied by ``scale(step)``, the gradients are divided by
+    it, and a step whose gradients overflow is left out.
     """
     torch.manual_seed(1)
     model = Classifier().train()
     session = lt.apply(model, *methods, seed=seed) if methods else None
+    if session is not None and not is_scale_seen:
+        session.wants_loss_scale = False
     rows = toy_task()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    needs_ids = session is not None and session.needs_sample_ids
+    order = torch.cat([torch.randperm(NUM_SAMPLES) for _ in range(8)])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for step in range(num_steps):
-        first = step * BATCH_SIZE % NUM_SAMPLES
-        batch = {name: value[first : first + BATCH_SIZE] for name, value in rows.items()}
-        if needs_ids:
-            batch["sample_id"] = torch.arange(first, first + BATCH_SIZE)
+        ids = order[step * BATCH_SIZE : (step + 1) * BATCH_SIZE]
+        batch = {name: value[ids] for name, value in rows.items()}
+        if session is not None and session.needs_sample_ids:
+            batch["sample_id"] = ids
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
             loss = model(**batch)["loss"]
         (loss * scale(step)).backward()
-        for parameter in model.parameters():
-            assert parameter.grad is not None
-            parameter.grad /= scale(step)
-        optimizer.step()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        if all(gradient.isfinite().all() for gradient in gradients):
+            for gradient in gradients:
+                gradient /= scale(step)
+            optimizer.step()
         optimizer.zero_grad()
         if session is not None:
             session.on_step()
@@ -94,36 +99,49 @@ def sampled(keep_ratio: float = 0.3, **options: Any) -> lt.WTACRS:
 def test_sampling_ends_near_the_exact_loss(norms: str) -> None:
     start = fit(num_steps=0)[1]
     exact = fit()[1]
-    got = [fit(sampled(norms=norms), seed=seed)[1] for seed in range(3)]
-    assert exact < 0.5 * start
-    # Of the fall of the loss under exact training, at least nine tenths.
-    assert all(start - loss > 0.9 * (start - exact) for loss in got)
+    assert exact < 0.1 * start
+    # Three tenths of the rows: at least 97 % of the fall of the loss.
+    for seed in range(3):
+        assert start - fit(sampled(norms=norms), seed=seed)[1] > 0.97 * (start - exact)
 
 
 def test_keeping_the_largest_rows_only_is_worse_than_sampling() -> None:
-    options: dict[str, Any] = {"norms": "activation", "min_rows": 1, "num_steps": 96}
-    num_steps = options.pop("num_steps")
-
     def losses(estimator: str) -> list[float]:
-        method = sampled(0.1, estimator=estimator, **options)
-        return [fit(method, num_steps=num_steps, seed=seed)[1] for seed in range(3)]
+        method = sampled(0.1, estimator=estimator, norms="activation", min_rows=1)
+        return [fit(method, seed=seed)[1] for seed in range(3)]
 
     # The biased estimator has no luck in it: its loss is the same for every seed.
     topk = losses("topk")
     assert topk[0] == topk[1] == topk[2]
-    assert min(topk) > max(losses("systematic"))
+    assert topk[0] > 1.5 * max(losses("systematic"))
 
 
 @pytest.mark.parametrize("norms", ["running", "cache"])
 def test_a_loss_scale_changes_nothing(norms: str) -> None:
-    expected, _ = fit(sampled(norms=norms))
+    def changing(step: int) -> float:
+        return 1024.0 if step < 40 else 64.0
+
+    method = sampled(norms=norms)
+    expected, _ = fit(method)
     # A power of two is exact in floating point: the weights agree to the bit.
-    constant, _ = fit(sampled(norms=norms), scale=lambda step: 1024.0)
-    assert same(constant, expected)
-    changing, _ = fit(sampled(norms=norms), scale=lambda step: 1024.0 if step < 40 else 64.0)
-    assert same(changing, expected)
-    other_draws, _ = fit(sampled(norms=norms), seed=1)
-    assert not same(other_draws, expected)
+    assert same(fit(method, scale=lambda step: 1024.0)[0], expected)
+    assert same(fit(method, scale=changing)[0], expected)
+    assert not same(fit(method, seed=1)[0], expected)
+    if norms == "cache":
+        # Cached norms of two scales side by side, as they would be if the scale went unseen.
+        assert not same(fit(method, scale=changing, is_scale_seen=False)[0], expected)
+
+
+@pytest.mark.parametrize("norms", ["running", "cache"])
+def test_an_overflow_under_a_loss_scale_is_survived(norms: str) -> None:
+    start = fit(num_steps=0)[1]
+
+    def overflowing(step: int) -> float:
+        return math.inf if step in (0, 20) else 1024.0
+
+    got, loss = fit(sampled(norms=norms), scale=overflowing)
+    assert all(value.isfinite().all() for value in got.values())
+    assert loss < 0.1 * start
 
 
 def test_autocast_learns_as_well() -> None:
@@ -131,15 +149,5 @@ def test_autocast_learns_as_well() -> None:
     exact = fit(autocast=True)[1]
     got, loss = fit(sampled(), autocast=True)
     assert all(value.dtype == torch.float32 for value in got.values())
-    assert start - loss > 0.9 * (start - exact)
+    assert start - loss > 0.97 * (start - exact)
     assert not same(got, fit(sampled())[0])
-
-
-def test_an_overflow_under_a_loss_scale_leaves_the_norms() -> None:
-    def scale(step: int) -> float:
-        return 1e38 if step == 20 else 1024.0
-
-    with pytest.raises(AssertionError):
-        # The weights of the overflowed step itself are lost where no scaler skips it.
-        weights_after, _ = fit(sampled(norms="cache"), scale=scale, num_steps=24)
-        assert all(value.isfinite().all() for value in weights_after.values())

@@ -5,6 +5,7 @@ import copy
 import html.parser
 import json
 import re
+import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -73,12 +74,29 @@ def metrics() -> dict[str, Any]:
     return make_metrics()
 
 
-@pytest.fixture
-def folder(tmp_path: Path, metrics: dict[str, Any]) -> Path:
-    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory, metrics: dict[str, Any]) -> Path:
+    """The folder of a run with its report."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "metrics.json").write_text(json.dumps(metrics))
     recipe = {"format": 1, "model": "some/model", "methods": metrics["runs"][1]["methods"]}
-    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    (folder / "recipe.json").write_text(json.dumps(recipe))
+    assert write_report(folder) == folder / "report.html"
+    return folder
+
+
+@pytest.fixture
+def folder(written: Path, tmp_path: Path) -> Path:
+    """The same run before its report."""
+    for name in ("metrics.json", "recipe.json"):
+        shutil.copy(written / name, tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def one_plot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw the loss alone, where the plots do not matter: ten take seconds."""
+    monkeypatch.setattr("leantune.report.page.PLOTS", {"loss": PLOTS["loss"]})
 
 
 class _Page(html.parser.HTMLParser):
@@ -113,9 +131,8 @@ def png_size(data: bytes) -> tuple[int, int]:
     return width, height
 
 
-def test_page_is_self_contained_and_well_formed(folder: Path) -> None:
-    path = write_report(folder)
-    assert path == folder / "report.html"
+def test_page_is_self_contained_and_well_formed(written: Path) -> None:
+    path = written / "report.html"
     page = _Page(path.read_text())
     assert page.open == []
     assert len(page.references) == 2 * len(PLOTS)
@@ -126,8 +143,8 @@ def test_page_is_self_contained_and_well_formed(folder: Path) -> None:
     assert "url(" not in path.read_text()
 
 
-def test_page_shows_the_figures_of_both_runs(folder: Path, metrics: dict[str, Any]) -> None:
-    text = re.sub(r"\s+", " ", _Page(write_report(folder).read_text()).text)
+def test_page_shows_the_figures_of_both_runs(written: Path, metrics: dict[str, Any]) -> None:
+    text = re.sub(r"\s+", " ", _Page((written / "report.html").read_text()).text)
     saved = [run["saved_bytes"] for run in metrics["runs"]]
     for figure in (
         "0.8312",
@@ -147,18 +164,19 @@ def test_page_shows_the_figures_of_both_runs(folder: Path, metrics: dict[str, An
         assert figure in text, figure
 
 
-def test_plots_lie_beside_the_page_in_both_themes(folder: Path) -> None:
-    write_report(folder)
-    names = {path.name for path in (folder / "plots").iterdir()}
+def test_plots_lie_beside_the_page_in_both_themes(written: Path) -> None:
+    names = {path.name for path in (written / "plots").iterdir()}
     assert names == {f"{name}{theme.suffix}.png" for name in PLOTS for theme in (LIGHT, DARK)}
-    assert {path.name for path in folder.iterdir()} == {
-        "metrics.json",
-        "plots",
-        "recipe.json",
-        "report.html",
-    }
-    write_report(folder)
-    assert {path.name for path in (folder / "plots").iterdir()} == names
+    left = {path.name for path in written.iterdir()}
+    assert left == {"metrics.json", "plots", "recipe.json", "report.html"}
+
+
+@pytest.mark.usefixtures("one_plot")
+def test_second_report_replaces_the_first(folder: Path) -> None:
+    first = write_report(folder).read_text()
+    (folder / "plots" / "old.png").write_bytes(b"")
+    assert write_report(folder).read_text() == first
+    assert {path.name for path in (folder / "plots").iterdir()} == {"loss.png", "loss-dark.png"}
 
 
 def test_bars_add_up_to_the_saved_bytes(metrics: dict[str, Any]) -> None:
@@ -199,6 +217,7 @@ def test_module_names_are_cut_at_the_block(module: str, block: str, place: str) 
     assert (block_of(module), place_in_block(module)) == (block, place)
 
 
+@pytest.mark.usefixtures("one_plot")
 def test_exact_run_alone_has_no_ratio_columns(folder: Path, metrics: dict[str, Any]) -> None:
     alone = {**metrics, "runs": [metrics["runs"][0] | {"step_ms": None, "step_time_ratio": None}]}
     header, rows = headline(results_from_dict(alone))
@@ -220,6 +239,7 @@ def test_run_without_curves_or_ledger_still_has_a_page(
     assert page.references == [] and "0.8275" in page.text
 
 
+@pytest.mark.usefixtures("one_plot")
 def test_undefined_figures_are_drawn_and_written(folder: Path, metrics: dict[str, Any]) -> None:
     odd = copy.deepcopy(metrics)
     odd["runs"][1]["metrics"] = {"accuracy": float("nan")}
@@ -228,6 +248,7 @@ def test_undefined_figures_are_drawn_and_written(folder: Path, metrics: dict[str
     assert "nan" in _Page(write_report(folder).read_text()).text
 
 
+@pytest.mark.usefixtures("one_plot")
 def test_names_cannot_inject_markup(folder: Path, metrics: dict[str, Any]) -> None:
     evil = {**metrics, "model": "<script>alert(1)</script>"}
     (folder / "metrics.json").write_text(json.dumps(evil))
@@ -294,6 +315,7 @@ def test_missing_recipe_is_named(folder: Path) -> None:
     assert not (folder / "report.html").exists()
 
 
+@pytest.mark.usefixtures("one_plot")
 def test_failed_drawing_keeps_the_old_report(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     old = write_report(folder).read_bytes()
     plots = {path.name: path.read_bytes() for path in (folder / "plots").iterdir()}

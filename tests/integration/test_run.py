@@ -55,7 +55,7 @@ class Interrupt(TrainerCallback):
 
 
 class Steps(TrainerCallback):
-    """Note the optimiser steps that are taken, and the rows that are trained on."""
+    """Note the optimiser steps that are taken."""
 
     def __init__(self) -> None:
         self.steps: list[tuple[str, int]] = []
@@ -269,6 +269,25 @@ def test_a_language_model_run_gives_perplexity(base: dict[str, Any], tmp_path: P
     assert saved["use_cache"] == llama().config.use_cache
 
 
+def test_the_measured_batch_is_the_first_of_training(
+    base: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches = []
+    kept = transformers.DataCollatorWithPadding.__call__
+
+    def collate(self: Any, features: Any) -> Any:
+        batch = kept(self, features)
+        batches.append(batch["input_ids"].clone())
+        return batch
+
+    monkeypatch.setattr(transformers.DataCollatorWithPadding, "__call__", collate)
+    run(RunConfig(**base, compare="exact", max_steps=1, eval_steps=1))
+    # Measured for the exact and the sampled model, then the start of both trainings.
+    first = [batch for batch in batches if torch.equal(batch, batches[0])]
+    assert len(first) == 4
+    assert batches[0].shape[1] == (batches[0] != 0).sum(1).max()
+
+
 def test_other_ways_to_train_are_passed_on(base: dict[str, Any]) -> None:
     options = {"precision": "bf16", "gradient_checkpointing": True, "schedule": "constant"}
     options |= {"gradient_accumulation_steps": 2, "max_steps": 4, "eval_steps": 2, "save_steps": 1}
@@ -319,7 +338,9 @@ def test_a_recipe_with_a_slip_is_refused(base: dict[str, Any]) -> None:
         RunConfig.from_dict({key: value for key, value in recipe.items() if key != "model"})
 
 
-def test_bad_models_are_named_and_nothing_is_written(base: dict[str, Any], tmp_path: Path) -> None:
+def test_bad_input_is_named_and_nothing_is_written(
+    base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     missing = str(tmp_path / "nowhere")
     with pytest.raises(lt.ConfigError, match=r"there is no such folder"):
         run(RunConfig(**{**base, "model": missing}))
@@ -338,7 +359,17 @@ def test_bad_models_are_named_and_nothing_is_written(base: dict[str, Any], tmp_p
     options = {"task": "causal_lm", "data": str(tmp_path / "text.txt"), "max_length": 4}
     with pytest.raises(lt.ConfigError, match=r"must read from left to right"):
         run(RunConfig(**{**base, **options}))
+    bert().bert.save_pretrained(base["model"])
+    with pytest.raises(lt.SiteError):
+        run(RunConfig(**{**base, "methods": [lt.WTACRS(sites="no_such_module")]}))
+    with pytest.raises(KeyboardInterrupt), monkeypatch.context() as patch:
+        patch.setattr("leantune.train.run.ledger", _interrupt)
+        run(RunConfig(**base))
     assert not Path(base["output"]).exists()
+
+
+def _interrupt(*args: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def test_float16_needs_a_gpu(base: dict[str, Any]) -> None:

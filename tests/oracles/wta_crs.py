@@ -86,7 +86,7 @@ def draw_with_replacement(
 
 
 def draw_systematic(p: Array, k: int, chosen: set[int], rng: np.random.Generator) -> Array:
-    """Return one systematic draw, rows in their own order, as the total weight of every row, (n,)."""
+    """Return one systematic draw, in row order, as the total weight of every row, (n,)."""
     n, c = len(p), len(chosen)
     total = np.zeros(n)
     for i in chosen:

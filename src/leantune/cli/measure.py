@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from leantune.train.data import TaskData
 
 _RANDOM_IDS = "(random ids)"
+_LEDGER_ROWS = ("weights", "gradients", "optimizer", "activations", "total")
 
 
 @dataclass(frozen=True)
@@ -270,18 +271,12 @@ def _document(
     held: Sequence[StillHeld],
     by_module: bool,
 ) -> dict[str, Any]:
-    from leantune.measure._entries import LEDGERS
-
     rows, tokens = batch["input_ids"].shape
     runs = []
     for name, ledger in ledgers.items():
-        run: dict[str, Any] = {
-            "name": name,
-            **{part: getattr(ledger, part) for part in LEDGERS},
-            "total": ledger.total,
-            "batch_inputs": ledger.batch_inputs,
-            "activations_by_kind": ledger.by_kind(ledger="activations"),
-        }
+        totals = {part: value for part, value in ledger.to_dict().items() if part != "entries"}
+        run: dict[str, Any] = {"name": name, **totals}
+        run["activations_by_kind"] = ledger.by_kind(ledger="activations")
         if by_module:
             run["activations_by_module"] = ledger.by_module(ledger="activations")
         runs.append(run)
@@ -295,12 +290,10 @@ def _document(
 
 
 def _print(document: Mapping[str, Any], by_module: bool) -> None:
-    from leantune.measure._entries import LEDGERS
-
     console, runs = out(), document["runs"]
     batch = document["batch"]
     console.print(f"One step on {batch['rows']} x {batch['tokens']} tokens; optimizer: AdamW\n")
-    parts = [{name: run[name] for name in (*LEDGERS, "total")} for run in runs]
+    parts = [{name: run[name] for name in _LEDGER_ROWS} for run in runs]
     _print_sizes("Ledger", "", runs, parts, in_order=True)
     _print_sizes("Activations by kind", "kind", runs, [r["activations_by_kind"] for r in runs])
     if by_module:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -126,7 +127,11 @@ def _interrupted(folder: Path) -> str:
     if not kept:
         return "[yellow]interrupted[/] before the first checkpoint; nothing was kept"
     recipe = folder / "recipe.json"
-    command = f"leantune train {recipe} --resume" if recipe.is_file() else "the command + --resume"
+    command = (
+        f"leantune train {shlex.quote(str(recipe))} --resume"
+        if recipe.is_file()
+        else "the command + --resume"
+    )
     return (
         f"[yellow]interrupted[/] checkpoint kept: {escape(str(kept[-1]))}; "
         f"resume with: {escape(command)}"

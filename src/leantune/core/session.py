@@ -44,9 +44,10 @@ class Batch:
     masks: dict[str, Tensor] = field(default_factory=dict)
 
     def row_mask(self, name: str | None, shape: torch.Size) -> Tensor | None:
-        """Return the (n,) mask of an input of ``shape`` (b, t, d), or None where none fits."""
+        """Return the (n,) mask of an input of ``shape`` (b, t, d) or flattened, (b * t, d); or None
+        where none fits."""
         mask = self.masks.get(name) if name is not None else None
-        if mask is None or mask.shape != shape[:-1]:
+        if mask is None or shape[:-1] not in (mask.shape, (mask.numel(),)):
             return None
         return mask.reshape(-1)
 
@@ -100,8 +101,12 @@ class Session:
         if "sample_id" in kwargs:
             kwargs = {k: v for k, v in kwargs.items() if k != "sample_id"}
         if model.training and torch.is_grad_enabled():
+            _refuse_empty((*args, *kwargs.values()))
             # Out of place: a graph that is still to run backward keeps its own number.
             self._draw = self._draw + 1
+            first = next(model.parameters(), self._draw)
+            if self._draw.device != first.device:  # the model has moved since
+                self._draw = self._draw.to(first.device)
             self._auxiliary.clear()
             if self._needs_ids and self.is_sampling:
                 self._check_ids(sample_ids)
@@ -147,7 +152,7 @@ class Session:
 
     # -- what methods ask for --------------------------------------------------------------
 
-    def draw_for(self, weight: nn.Parameter) -> Draw | None:
+    def draw_for(self, weight: Tensor) -> Draw | None:
         """Return the current draw for a linear, or None where the plain linear should run."""
         if not (self.is_sampling and weight.requires_grad and torch.is_grad_enabled()):
             return None
@@ -326,6 +331,15 @@ def _rank() -> int:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank()
     return 0
+
+
+def _refuse_empty(inputs: Iterable[Any]) -> None:
+    first = next((v for v in inputs if isinstance(v, Tensor) and v.ndim > 0), None)
+    if first is not None and first.numel() == 0:
+        raise ConfigError(
+            f"session: batch must hold at least one row, got an input of shape "
+            f"{tuple(first.shape)}; leave empty batches out (drop_last, or a longer data set)"
+        )
 
 
 def _row_masks(kwargs: Mapping[str, Any]) -> dict[str, Tensor]:

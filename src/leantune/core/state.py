@@ -134,7 +134,9 @@ def recipe_from_dict(data: Any) -> tuple[tuple[MethodConfig, ...], int]:
         )
     unknown = set(data) - {"format", "seed", "methods"}
     if unknown:
-        raise ConfigError(f"recipe: keys must be format, seed, methods, got {min(unknown, key=str)!r}")
+        raise ConfigError(
+            f"recipe: keys must be format, seed, methods, got {min(unknown, key=str)!r}"
+        )
     seed = data.get("seed", 0)
     if not isinstance(seed, int) or isinstance(seed, bool):
         raise ConfigError(f"recipe: seed must be an integer, got {seed!r}")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from leantune.errors import SiteError
@@ -65,7 +65,7 @@ def adopt(old: nn.Module, kind: type[nn.Module]) -> Any:
 class DrawSource(Protocol):
     """Hands a linear the random numbers of the current forward; the session is one."""
 
-    def draw_for(self, weight: nn.Parameter) -> Draw | None:
+    def draw_for(self, weight: Tensor) -> Draw | None:
         """Return the current draw, or None where the plain linear should run."""
         ...
 

@@ -55,6 +55,8 @@ _FUNCTION_KINDS = {
     "CheckpointFunction": CHECKPOINT,
     "NoopSaveInputs": CHECKPOINT,
     "CompiledFunction": "compiled region",
+    # What a store kept: the whole input, or some rows of it.
+    "Linear": "linear input",
 }
 _LINEAR_OPERATIONS = {"Addmm", "Mm"}
 # Reentrant checkpointing keeps generator states on ctx; they are no activations, and the

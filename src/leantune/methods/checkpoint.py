@@ -16,7 +16,6 @@ from leantune.core.registry import MethodSpec, register
 from leantune.core.session import Session
 from leantune.core.sites import Site
 
-
 _FLAGS = ("gradient_checkpointing", "_gradient_checkpointing_func")
 
 

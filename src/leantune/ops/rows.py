@@ -55,6 +55,8 @@ def row_norms(x2d: Tensor) -> Tensor:
     Returns:
         (n,) float32.
     """
+    if x2d.dtype == torch.float64:
+        return torch.linalg.vector_norm(x2d, dim=-1).float()
     return torch.linalg.vector_norm(x2d, dim=-1, dtype=torch.float32)
 
 

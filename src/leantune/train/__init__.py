@@ -1,0 +1,1 @@
+"""Training: tasks, data, metrics, the trainer callback, and whole runs."""

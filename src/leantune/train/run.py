@@ -6,7 +6,8 @@ import importlib.metadata
 import json
 import math
 import platform
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -143,24 +144,28 @@ class _Workshop:
     def measure(self, names: Sequence[str]) -> dict[str, _Measured]:
         """Measure bytes and time of a step on the first batch, all variants in one run."""
         ledgers: dict[str, dict[str, Any]] = {}
-        steps: dict[str, Callable[[], None]] = {}
+        steps: dict[str, _Step] = {}
         for name in names:
-            trainer, session = self.build(name, Path(self.config.output) / "checkpoints")
-            # A first batch: with the same seed the very rows that training starts with.
-            batch = dict(next(iter(trainer.get_train_dataloader())))
-            model: Any = trainer.model
-            if self.config.gradient_checkpointing:
-                newer = getattr(model, "activation_checkpointing_enable", None)
-                (newer or model.gradient_checkpointing_enable)()
-            step = _Step(model, session, batch, self.config.precision)
+            steps[name] = step = self._first_step(name)
             with step.autocast():
-                ledgers[name] = ledger(model, batch).to_dict()
-            steps[name] = step
+                ledgers[name] = ledger(step.model, step.batch).to_dict()
         stats = compare_steps(steps, reference=names[0], rounds=MEASURED_ROUNDS)
         # A trainer is full of cycles; its model would count towards the peak of the training.
-        del trainer, session, model, step, steps
+        del step, steps
         gc.collect()
         return {name: _Measured(ledgers[name], stats[name]) for name in names}
+
+    def _first_step(self, name: str) -> "_Step":
+        """Make the step that training of the same seed begins with."""
+        # A trainer makes its folder at once; the run's own is not to be touched yet.
+        with tempfile.TemporaryDirectory() as folder:
+            trainer, session = self.build(name, Path(folder))
+        batch = dict(next(iter(trainer.get_train_dataloader())))
+        model: Any = trainer.model
+        if self.config.gradient_checkpointing:
+            newer = getattr(model, "activation_checkpointing_enable", None)
+            (newer or model.gradient_checkpointing_enable)()
+        return _Step(model, session, batch, self.config.precision)
 
     def train(self, name: str, folder: Path, measured: _Measured, last: str) -> VariantResult:
         """Train one variant, or go on with it; of the last one the model is kept."""

@@ -96,7 +96,8 @@ class RunningNorms:
         old_here = self._padded(column, shape[-2])[: shape[-2]]
         new = torch.lerp(by_position, old_here, self._decay)
         # An overflowed step under mixed precision, or a position without a real row, says nothing.
-        old_here.copy_(torch.where(torch.isfinite(new) & (count > 0), new, old_here))
+        is_known = torch.isfinite(new) & torch.isfinite(mean) & (count > 0)
+        old_here.copy_(torch.where(is_known, new, old_here))
 
     def _padded(self, column: int, num_positions: int) -> Tensor:
         """Return the (>= num_positions,) means of a linear; new positions start at the mean."""

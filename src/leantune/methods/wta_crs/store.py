@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from leantune.core.sites import Site
+from leantune.errors import UnsupportedError
 from leantune.methods.wta_crs import maths
 from leantune.methods.wta_crs.norms import NormSource, make_source
 from leantune.ops.rows import row_norms, uniform
@@ -103,6 +105,7 @@ class SampledStore:
         self.session = session
         self._column = column
         self._mask = site.mask
+        self._is_checked = False
         # Transformers sets this flag on the block itself, also after we were applied.
         self._block: nn.Module | None = (
             None if site.block is None else session.model.get_submodule(site.block)
@@ -126,14 +129,36 @@ class SampledStore:
             return exact_grad_weight(packed.tensors[0], grad_output)
         g = grad_output.reshape(-1, grad_output.shape[-1])  # (n, d_out)
         if meta.is_drawn:
-            sample = Sample(*packed.tensors[:3], packed.tensors[3:])
-            if self.source.needs_gradients:
-                mask = meta.batch.row_mask(self._mask, meta.shape)
-                self.source.observe(self._column, row_norms(g), mask, meta.shape, meta.batch)
+            rows, indices, weights, *kept = packed.tensors
+            sample = Sample(rows, indices, weights, tuple(kept))
+            self._learn(row_norms(g) if self._wants_norms() else None, meta)
         else:
             draw = self.session.current_draw(g.device)
             sample = self._sample(packed.tensors[0], draw, meta.batch, row_norms(g))
         return estimate(sample, g)
+
+    def _wants_norms(self) -> bool:
+        return self.source.needs_gradients or not (self._is_checked or is_compiling())
+
+    def _learn(self, grad_norms: Tensor | None, meta: _Meta) -> None:
+        """Tell the source the exact norms; once, check that what is called padding has none.
+
+        Rows of padding are never drawn. A loss that counts them would make the estimate biased.
+        """
+        if grad_norms is None:
+            return
+        mask = meta.batch.row_mask(self._mask, meta.shape)
+        if self.source.needs_gradients:
+            self.source.observe(self._column, grad_norms, mask, meta.shape, meta.batch)
+        if self._is_checked or is_compiling():
+            return
+        self._is_checked = True
+        if mask is not None and bool((grad_norms.masked_fill(mask, 0.0) > 0).any()):
+            raise UnsupportedError(
+                f"WTACRS: {self._mask} must be 0 only on rows without a gradient, got a loss that "
+                "counts padding, which would bias the weight gradient; give the labels to the "
+                "model with -100 on padding, or draw_at='backward', which needs no mask"
+            )
 
     def saved_bytes(self, shape: torch.Size, dtype: torch.dtype) -> int:
         """Bytes kept of an input of ``shape``; members of a group share theirs."""

