@@ -42,8 +42,8 @@ class Setting:
 
 SETTINGS = (
     Setting("sst2", 6000, 1),
-    Setting("cola", 3000, 2),
-    Setting("stsb", 1500, 2),
+    Setting("cola", 2000, 2),
+    Setting("stsb", 1000, 2),
 )
 
 RECIPES: dict[str, tuple[MethodConfig, ...]] = {

@@ -48,7 +48,10 @@ def synthetic() -> list[dict[str, Any]]:
         generator = torch.Generator().manual_seed(_SEED)
         h = torch.randn(n, width, generator=generator)
         g = torch.randn(n, width, generator=generator)
-        h *= torch.exp(log_std * torch.randn(n, 1, generator=generator)) / row_norms(h)[:, None]
+        # The distribution's own quantiles: a random draw of norms moves the ratios by half.
+        normal = torch.distributions.Normal(0.0, 1.0).icdf((torch.arange(n) + 0.5) / n)
+        lengths = torch.exp(log_std * normal[torch.randperm(n, generator=generator)])
+        h *= (lengths / row_norms(h))[:, None]
         g /= row_norms(g)[:, None]
         p = maths.probabilities(row_norms(h) * row_norms(g), None, 0.0)
         variance = {}

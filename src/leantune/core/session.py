@@ -245,16 +245,20 @@ class Session:
             )
         return kind(params, **options)
 
-    def trainer_callback(self):
+    def trainer_callback(self, resume_from: str | Path | None = None):
         """Return the ``transformers.TrainerCallback`` that carries this session through a run.
 
         It saves and restores the session with the trainer's checkpoints, counts steps, tells the
         session the size of the training set and runs calibration where a method asks for it.
+
+        Args:
+            resume_from: the folder given to ``train(resume_from_checkpoint=...)``, where it lies
+                outside the trainer's ``output_dir``.
         """
         # The one arrow that points upwards, late, so that core runs without transformers.
         from leantune.train.callback import SessionCallback
 
-        return SessionCallback(self)
+        return SessionCallback(self, resume_from)
 
     def remove(self) -> None:
         """Put the original module objects back; weights stay as they are now."""

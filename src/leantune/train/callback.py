@@ -166,7 +166,7 @@ class SessionCallback(TrainerCallback):
             raise ConfigError(
                 f"SessionCallback: checkpoint must hold {path.name}, got no such file in {folder}; "
                 "resume from an earlier checkpoint, or name the folder with "
-                "SessionCallback(session, resume_from=...)"
+                "session.trainer_callback(resume_from=...)"
             )
         self.session.load_state_dict(load_tensors(path))
 
