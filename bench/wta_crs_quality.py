@@ -42,8 +42,9 @@ class Setting:
 
 SETTINGS = (
     Setting("sst2", 6000, 1),
-    Setting("cola", 2000, 2),
-    Setting("stsb", 1000, 2),
+    # Small batches: with 32 rows a step MiniLM predicts the majority class for the whole run.
+    Setting("cola", 8551, 2, batch_size=8),
+    Setting("stsb", 2000, 2, batch_size=8),
 )
 
 RECIPES: dict[str, tuple[MethodConfig, ...]] = {
