@@ -101,18 +101,21 @@ def summary() -> str:
             both = sorted(set(ours) & set(exact))
             if name != "exact" and both:
                 change = [100 * (ours[s]["metric"] - exact[s]["metric"]) for s in both]
-                error = stdev(change) / len(change) ** 0.5 if len(change) > 1 else float("nan")
-                cell += f" ({fmean(change):+.1f}, s.e. {error:.1f})"
+                cell += f" ({fmean(change):+.1f}"
+                if len(change) > 1:
+                    cell += f", s.e. {stdev(change) / len(change) ** 0.5:.1f}"
+                cell += ")"
             line[setting.task] = cell
-            line["seeds"] = len(values)
-            line["saved"] = f"{ours[min(ours)]['saved_bytes'] / 2**20:.1f}"
+            line["seeds"] = min(line.get("seeds", len(SEEDS)), len(values))
+            if setting.task == "sst2":
+                line["saved"] = f"{ours[min(ours)]['saved_bytes'] / 2**20:.1f}"
         lines.append(line)
     heads = {
         "recipe": "recipe",
         "sst2": "SST-2 accuracy",
         "cola": "CoLA Matthews",
         "stsb": "STS-B Pearson",
-        "saved": "saved MiB (STS-B batch)",
+        "saved": "saved MiB (an SST-2 batch)",
         "seeds": "seeds",
     }
     return rows.table(lines, heads)
