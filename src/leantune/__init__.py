@@ -6,7 +6,7 @@ from leantune.core.session import Session
 from leantune.errors import ConfigError, LeantuneError, SiteError, UnsupportedError
 from leantune.measure import fidelity, ledger
 from leantune.methods import WTACRS, Checkpoint, LoRA
-from leantune.train.data import with_sample_ids
+from leantune.train.sample_ids import with_sample_ids
 
 # Importing the subpackage bound its name here; the public name is the function.
 methods = registry.methods

@@ -18,7 +18,7 @@ from leantune.core import registry
 from leantune.core.config import MethodConfig, option
 from leantune.core.registry import MethodSpec, register
 from leantune.train.callback import SESSION_FILE, SessionCallback
-from leantune.train.data import with_sample_ids
+from leantune.train.sample_ids import with_sample_ids
 
 # The older name is deprecated since the newer one exists.
 CHECKPOINTING = next(

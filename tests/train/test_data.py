@@ -15,14 +15,13 @@ from transformers import PreTrainedTokenizerFast
 
 from leantune.errors import ConfigError
 from leantune.train.data import (
-    SAMPLE_ID,
     Table,
     TaskData,
     load_task,
     tokenize,
     tokenize_text,
-    with_sample_ids,
 )
+from leantune.train.sample_ids import SAMPLE_ID, with_sample_ids
 from leantune.train.tasks import HubSource, Task
 
 WORDS = [f"w{n}" for n in range(50)]

@@ -22,7 +22,7 @@ from leantune.core import registry
 from leantune.core.session import Session
 from leantune.core.state import load_tensors, save_tensors, trained_parameters
 from leantune.errors import ConfigError, UnsupportedError
-from leantune.train.data import SAMPLE_ID
+from leantune.train.sample_ids import SAMPLE_ID
 
 SESSION_FILE = "leantune_session.safetensors"
 CALIBRATION_BATCHES = 8

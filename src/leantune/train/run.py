@@ -105,9 +105,9 @@ class _Workshop:
         """Load the model anew, convert it unless it is the exact one, and make its trainer."""
         import transformers
 
-        from leantune.train.data import with_sample_ids
         from leantune.train.metrics import compute_metrics_fn
         from leantune.train.models import load_model
+        from leantune.train.sample_ids import with_sample_ids
 
         config = self.config
         model, _ = load_model(config.model, self.data, seed=config.seed)
