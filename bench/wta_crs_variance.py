@@ -19,6 +19,7 @@ from leantune.core.session import Batch, Session
 from leantune.core.sites import Site, find_sites
 from leantune.methods.wta_crs import maths, norms, store
 from leantune.ops.rows import row_norms, uniform
+from leantune.ops.stores import grad_weight
 
 NUM_DRAWS = 60
 _SEED = 0
@@ -94,7 +95,7 @@ def _relative_variance(
     total = 0.0
     for number in range(num_draws):
         u = uniform(_SEED, 1, torch.tensor(number), 2 * len(h) + 1, device=h.device)
-        total += float((store.estimate(make(u), g) - exact).square().sum())
+        total += float((grad_weight(store.factors_of(make(u), g)) - exact).square().sum())
     return total / num_draws / float(exact.square().sum())
 
 

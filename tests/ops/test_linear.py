@@ -1,5 +1,7 @@
 """The linear Function against float64, and bit for bit against the plain linear."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -7,7 +9,7 @@ from torch.autograd.gradcheck import GradcheckError
 from torch.nn import functional as F
 
 from leantune.ops.linear import linear
-from leantune.ops.stores import ExactStore
+from leantune.ops.stores import ExactStore, Factors, grad_weight
 
 D_IN, D_OUT = 12, 7
 SHAPES = [(5, D_IN), (3, 4, D_IN), (2, 3, 4, D_IN), (1, D_IN), (0, D_IN), (2, 0, D_IN)]
@@ -182,8 +184,8 @@ def test_gradcheck_in_float64() -> None:
     assert torch.autograd.gradcheck(ours, (x, weight, b))
 
     class Wrong(ExactStore):
-        def grad_weight(self, packed, grad_output):
-            return super().grad_weight(packed, grad_output) * 1.01
+        def grad_factors(self, packed, grad_output, rule=None):
+            return super().grad_factors(packed, grad_output * 1.01, rule)
 
     with pytest.raises(GradcheckError):
         torch.autograd.gradcheck(lambda *t: linear(*t, Wrong()), (x, weight, b))
@@ -240,3 +242,51 @@ def test_meta_tensors_pass_through() -> None:
     layer = nn.Linear(D_IN, D_OUT, device="meta")
     x = torch.empty(3, D_IN, device="meta")
     assert linear(x, layer.weight, layer.bias, STORE).shape == (3, D_OUT)
+
+
+class LeadingColumns:
+    """A rule that trains the first columns of the weight alone."""
+
+    width = 3
+
+    def project(self, rows: Tensor) -> Tensor:
+        return rows[:, : self.width].contiguous()
+
+    def grad(self, factors: Sequence[Factors]) -> Tensor:
+        return grad_weight(factors)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_rule_trains_its_parameter_in_the_weights_stead(bias: bool) -> None:
+    rule = LeadingColumns()
+    x, weight, b = leaves(bias=bias)
+    trained = torch.zeros(D_OUT, rule.width, requires_grad=True)
+    grad_output = torch.randn(3, 4, D_OUT)
+    y = linear(x, weight, b, STORE, None, trained, rule)
+    leaf = [t for t in (x, b) if t is not None]
+    *others, ours_, none = torch.autograd.grad(
+        y, [*leaf, trained, weight], grad_output, allow_unused=True
+    )
+    y_plain, plain = run(F.linear, x, weight, b, grad_output)
+    assert torch.equal(y, y_plain) and none is None
+    assert all(torch.equal(g, p) for g, p in zip(others, [plain[0], *plain[2:]], strict=True))
+    torch.testing.assert_close(ours_, plain[1][:, : rule.width])
+    # The control: another rule must not pass.
+    assert not torch.allclose(ours_, plain[1][:, -rule.width :])
+
+
+@pytest.mark.parametrize("is_frozen", [True, False])
+def test_a_rule_keeps_what_it_asks_for(is_frozen: bool) -> None:
+    rule = LeadingColumns()
+    x, weight, b = leaves()
+    trained = torch.zeros(D_OUT, rule.width, requires_grad=not is_frozen)
+    saved: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        linear(x, weight, b, STORE, None, trained, rule)
+    sizes = [t.nbytes for t in saved if t.data_ptr() != weight.data_ptr()]
+    assert sizes == ([] if is_frozen else [STORE.saved_bytes(x.shape, x.dtype, rule)])

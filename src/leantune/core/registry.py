@@ -54,6 +54,7 @@ class MethodSpec:
         needs_sample_ids: (config) -> whether batches must carry ``sample_id``.
         on_step: (session, step) -> None, called once per optimiser step.
         calibrate: (session, batches) -> None, called by ``session.calibrate``.
+        num_calibration_batches: (config) -> how many batches the trainer callback calibrates on.
     """
 
     config: type[MethodConfig]
@@ -71,6 +72,7 @@ class MethodSpec:
     needs_sample_ids: Callable[[Any], bool] = lambda config: False
     on_step: "Callable[[Session, int], None] | None" = None
     calibrate: "Callable[[Session, Any], None] | None" = None
+    num_calibration_batches: Callable[[Any], int] = lambda config: 8
 
     def __post_init__(self) -> None:
         ways = [w for w in (self.stores, self.build, self.attach) if w is not None]

@@ -80,6 +80,7 @@ class Session:
         self.is_sampling = True
         self.wants_loss_scale = False
         self._states: dict[str, MethodState] = {}
+        self._forward_begins: list[Callable[[], None]] = []
         self._forward_ends: list[Callable[[], None]] = []
         self._auxiliary: list[Tensor] = []
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -111,6 +112,8 @@ class Session:
             if self._needs_ids and self.is_sampling:
                 self._check_ids(sample_ids)
             self.batch = Batch(sample_ids, _row_masks(kwargs))
+        for begin in self._forward_begins:
+            begin()
         return args, kwargs
 
     def _end_forward(self, model: nn.Module, args: Any, output: Any) -> None:
@@ -168,6 +171,11 @@ class Session:
         """Let a method's state travel with the session's checkpoints."""
         assert name not in self._states, name
         self._states[name] = state
+
+    def at_forward_begin(self, call: Callable[[], None]) -> None:
+        """Call ``call`` before every forward of the model, whatever its mode (to bring weights up
+        to date with what the optimiser has done)."""
+        self._forward_begins.append(call)
 
     def at_forward_end(self, call: Callable[[], None]) -> None:
         """Call ``call`` after every forward of the model (to drop what the forward shared)."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from leantune.core.config import SiteFilter
+from leantune.core.swap import StoredConv1D, StoredLinear
 from leantune.errors import SiteError
 
 ROLES = ("linear", "mlp", "attention", "block")
@@ -26,6 +27,7 @@ class Site:
         bypass: modules that become the identity when ``module`` is replaced by one that computes
             the whole part (an FFN whose linears lie apart in their block).
         block: name of the enclosing block; None for a linear outside every known block.
+        part: for a linear in a known block, which of those parts it is.
         reads: key that linears reading one and the same input share, or None.
         mask: batch field that marks the real rows (``attention_mask``), or None where unknown.
     """
@@ -36,6 +38,7 @@ class Site:
     parts: Mapping[str, str] = field(default_factory=dict, repr=False)
     bypass: tuple[str, ...] = ()
     block: str | None = None
+    part: str | None = None
     reads: str | None = None
     mask: str | None = None
 
@@ -233,9 +236,11 @@ ARCHITECTURES: Mapping[str, _Block] = {
 def is_linear(module: nn.Module) -> bool:
     """Whether the module is a plain linear: ``nn.Linear`` or transformers' ``Conv1D``.
 
-    Subclasses are left alone: quantised or otherwise special linears compute something else.
+    So is one that a method has converted already. Other subclasses are left alone: quantised or
+    otherwise special linears compute something else.
     """
-    return type(module) is nn.Linear or type(module).__name__ == "Conv1D"
+    is_ours = isinstance(module, StoredLinear | StoredConv1D)
+    return is_ours or type(module) is nn.Linear or type(module).__name__ == "Conv1D"
 
 
 def find_sites(model: nn.Module) -> list[Site]:
@@ -248,16 +253,21 @@ def find_sites(model: nn.Module) -> list[Site]:
     sites: list[Site] = []
     inputs: dict[str, str] = {}
     masks: dict[str, str] = {}
+    parts: dict[str, str] = {}
     blocks = [n for n, m in modules.items() if type(m).__name__ in ARCHITECTURES]
     for name in blocks:
-        sites.extend(_block_sites(name, modules, inputs, masks))
+        for site in _block_sites(name, modules, inputs, masks):
+            sites.append(site)
+            parts.update({linear: part for part, linear in site.parts.items()})
     for name, module in modules.items():
         if is_linear(module):
             block = next((b for b in blocks if name.startswith(b + ".")), None)
             reads = _reads(name, inputs)
             # A mask is trusted inside a known block only: elsewhere rows may mean anything.
             mask = None if block is None else _prefix(name, masks) or _mask(block, modules)
-            sites.append(Site(name, "linear", module, block=block, reads=reads, mask=mask))
+            part = _prefix(name, parts)
+            site = Site(name, "linear", module, block=block, part=part, reads=reads, mask=mask)
+            sites.append(site)
     order = {name: i for i, name in enumerate(modules)}
     return sorted(sites, key=lambda s: order[s.name])
 

@@ -3,12 +3,13 @@
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from leantune.errors import SiteError
 from leantune.ops.linear import linear
-from leantune.ops.stores import ActivationStore, Draw
+from leantune.ops.stores import ActivationStore, Draw, ExactStore, GradientRule
 
 
 @dataclass
@@ -71,17 +72,20 @@ class DrawSource(Protocol):
 
 
 class StoredLinear(nn.Linear):
-    """An ``nn.Linear`` whose weight gradient comes from what its store kept of the input."""
+    """An ``nn.Linear`` whose weight gradient comes from what its store kept of the input.
 
-    store: ActivationStore
+    With a ``rule``, the parameter ``trained`` is trained in the weight's stead; output and input
+    gradient are still those of ``weight``.
+    """
+
+    store: ActivationStore = ExactStore()
     draws: DrawSource
+    rule: GradientRule | None = None
+    trained: nn.Parameter
 
     def forward(self, input):
         """Return the plain linear's output, (..., d_out)."""
-        draw = self.draws.draw_for(self.weight) if self.training else None
-        if draw is None:
-            return F.linear(input, self.weight, self.bias)
-        return linear(input, self.weight, self.bias, self.store, draw)
+        return _stored_forward(self, input, self.weight)
 
 
 class StoredConv1D(nn.Module):
@@ -89,20 +93,59 @@ class StoredConv1D(nn.Module):
 
     weight: nn.Parameter
     bias: nn.Parameter
-    store: ActivationStore
+    store: ActivationStore = ExactStore()
     draws: DrawSource
+    rule: GradientRule | None = None
+    trained: nn.Parameter
 
     def forward(self, x):
         """Return the plain layer's output, (..., d_out)."""
-        draw = self.draws.draw_for(self.weight) if self.training else None
-        if draw is None:
-            return F.linear(x, self.weight.t(), self.bias)
-        return linear(x, self.weight.t(), self.bias, self.store, draw)
+        return _stored_forward(self, x, self.weight.t())
+
+
+def _stored_forward(layer: StoredLinear | StoredConv1D, x: Tensor, weight: Tensor) -> Tensor:
+    rule = layer.rule
+    trained = None if rule is None else layer.trained
+    draw = layer.draws.draw_for(weight if trained is None else trained) if layer.training else None
+    if draw is not None:
+        return linear(x, weight, layer.bias, layer.store, draw, trained, rule)
+    if trained is not None and trained.requires_grad and torch.is_grad_enabled():
+        # Nothing is sampled here, but the rule's parameter has a gradient all the same.
+        return linear(x, weight, layer.bias, _EXACT, None, trained, rule)
+    return F.linear(x, weight, layer.bias)
+
+
+_EXACT = ExactStore()
 
 
 def with_store(old: nn.Module, store: ActivationStore, draws: DrawSource) -> nn.Module:
     """Return ``old``'s twin that keeps for backward what ``store`` chooses."""
-    new = adopt(old, StoredLinear if isinstance(old, nn.Linear) else StoredConv1D)
+    new = _stored(old, draws)
     new.store = store
+    return new
+
+
+def with_rule(
+    old: nn.Module, trained: nn.Parameter, rule: GradientRule, draws: DrawSource
+) -> nn.Module:
+    """Return ``old``'s twin that trains ``trained`` in its weight's stead.
+
+    The twin holds ``trained`` as a parameter of its own; the weight, which must be frozen, stays
+    the same object.
+    """
+    new = _stored(old, draws)
+    # Of its own: what the twin trains must not show up in the module that comes back.
+    new._parameters = dict(old._parameters)
+    new.trained = trained
+    new.rule = rule
+    return new
+
+
+def _stored(old: nn.Module, draws: DrawSource) -> Any:
+    if isinstance(old, StoredLinear | StoredConv1D):
+        kind = type(old)
+    else:
+        kind = StoredLinear if isinstance(old, nn.Linear) else StoredConv1D
+    new = adopt(old, kind)
     new.draws = draws
     return new

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from leantune.ops.stores import ActivationStore, Draw, Packed
+from leantune.ops.stores import ActivationStore, Draw, GradientRule, Packed, flatten, grad_weight
 
 
 def linear(
@@ -20,6 +20,8 @@ def linear(
     bias: Tensor | None,
     store: ActivationStore,
     draw: Draw | None = None,
+    trained: Tensor | None = None,
+    rule: GradientRule | None = None,
 ) -> Tensor:
     """Return ``x weight^T + bias``; only the weight gradient comes from what ``store`` kept.
 
@@ -31,13 +33,18 @@ def linear(
         x: (..., d_in).
         weight: (d_out, d_in).
         bias: (d_out,) or None.
-        store: decides what is kept of ``x``; unused where the weight is frozen.
+        store: decides what is kept of ``x``; unused where nothing trains.
         draw: random numbers for a sampling store.
+        trained: the parameter that ``rule`` trains in the weight's stead, of any shape; the weight
+            itself then gets no gradient.
+        rule: forms the gradient of ``trained``; given together with it.
 
     Returns:
         (..., d_out).
     """
-    return _Linear.apply(x, weight, bias, store, draw, _autocast_dtype(x))  # type: ignore[no-any-return]
+    assert (trained is None) == (rule is None)
+    dtype = _autocast_dtype(x)
+    return _Linear.apply(x, weight, bias, trained, store, draw, rule, dtype)  # type: ignore[no-any-return]
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -63,19 +70,22 @@ class _Linear(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        trained: Tensor | None,
         store: ActivationStore,
         draw: Draw | None,
+        rule: GradientRule | None,
         dtype: torch.dtype | None,
     ) -> Tensor:
         xc, wc, bc = (t if t is None or dtype is None else t.to(dtype) for t in (x, weight, bias))
         assert xc is not None and wc is not None
         with _autocast_off(x):
             y = F.linear(xc, wc, bc)
-            packed = store.pack(xc, draw, x) if ctx.needs_input_grad[1] else Packed(())
+            trains = ctx.needs_input_grad[1 if rule is None else 3]
+            packed = store.pack(xc, draw, x, rule) if trains else Packed(())
         ctx.save_for_backward(weight, *packed.tensors)
         ctx.meta = packed.meta
-        ctx.store = store
-        ctx.dtypes = (x.dtype, None if bias is None else bias.dtype)
+        ctx.store, ctx.rule = store, rule
+        ctx.dtypes = [None if t is None else t.dtype for t in (x, weight, bias, trained)]
         ctx.shape = x.shape
         return y
 
@@ -83,15 +93,20 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor):  # type: ignore[override]
         weight, *tensors = ctx.saved_tensors
-        x_dtype, bias_dtype = ctx.dtypes
-        grads: list[Tensor | None] = [None, None, None]
-        g2 = grad_output.reshape(-1, grad_output.shape[-1])
+        rule = ctx.rule
+        grads: list[Tensor | None] = [None, None, None, None]
+        g2 = flatten(grad_output)
         with _autocast_off(grad_output):
             if ctx.needs_input_grad[0]:
-                grads[0] = (g2 @ weight.to(g2.dtype)).view(ctx.shape).to(x_dtype)
-            if ctx.needs_input_grad[1]:
+                grads[0] = (g2 @ weight.to(g2.dtype)).view(ctx.shape)
+            if ctx.needs_input_grad[1 if rule is None else 3]:
                 packed = Packed(tuple(tensors), ctx.meta)
-                grads[1] = ctx.store.grad_weight(packed, grad_output).to(weight.dtype)
+                factors = ctx.store.grad_factors(packed, grad_output, rule)
+                if rule is None:
+                    grads[1] = grad_weight(factors)
+                else:
+                    grads[3] = rule.grad(factors)
             if ctx.needs_input_grad[2]:
-                grads[2] = g2.sum(0).to(bias_dtype)
-        return (*grads, None, None, None)
+                grads[2] = g2.sum(0)
+        cast = [g if g is None else g.to(d) for g, d in zip(grads, ctx.dtypes, strict=True)]
+        return (*cast, None, None, None, None)

@@ -25,7 +25,6 @@ from leantune.errors import ConfigError, UnsupportedError
 from leantune.train.sample_ids import SAMPLE_ID
 
 SESSION_FILE = "leantune_session.safetensors"
-CALIBRATION_BATCHES = 8
 
 
 class SessionCallback(TrainerCallback):
@@ -171,16 +170,17 @@ class SessionCallback(TrainerCallback):
         self.session.load_state_dict(load_tensors(path))
 
     def _calibrate(self, args: TrainingArguments, loader: Any) -> None:
-        specs = [registry.get(config.method) for config in self.session.methods]
-        if loader is None or all(spec.calibrate is None for spec in specs):
+        specs = [(registry.get(config.method), config) for config in self.session.methods]
+        wanted = [s.num_calibration_batches(c) for s, c in specs if s.calibrate is not None]
+        if loader is None or not wanted:
             return
-        device = args.device
+        device, num = args.device, max(wanted)
         devices = [device] if device.type == "cuda" else []
         # Neither the order of the samples nor dropout may depend on calibration.
         with torch.random.fork_rng(devices=devices):
             batches = (
                 send_to_device(batch, device)
-                for batch, _ in zip(_spread(loader, args), range(CALIBRATION_BATCHES), strict=False)
+                for batch, _ in zip(_spread(loader, args, num), range(num), strict=False)
             )
             self.session.calibrate(batches)
 
@@ -247,11 +247,11 @@ def _count_samples(dataset: Any) -> int | None:
     return len(dataset) if dataset is not None and has_length(dataset) else None
 
 
-def _spread(loader: Any, args: TrainingArguments) -> Iterable[Any]:
+def _spread(loader: Any, args: TrainingArguments, num_batches: int) -> Iterable[Any]:
     """Load batches of rows that are evenly spread over the data set, in a fixed order."""
     dataset: Any = loader.dataset
     size = args.per_device_train_batch_size
-    rows = _evenly(dataset, size * CALIBRATION_BATCHES) if has_length(dataset) else None
+    rows = _evenly(dataset, size * num_batches) if has_length(dataset) else None
     return DataLoader(dataset, size, sampler=rows, collate_fn=loader.collate_fn)  # type: ignore[arg-type]
 
 

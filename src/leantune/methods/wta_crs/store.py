@@ -20,7 +20,15 @@ from leantune.errors import UnsupportedError
 from leantune.methods.wta_crs import maths
 from leantune.methods.wta_crs.norms import NormSource, make_source
 from leantune.ops.rows import row_norms, uniform
-from leantune.ops.stores import Draw, Packed, exact_grad_weight
+from leantune.ops.stores import (
+    Draw,
+    Factors,
+    GradientRule,
+    Packed,
+    exact_factors,
+    flatten,
+    width,
+)
 
 if TYPE_CHECKING:
     from leantune.core.session import Batch, Session
@@ -111,23 +119,28 @@ class SampledStore:
             None if site.block is None else session.model.get_submodule(site.block)
         )
 
-    def pack(self, x: Tensor, draw: Draw | None, origin: Tensor) -> Packed:
+    def pack(
+        self, x: Tensor, draw: Draw | None, origin: Tensor, rule: GradientRule | None = None
+    ) -> Packed:
         num_rows = x.shape[:-1].numel()
         batch = self.session.batch
         if self._budget(num_rows) >= num_rows:
-            return Packed((x,), None)
+            return Packed((x if rule is None else rule.project(flatten(x)),), None)
         if self._draws_in_backward():
             return Packed((x,), _Meta(False, x.shape, batch))
         assert draw is not None
         sample = self.group.share(origin, lambda: self._sample(x, draw, batch))
+        sample = projected(sample, rule)
         tensors = (sample.rows, sample.indices, sample.weights, *sample.kept)
         return Packed(tensors, _Meta(True, x.shape, batch))
 
-    def grad_weight(self, packed: Packed, grad_output: Tensor) -> Tensor:
+    def grad_factors(
+        self, packed: Packed, grad_output: Tensor, rule: GradientRule | None = None
+    ) -> Sequence[Factors]:
         meta: _Meta | None = packed.meta
         if meta is None:
-            return exact_grad_weight(packed.tensors[0], grad_output)
-        g = grad_output.reshape(-1, grad_output.shape[-1])  # (n, d_out)
+            return [exact_factors(packed.tensors[0], grad_output)]
+        g = flatten(grad_output)  # (n, d_out)
         if meta.is_drawn:
             rows, indices, weights, *kept = packed.tensors
             sample = Sample(rows, indices, weights, tuple(kept))
@@ -135,7 +148,8 @@ class SampledStore:
         else:
             draw = self.session.current_draw(g.device)
             sample = self._sample(packed.tensors[0], draw, meta.batch, row_norms(g))
-        return estimate(sample, g)
+            sample = projected(sample, rule)
+        return factors_of(sample, g)
 
     def _wants_norms(self) -> bool:
         return self.source.needs_gradients or not (self._is_checked or is_compiling())
@@ -160,18 +174,22 @@ class SampledStore:
                 "model with -100 on padding, or draw_at='backward', which needs no mask"
             )
 
-    def saved_bytes(self, shape: torch.Size, dtype: torch.dtype) -> int:
+    def saved_bytes(
+        self, shape: torch.Size, dtype: torch.dtype, rule: GradientRule | None = None
+    ) -> int:
         """Bytes kept of an input of ``shape``; members of a group share theirs."""
-        num_rows, d_in = shape[:-1].numel(), shape[-1]
+        num_rows, d_in, w = shape[:-1].numel(), shape[-1], width(shape, rule)
         num_kept = self._budget(num_rows)
-        if num_kept >= num_rows or self._draws_in_backward():
+        if num_kept >= num_rows:
+            return num_rows * w * dtype.itemsize
+        if self._draws_in_backward():
             return num_rows * d_in * dtype.itemsize
         exact = 0
         if self.config.residual_rank == "mean":
-            exact = d_in
+            exact = w
         elif self.config.residual_rank:
-            exact = (num_rows + d_in) * self._rank(num_rows, d_in)
-        per_row = d_in * dtype.itemsize + torch.int32.itemsize + torch.float32.itemsize
+            exact = (num_rows + w) * self._rank(num_rows, d_in)
+        per_row = w * dtype.itemsize + torch.int32.itemsize + torch.float32.itemsize
         return num_kept * per_row + exact * dtype.itemsize
 
     def _budget(self, num_rows: int) -> int:
@@ -230,7 +248,9 @@ def power_step(rows: Tensor, basis: Tensor) -> Tensor:
         basis: (d_in, r), V.
     """
     wide = rows.float()
-    return torch.linalg.qr(wide.t() @ (wide @ basis.to(wide)))[0]
+    # LAPACK's layout is by columns; a saved basis comes back by rows, and products would round
+    # another way after a resume.
+    return torch.linalg.qr(wide.t() @ (wide @ basis.to(wide)))[0].contiguous()
 
 
 def split_exact(
@@ -272,8 +292,20 @@ def gather(rows: Tensor, kept: tuple[Tensor, ...], chosen: maths.Selection) -> S
     return Sample(picked, chosen.indices, chosen.weights, kept)
 
 
-def estimate(sample: Sample, g: Tensor) -> Tensor:
-    """Form ``sum_t w_t g_t^T h_t`` plus the exact part, (d_out, d_in).
+def projected(sample: Sample, rule: GradientRule | None) -> Sample:
+    """Return the sample with ``rule.project`` of its rows; a linear map, so it may come late."""
+    if rule is None:
+        return sample
+    kept = sample.kept
+    if len(kept) == 1:
+        kept = (rule.project(kept[0][None])[0],)
+    elif kept:
+        kept = (kept[0], rule.project(kept[1].t()).t())
+    return sample._replace(rows=rule.project(sample.rows), kept=kept)
+
+
+def factors_of(sample: Sample, g: Tensor) -> list[Factors]:
+    """Return ``sum_t w_t g_t^T h_t`` plus the exact part as factors; ``g`` is (n, d_out).
 
     Weights meet the gradient in float32. In float16 they are scaled into range first: a rare row
     can carry a weight of thousands.
@@ -283,16 +315,13 @@ def estimate(sample: Sample, g: Tensor) -> Tensor:
     if sample.rows.dtype == torch.float16:
         scale = weights.abs().amax().clamp(min=1)
         weights = weights / scale
-    scaled = (picked * weights[:, None]).to(sample.rows.dtype)
-    grad = scaled.t() @ sample.rows
-    if scale is not None:
-        grad = grad.float() * scale
+    factors = [Factors((picked * weights[:, None]).to(sample.rows.dtype), sample.rows, scale)]
     if len(sample.kept) == 1:
-        grad = grad + torch.outer(g.sum(0), sample.kept[0])
+        factors.append(Factors(g.sum(0)[None], sample.kept[0][None]))
     elif sample.kept:
         projection, basis = sample.kept
-        grad = grad + (g.t() @ projection) @ basis.t()
-    return grad
+        factors.append(Factors((g.t() @ projection).t(), basis.t()))
+    return factors
 
 
 def make_stores(
