@@ -5,8 +5,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, LlamaConfig
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    GPT2Config,
+    LlamaConfig,
+)
 from transformers.models.bert.modeling_bert import BertEncoder
+from transformers.models.gpt2.modeling_gpt2 import GPT2Model
 from transformers.models.llama.modeling_llama import LlamaModel
 
 from bench.rows import GLUE
@@ -30,6 +37,27 @@ class BertBlocks(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the mean square of the output, a () loss with a gradient on every row."""
         return self.encoder(x).last_hidden_state.square().mean()
+
+
+class Gpt2Blocks(nn.Module):
+    """A stack of GPT-2 blocks (norm first) with a tiny vocabulary; (b, t, 768) -> a () loss."""
+
+    def __init__(self, num_layers: int = 4) -> None:
+        super().__init__()
+        config = GPT2Config(
+            vocab_size=16,
+            n_layer=num_layers,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            use_cache=False,
+            attn_implementation="sdpa",
+        )
+        self.transformer = GPT2Model(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the mean square of the output, a () loss with a gradient on every row."""
+        return self.transformer(inputs_embeds=x).last_hidden_state.square().mean()
 
 
 class LlamaBlocks(nn.Module):

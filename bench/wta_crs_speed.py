@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import leantune as lt
 from bench import rows
-from bench.models import BertBlocks, LlamaBlocks
+from bench.models import BertBlocks, Gpt2Blocks, LlamaBlocks
 from leantune.core.config import MethodConfig
 from leantune.core.sites import find_sites
 from leantune.measure import compare_steps, format_bytes
@@ -45,6 +45,13 @@ CASES = (
     Case(
         "BERT-base block x 4, 16 x 128",
         BertBlocks,
+        lambda device: torch.randn(16, 128, 768, device=device),
+        torch.float32,
+        needs_gpu=False,
+    ),
+    Case(
+        "GPT-2 block x 4, 16 x 128",
+        Gpt2Blocks,
         lambda device: torch.randn(16, 128, 768, device=device),
         torch.float32,
         needs_gpu=False,

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.gradcheck import GradcheckError
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from leantune.ops.linear import linear
 from leantune.ops.stores import ExactStore, Factors, grad_weight
@@ -242,6 +244,33 @@ def test_meta_tensors_pass_through() -> None:
     layer = nn.Linear(D_IN, D_OUT, device="meta")
     x = torch.empty(3, D_IN, device="meta")
     assert linear(x, layer.weight, layer.bias, STORE).shape == (3, D_OUT)
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("function", [ours, F.linear])
+def test_recomputation_ends_before_the_last_product(function) -> None:
+    """A checkpointed block that ends in a linear needs that one's input, not its output."""
+    x, weight, b = leaves()
+    y = checkpoint(lambda x: function(torch.relu(x), weight, b), x, use_reentrant=False)
+    with Products() as products:
+        y.sum().backward()
+    assert products.count == 2  # for the input and the weight
+    # The control: in the middle of the block the product is needed.
+    y = checkpoint(lambda x: function(x, weight, b).exp(), x, use_reentrant=False)
+    with Products() as products:
+        y.sum().backward()
+    assert products.count == 3
 
 
 class LeadingColumns:
