@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from leantune.core import registry
 from leantune.core.config import MethodConfig
+from leantune.core.optim import paired, refuse_dense
 from leantune.core.registry import Change
 from leantune.errors import ConfigError
 from leantune.ops.stores import Draw
@@ -64,6 +65,9 @@ class Session:
         seed: together with the site and the draw number it fixes every random choice.
         step: optimiser steps so far, where a trainer callback or ``on_step`` counts them.
         num_samples: size of the training set, which bounds ``sample_id``; None if unknown.
+        watched_optimizer: the one that steps the parameters, where the session has met it.
+        sparse_parameters: those with sparse gradients -> whether an optimiser should correct the
+            bias of each entry by itself.
         loss_scale: () tensor or number that multiplies the loss, as mixed precision does; read
             from the gradient of the model's own loss where it returns one.
     """
@@ -79,6 +83,8 @@ class Session:
         self.changes: list[Change] = []
         self.is_sampling = True
         self.wants_loss_scale = False
+        self.watched_optimizer: torch.optim.Optimizer | None = None
+        self.sparse_parameters: dict[nn.Parameter, bool] = {}
         self._states: dict[str, MethodState] = {}
         self._forward_begins: list[Callable[[], None]] = []
         self._forward_ends: list[Callable[[], None]] = []
@@ -87,6 +93,10 @@ class Session:
         self._draw = torch.zeros((), dtype=torch.int64, device=device)
         self._needs_ids = any(registry.get(m.method).needs_sample_ids(m) for m in methods)
         self._handles: list[Any] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copied or pickled model has no optimiser, and does not carry the state of another's.
+        return {**self.__dict__, "watched_optimizer": None}
 
     # -- the model's forward ---------------------------------------------------------------
 
@@ -239,7 +249,10 @@ class Session:
     def optimizer(
         self, kind: type[torch.optim.Optimizer] = torch.optim.AdamW, **options: Any
     ) -> torch.optim.Optimizer:
-        """Return ``kind`` over the parameters that train.
+        """Return ``kind`` over the parameters that train, and watch it.
+
+        Where a method gives some of them sparse gradients, a sparse Adam steps those beside it; the
+        two act as one optimiser.
 
         Args:
             kind: any torch optimiser class.
@@ -251,7 +264,21 @@ class Session:
                 "session.optimizer: the model must have a trainable parameter, got none; set "
                 "requires_grad on what should train"
             )
-        return kind(params, **options)
+        optimizer = paired(kind, params, self.sparse_parameters, options)
+        self.watch_optimizer(optimizer)
+        return optimizer
+
+    def watch_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Tell methods which optimiser steps the parameters, if it was not made by the session.
+
+        A method that exchanges what it trains reads the moments there and moves them along. The
+        trainer callback calls this by itself.
+
+        Raises:
+            ConfigError: the optimiser cannot take the sparse gradients that a method gives.
+        """
+        refuse_dense(optimizer, self.sparse_parameters)
+        self.watched_optimizer = optimizer
 
     def trainer_callback(self, resume_from: str | Path | None = None):
         """Return the ``transformers.TrainerCallback`` that carries this session through a run.

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from leantune.errors import SiteError
 from leantune.ops.linear import linear
-from leantune.ops.stores import ActivationStore, Draw, ExactStore, GradientRule
+from leantune.ops.stores import ActivationStore, Draw, ExactStore, GradientCut, GradientRule
 
 
 @dataclass
@@ -74,13 +74,15 @@ class DrawSource(Protocol):
 class StoredLinear(nn.Linear):
     """An ``nn.Linear`` whose weight gradient comes from what its store kept of the input.
 
-    With a ``rule``, the parameter ``trained`` is trained in the weight's stead; output and input
-    gradient are still those of ``weight``.
+    With a ``rule``, the parameter ``trained`` is trained in the weight's stead (the weight itself,
+    where there is none); output and input gradient are still those of ``weight``. With a ``cut``,
+    all gradients come from what it leaves of the output's.
     """
 
     store: ActivationStore = ExactStore()
     draws: DrawSource
     rule: GradientRule | None = None
+    cut: GradientCut | None = None
     trained: nn.Parameter
 
     def forward(self, input):
@@ -96,6 +98,7 @@ class StoredConv1D(nn.Module):
     store: ActivationStore = ExactStore()
     draws: DrawSource
     rule: GradientRule | None = None
+    cut: GradientCut | None = None
     trained: nn.Parameter
 
     def forward(self, x):
@@ -104,11 +107,12 @@ class StoredConv1D(nn.Module):
 
 
 def _stored_forward(layer: StoredLinear | StoredConv1D, x: Tensor, weight: Tensor) -> Tensor:
-    rule = layer.rule
-    trained = None if rule is None else layer.trained
+    rule, trained = layer.rule, layer._parameters.get("trained")
     draw = layer.draws.draw_for(weight if trained is None else trained) if layer.training else None
     if draw is not None:
-        return linear(x, weight, layer.bias, layer.store, draw, trained, rule)
+        if rule is not None and trained is None:
+            trained, weight = weight, weight.detach()
+        return linear(x, weight, layer.bias, layer.store, draw, trained, rule, layer.cut)
     if trained is not None and trained.requires_grad and torch.is_grad_enabled():
         # Nothing is sampled here, but the rule's parameter has a gradient all the same.
         return linear(x, weight, layer.bias, _EXACT, None, trained, rule)
@@ -126,23 +130,46 @@ def with_store(old: nn.Module, store: ActivationStore, draws: DrawSource) -> nn.
 
 
 def with_rule(
-    old: nn.Module, trained: nn.Parameter, rule: GradientRule, draws: DrawSource
+    old: nn.Module,
+    trained: nn.Parameter | None,
+    rule: GradientRule,
+    draws: DrawSource,
+    kind: type[nn.Module] | None = None,
 ) -> nn.Module:
     """Return ``old``'s twin that trains ``trained`` in its weight's stead.
 
     The twin holds ``trained`` as a parameter of its own; the weight, which must be frozen, stays
-    the same object.
+    the same object. None trains the weight itself, through the rule.
+
+    Args:
+        kind: the twin's class, where it evaluates its output another way.
     """
-    new = _stored(old, draws)
-    # Of its own: what the twin trains must not show up in the module that comes back.
-    new._parameters = dict(old._parameters)
-    new.trained = trained
+    new = _stored(old, draws, kind)
+    if trained is not None:
+        # Of its own: what the twin trains must not show up in the module that comes back.
+        new._parameters = dict(old._parameters)
+        new.trained = trained
     new.rule = rule
     return new
 
 
-def _stored(old: nn.Module, draws: DrawSource) -> Any:
-    if isinstance(old, StoredLinear | StoredConv1D):
+def with_cut(old: nn.Module, cut: GradientCut, draws: DrawSource) -> nn.Module:
+    """Return ``old``'s twin that keeps only what ``cut`` leaves of the output's gradient."""
+    new = _stored(old, draws)
+    new.cut = cut
+    return new
+
+
+def stand_ins(model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters that are trained in a weight's stead."""
+    layers = [m for m in model.modules() if isinstance(m, StoredLinear | StoredConv1D)]
+    return [m._parameters["trained"] for m in layers if "trained" in m._parameters]  # type: ignore[misc]
+
+
+def _stored(old: nn.Module, draws: DrawSource, kind: type[nn.Module] | None = None) -> Any:
+    if kind is not None:
+        pass
+    elif isinstance(old, StoredLinear | StoredConv1D):
         kind = type(old)
     else:
         kind = StoredLinear if isinstance(old, nn.Linear) else StoredConv1D

@@ -1,6 +1,7 @@
 """Measures any torch model: bytes held, gradient error, time and peak of a step."""
 
 from leantune.measure._entries import Entry, Holder
+from leantune.measure._step import calibration_step
 from leantune.measure._text import format_bytes
 from leantune.measure.fidelity import Fidelity, ParameterFidelity, fidelity
 from leantune.measure.ledger import Ledger, ledger
@@ -13,6 +14,7 @@ __all__ = [
     "Ledger",
     "ParameterFidelity",
     "StepStats",
+    "calibration_step",
     "compare_steps",
     "fidelity",
     "format_bytes",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from leantune.errors import ConfigError, UnsupportedError
-from leantune.measure._restore import find_session
+from leantune.measure._restore import find_session, preserved
 
 Batch = Mapping[str, Any] | Sequence[Any] | Tensor
 LossFn = Callable[[Any], Tensor]
@@ -133,3 +133,24 @@ def _describe(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"a {value.dtype} tensor of shape {tuple(value.shape)} without a graph"
     return type(value).__name__
+
+
+def calibration_step(who: str, model: nn.Module, batch: Batch) -> None:
+    """Run one forward and backward in training mode and leave no trace of it.
+
+    Training flags, gradients, buffers, generator states and the session of a converted model are
+    afterwards as before; what hooks, stores and rules saw of it stays with them.
+
+    Args:
+        who: speaks in error messages.
+        model: on a real device.
+        batch: keyword arguments, positional arguments or the only argument of the model.
+
+    Raises:
+        ConfigError: the batch is empty, or the output has no differentiable tensor.
+    """
+    step = make_step(who, model, batch)
+    with preserved(model, step.tensors()), torch.enable_grad():
+        model.train()
+        _, loss = step.forward()
+        loss.backward()

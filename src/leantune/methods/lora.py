@@ -13,6 +13,7 @@ from leantune.core.config import MethodConfig, option
 from leantune.core.registry import MethodSpec, register
 from leantune.core.session import Session
 from leantune.core.sites import Site
+from leantune.core.swap import stand_ins
 from leantune.errors import UnsupportedError
 
 _HEADS = ("classifier", "score", "qa_outputs")
@@ -110,6 +111,9 @@ def _attach(model: nn.Module, sites: list[Site], config: LoRA, session: Session)
             # peft changes one layer after the other: take back those it came to.
             before.undo()
             raise
+    # peft freezes all but its own; what another method trains beside it goes on training.
+    for parameter in stand_ins(model):
+        parameter.requires_grad_(True)
     for module in model.modules():
         # New modules are in training mode, whatever the model is in.
         if isinstance(module, BaseTunerLayer):

@@ -11,7 +11,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from leantune.ops.stores import ActivationStore, Draw, GradientRule, Packed, flatten, grad_weight
+from leantune.ops.stores import (
+    ActivationStore,
+    Draw,
+    GradientCut,
+    GradientRule,
+    Packed,
+    flatten,
+    grad_weight,
+)
 
 
 def linear(
@@ -22,6 +30,7 @@ def linear(
     draw: Draw | None = None,
     trained: Tensor | None = None,
     rule: GradientRule | None = None,
+    cut: GradientCut | None = None,
 ) -> Tensor:
     """Return ``x weight^T + bias``; only the weight gradient comes from what ``store`` kept.
 
@@ -38,17 +47,18 @@ def linear(
         trained: the parameter that ``rule`` trains in the weight's stead, of any shape; the weight
             itself then gets no gradient.
         rule: forms the gradient of ``trained``; given together with it.
+        cut: leaves less of the output's gradient, before anything is formed of it; not with a rule.
 
     Returns:
         (..., d_out).
     """
-    assert (trained is None) == (rule is None)
+    assert (trained is None) == (rule is None) and (rule is None or cut is None)
     dtype = _autocast_dtype(x)
     with torch.no_grad():
         xc = x if dtype is None else x.to(dtype)
     # Saved first, multiplied second: where a block is checkpointed, its recomputation ends with the
     # last tensor saved, and so without the last product (a quarter to a third of a pre-norm block).
-    promise = _Linear.apply(x, xc.detach(), weight, bias, trained, store, draw, rule)
+    promise = _Linear.apply(x, xc.detach(), weight, bias, trained, store, draw, rule, cut)
     wc, bc = (t if t is None else t.detach() for t in (weight, bias))
     return _Product.apply(promise, xc.detach(), wc, bc, dtype)  # type: ignore[no-any-return]
 
@@ -83,6 +93,7 @@ class _Linear(torch.autograd.Function):
         store: ActivationStore,
         draw: Draw | None,
         rule: GradientRule | None,
+        cut: GradientCut | None,
     ) -> Tensor:
         trains = ctx.needs_input_grad[2 if rule is None else 4]
         with _autocast_off(x):
@@ -90,7 +101,7 @@ class _Linear(torch.autograd.Function):
             packed = store.pack(kept, draw, x, rule) if trains else Packed(())
         ctx.save_for_backward(weight, *packed.tensors)
         ctx.meta = packed.meta
-        ctx.store, ctx.rule = store, rule
+        ctx.store, ctx.rule, ctx.cut = store, rule, cut
         ctx.dtypes = [None if t is None else t.dtype for t in (x, weight, bias, trained)]
         ctx.shape = x.shape
         # One element however large the output: the promise is never read.
@@ -103,22 +114,33 @@ class _Linear(torch.autograd.Function):
         rule = ctx.rule
         grads: list[Tensor | None] = [None, None, None, None]
         g2 = flatten(grad_output)
+        units = None
         with _autocast_off(grad_output):
+            if ctx.cut is not None:
+                g2, units = ctx.cut(g2)
             if ctx.needs_input_grad[0]:
-                grads[0] = (g2 @ weight.to(g2.dtype)).view(ctx.shape)
+                used = weight if units is None else weight.index_select(0, units)
+                grads[0] = (g2 @ used.to(g2.dtype)).view(ctx.shape)
             if ctx.needs_input_grad[2 if rule is None else 4]:
                 packed = Packed(tuple(tensors), ctx.meta)
-                factors = ctx.store.grad_factors(packed, grad_output, rule)
+                factors = ctx.store.grad_factors(packed, g2, rule)
                 if rule is None:
-                    grads[1] = grad_weight(factors)
+                    grads[1] = _spread(grad_weight(factors), units, len(weight))
                 else:
                     grads[3] = rule.grad(factors)
             if ctx.needs_input_grad[3]:
-                grads[2] = g2.sum(0)
+                grads[2] = _spread(g2.sum(0), units, len(weight))
         for_x, *others = [
             g if g is None else g.to(d) for g, d in zip(grads, ctx.dtypes, strict=True)
         ]
-        return (for_x, None, *others, None, None, None)
+        return (for_x, None, *others, None, None, None, None)
+
+
+def _spread(rows: Tensor, units: Tensor | None, d_out: int) -> Tensor:
+    """Put the rows of ``units`` (u, ...) into (d_out, ...), zero elsewhere."""
+    if units is None:
+        return rows
+    return rows.new_zeros(d_out, *rows.shape[1:]).index_copy_(0, units, rows)
 
 
 class _Product(torch.autograd.Function):

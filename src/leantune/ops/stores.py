@@ -3,7 +3,7 @@
 Legend: n rows (all leading dimensions flattened), k kept rows, d_in, d_out, w features kept.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -59,6 +59,22 @@ class GradientRule(Protocol):
     def grad(self, factors: Sequence[Factors]) -> Tensor:
         """Return the gradient of the rule's parameter, in its shape."""
         ...
+
+
+class Cut(NamedTuple):
+    """What is left of an output's gradient.
+
+    Args:
+        rows: (n, u), the gradient of the output units in ``units``.
+        units: (u,) int64, each once; None for all of them in order.
+    """
+
+    rows: Tensor
+    units: Tensor | None = None
+
+
+GradientCut = Callable[[Tensor], Cut]
+"""Leaves less of a linear's output gradient (n, d_out): input, weight and bias see what is left."""
 
 
 class ActivationStore(Protocol):

@@ -65,9 +65,13 @@ class SessionCallback(TrainerCallback):
         control: TrainerControl,
         model: nn.Module | None = None,
         train_dataloader: Any = None,
+        optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
         self._check(args, model)
+        if optimizer is not None:
+            # Accelerate wraps the optimiser.
+            self.session.watch_optimizer(getattr(optimizer, "optimizer", optimizer))
         dataset = getattr(train_dataloader, "dataset", None)
         self.session.num_samples = _count_samples(dataset)
         if state.global_step > 0:
@@ -145,6 +149,12 @@ class SessionCallback(TrainerCallback):
                 "kept per sample, got True, which drops the field sample_id; give "
                 "TrainingArguments remove_unused_columns=False and wrap the data set in "
                 "leantune.with_sample_ids(dataset)"
+            )
+        if self.session.sparse_parameters and args.max_grad_norm > 0:
+            raise ConfigError(
+                "SessionCallback: max_grad_norm must be 0 where gradients are sparse, which torch "
+                f"cannot clip, got {args.max_grad_norm}; give TrainingArguments max_grad_norm=0.0, "
+                "or a method option whose gradients are dense"
             )
         if args.n_gpu > 1:
             raise UnsupportedError(
