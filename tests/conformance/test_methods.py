@@ -149,8 +149,8 @@ def test_saved_bytes_equal_the_prediction(method: str, name: str, dtype) -> None
             for entry in book.entries
             if entry.ledger == "activations" and any(h.module in members for h in entry.holders)
         )
-        store = layers[members[0]].store
-        predicted = store.saved_bytes(shapes[members[0]], dtype or torch.float32)
+        layer = layers[members[0]]
+        predicted = layer.store.saved_bytes(shapes[members[0]], dtype or torch.float32, layer.rule)
         assert measured == predicted, members
 
 
@@ -241,7 +241,8 @@ def test_compiled_equals_eager(method: str) -> None:
         torch.manual_seed(0)
         model = Small()
         # A pattern, since a method may want blocks by default.
-        lt.apply(model, example(method, sites=["up", "down"]))
+        session = lt.apply(model, example(method, sites=["up", "down"]))
+        session.calibrate([torch.randn(4, 8, 8)])
         models.append(model)
     compiled = torch.compile(models[1], backend="aot_eager")
     x = torch.randn(4, 8, 8)
@@ -277,7 +278,12 @@ def test_load_gives_the_same_output_and_next_gradients(method: str, name: str, t
     session.save(tmp_path / "saved")
     other = MODELS[name].build()
     lt.load(other, tmp_path / "saved")
-    assert same(step(other, batch_of(name, 5)), step(model, batch_of(name, 5)))
+    got, wanted = step(other, batch_of(name, 5)), step(model, batch_of(name, 5))
+    if SPECS[method].attach is not None and SPECS[method].calibrate is not None:
+        # Dense weights that were brought up to date step by step have rounded at each step.
+        torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-6)
+    else:
+        assert same(got, wanted)
 
 
 @pytest.mark.parametrize(("method", "name"), FEW)
@@ -305,9 +311,8 @@ def test_merged_model_is_plain_and_equals_the_unmerged(method: str, name: str) -
 
 
 def test_merged_checkpoint_loads_without_this_library(tmp_path: Path) -> None:
-    tiny = MODELS["bert"]
-    model = tiny.build()
-    session = lt.apply(model, *(example(m) for m in SPECS))
+    model = MODELS["bert"].build()
+    session = convert(model, "bert", *compatible(model))
     optimizer = session.optimizer(torch.optim.SGD, lr=0.5)
     step(model, batch_of("bert"))
     optimizer.step()
@@ -324,6 +329,18 @@ def chosen(method: str, model: nn.Module) -> set[str]:
     spec, config = SPECS[method], example(method)
     sites = [s for s in find_sites(model) if s.role in spec.roles]
     return {s.name for s in sites if spec.selects(s, config)}
+
+
+def compatible(model: nn.Module) -> list[MethodConfig]:
+    """As many methods as go together: of those that clash the first."""
+    taken: set[tuple[str, str]] = set()
+    methods = []
+    for method in SPECS:
+        places = {(SPECS[method].axis, name) for name in chosen(method, model)}
+        if not places & taken:
+            taken |= places
+            methods.append(example(method))
+    return methods
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids="+".join)
@@ -350,7 +367,8 @@ def test_all_methods_together_give_the_gradient_of_the_weights_alone() -> None:
     for method in (m for m in SPECS if SPECS[m].axis == "weights"):
         alone, together = MODELS["bert"].build(), MODELS["bert"].build()
         convert(alone, "bert", example(method))
-        others = [neutral(m) for m in SPECS if m != method and SPECS[m].neutral is not None]
+        axes = {m: SPECS[m].axis for m in SPECS if SPECS[m].neutral is not None}
+        others = [neutral(m) for m, axis in axes.items() if axis != "weights"]
         convert(together, "bert", example(method), *others)
         wanted, got = (step(m, batch_of("bert")) for m in (alone, together))
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-8)

@@ -1,0 +1,345 @@
+"""A model under SparseGrad: its layers put in and taken out, calibrated, saved and refreshed.
+
+Legend: d_out and d_in the sides of a weight, r_out and r_in those of the leading block.
+"""
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from leantune.core.session import Session
+from leantune.core.sites import Site
+from leantune.core.swap import Swap, swap, with_rule
+from leantune.errors import ConfigError, SiteError
+from leantune.measure import calibration_step
+from leantune.methods.sparse_grad import maths
+from leantune.methods.sparse_grad.layer import Bases, Collect, Layer, RotatedLinear, not_calibrated
+
+if TYPE_CHECKING:
+    from leantune.methods.sparse_grad import SparseGrad
+
+
+class Conversion:
+    """All layers that one config converted: a reversible change, and the state that it carries."""
+
+    def __init__(self, session: Session, sites: list[Site], config: "SparseGrad") -> None:
+        self.session, self.config = session, config
+        self.name = f"sparse_grad.{sites[0].name}"
+        self.layers = [Layer(site, _group(site, config), config) for site in sites]
+        self.swaps: list[Swap] = []
+        self.flags: list[tuple[nn.Parameter, bool]] = []
+        self.mask_id: str | None = None
+        for site, layer in zip(sites, self.layers, strict=True):
+            self._put_in(site, layer)
+        session.keep_state(self.name, self)
+        session.at_forward_begin(self.begin)  # type: ignore[misc]
+        self._hook = session.model.register_state_dict_pre_hook(self._before_state_dict)
+
+    def _put_in(self, site: Site, layer: Layer) -> None:
+        weight: Any = site.module.weight
+        trained = layer.make_parameter(weight)
+        is_step = self.config.selection == "step"
+        kind = RotatedLinear if is_step else None
+        self.flags.append((weight, weight.requires_grad))
+        weight.requires_grad_(False)
+        layer.module = new = with_rule(site.module, trained, layer, self.session, kind)
+        # Frozen parameters and not buffers, which a measurement would put back to older values.
+        if is_step:
+            self.session.sparse_parameters[trained] = self.config.bias_correction == "per_entry"
+        else:
+            new.applied = nn.Parameter(torch.zeros_like(trained), requires_grad=False)
+        if self.config.selection == "refreshed":
+            new.refreshes = nn.Parameter(torch.zeros((), device=weight.device), requires_grad=False)
+        self.swaps.append(swap(self.session.model, site.name, new))
+
+    def undo(self) -> None:
+        self.update()
+        self._hook.remove()
+        for change in reversed(self.swaps):
+            change.undo()
+        for parameter, flag in self.flags:
+            parameter.requires_grad_(flag)
+
+    def merge(self) -> None:
+        self.undo()
+
+    # -- every forward ---------------------------------------------------------------------
+
+    @torch.compiler.disable
+    def begin(self) -> None:
+        """Bring dense weights up to date before a forward, and check that training may begin."""
+        if self.session.model.training and torch.is_grad_enabled():
+            if not self.is_calibrated and self.layers[0].collect is None:
+                raise not_calibrated()
+            self._check_mask()
+            if self.config.selection == "refreshed":
+                is_next = (self.session.step + 1) % self.config.refresh_steps == 0
+                for layer in self.layers:
+                    layer.wants_scores = is_next
+        if self.config.selection != "step":
+            self.update()
+
+    def update(self) -> None:
+        """Bring all dense weights up to date with what has been trained."""
+        for layer in self.layers:
+            layer.update()
+
+    def _before_state_dict(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
+        self.update()
+
+    def _check_mask(self) -> None:
+        """Refuse an optimiser whose state was saved with another mask; groups carry its id."""
+        optimizer = self.session.watched_optimizer
+        if optimizer is None or self.mask_id is None:
+            return
+        has_state = any(layer.module.trained in optimizer.state for layer in self.layers)
+        for group in optimizer.param_groups:
+            if not has_state:
+                group[self.name] = self.mask_id
+            elif group.setdefault(self.name, self.mask_id) != self.mask_id:
+                raise ConfigError(
+                    f"SparseGrad: mask must be the one that the optimiser's state was saved with "
+                    f"({group[self.name]}), got {self.mask_id}; load the session that was saved "
+                    "beside it, or start a new optimiser"
+                )
+
+    def on_step(self, step: int) -> None:
+        """Exchange entries where it is time."""
+        if self.config.selection != "refreshed" or step % self.config.refresh_steps:
+            return
+        optimizer = self.session.watched_optimizer
+        for layer in self.layers:
+            state = {} if optimizer is None else optimizer.state.get(layer.module.trained, {})
+            layer.refresh(state)
+        self._name_mask()
+        for group in () if optimizer is None else optimizer.param_groups:
+            group[self.name] = self.mask_id
+
+    def _name_mask(self) -> None:
+        digest = hashlib.blake2b(digest_size=8)
+        for layer in self.layers:
+            if layer.indices is not None:
+                digest.update(layer.indices.cpu().numpy().tobytes())
+        self.mask_id = digest.hexdigest()
+
+    # -- calibration -----------------------------------------------------------------------
+
+    @property
+    def is_calibrated(self) -> bool:
+        return self.layers[0].bases is not None
+
+    def calibrate(self, batches: list[Any]) -> None:
+        """Find bases and masks from the gradients of ``batches``; no parameter moves."""
+        grams: dict[str, tuple[Tensor, Tensor]] = {}
+        largest: dict[str, Tensor] = {}
+        moments: dict[str, Tensor] = {}
+        normalize = self.config.normalize
+
+        def add_gram(layer: Layer, grad: Tensor) -> None:
+            dtype = torch.promote_types(grad.dtype, torch.float32)
+            if layer.group not in grams:
+                out, inn = (torch.zeros(d, d, dtype=dtype, device=grad.device) for d in layer.shape)
+                grams[layer.group] = out, inn
+            maths.accumulate_grams(*grams[layer.group], grad, normalize)
+            top = grad.abs().amax()
+            largest[layer.name] = torch.maximum(largest.get(layer.name, top), top)
+
+        def add_moment(layer: Layer, grad: Tensor) -> None:
+            q_out, q_in = bases[layer.group].on(grad)
+            total = moments.setdefault(layer.name, torch.zeros_like(grad, dtype=q_out.dtype))
+            maths.accumulate_second_moment(total, grad, q_out, q_in, normalize)
+
+        self._show(batches, add_gram)
+        self._check_gradients(largest)
+        bases = {
+            group: Bases(maths.basis(gram_out), maths.basis(gram_in))
+            for group, (gram_out, gram_in) in grams.items()
+        }
+        is_block = self.config.selection == "block"
+        if self.config.selection in ("fixed", "refreshed") or self.config.num_outliers:
+            self._show(batches, add_moment)
+        thin: dict[Any, Bases] = {}
+        for layer in self.layers:
+            whole, moment = bases[layer.group], moments.get(layer.name)
+            if is_block and moment is None:
+                key = layer.group, layer.block
+                thin[key] = thin.get(key) or _thin(whole, *layer.block)
+                layer.use(thin[key], None)
+            elif moment is None:
+                layer.use(whole, None)
+                layer.rotate_weight()
+            elif is_block:
+                layer.use(*_with_outliers(whole, layer.block, moment, self.config.num_outliers))
+            else:
+                layer.use(whole, maths.top_entries(moment, layer.num_entries))
+        self._name_mask()
+
+    def _show(self, batches: list[Any], collect: Collect) -> None:
+        """Run exact forwards and backwards, and hand every layer's weight gradient over."""
+        waiting = [n for c in _conversions(self.session) for n in c.layers if n.bases is None]
+        for layer in (*waiting, *self.layers):
+            layer.collect = collect if layer in self.layers else _ignore
+        try:
+            for batch in batches:
+                with self.session.exact():
+                    calibration_step("SparseGrad", self.session.model, batch)
+        finally:
+            for layer in (*waiting, *self.layers):
+                layer.collect = None
+
+    def _check_gradients(self, largest: dict[str, Tensor]) -> None:
+        for layer in self.layers:
+            top = float(largest.get(layer.name, 0.0))
+            if not 0 < top < float("inf"):
+                what = "zero in every batch" if top == 0 else f"a largest entry of {top}"
+                raise ConfigError(
+                    f"SparseGrad: gradient of {layer.name} must be finite and not zero in "
+                    f"calibration, got {what}; show batches with labels whose loss is finite and "
+                    "depends on this layer, or leave it out with sites="
+                )
+
+    # -- state -----------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Tensor]:
+        out: dict[str, Tensor] = {}
+        owners: dict[int, str] = {}
+        for layer in self.layers if self.is_calibrated else ():
+            assert layer.bases is not None
+            owner = owners.setdefault(id(layer.bases), layer.name)
+            if owner == layer.name:
+                out[f"{owner}:q_out"], out[f"{owner}:q_in"] = layer.bases.q_out, layer.bases.q_in
+            out[f"{layer.name}:basis"] = torch.tensor([n.name for n in self.layers].index(owner))
+            if layer.indices is not None:
+                out[f"{layer.name}:indices"] = layer.indices
+            if layer.history is not None:
+                out[f"{layer.name}:dropped"], out[f"{layer.name}:reached"] = layer.history
+                out[f"{layer.name}:refreshes"] = torch.tensor(layer.num_refreshes)
+        return out
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        if not state:
+            return
+        wanted = {layer.name for layer in self.layers}
+        found = {key.rpartition(":")[0] for key in state}
+        if wanted != found:
+            raise _other_model(f"bases of {min(wanted ^ found)!r} on one side only")
+        bases: dict[str, Bases] = {}
+        for layer in self.layers:
+            owner = self.layers[int(state[f"{layer.name}:basis"])].name
+            pair = (state.get(f"{owner}:q_out"), state.get(f"{owner}:q_in"))
+            for q, d in zip(pair, layer.shape, strict=True):
+                if q is None or q.shape[0] != d:
+                    shape = None if q is None else tuple(q.shape)
+                    raise _other_model(f"a basis of shape {shape} for {d} features of {layer.name}")
+            device = layer.module.weight.device
+            if owner not in bases:
+                bases[owner] = Bases(*(q.to(device) for q in pair))  # type: ignore[union-attr]
+            indices = state.get(f"{layer.name}:indices")
+            expected = layer.module.trained.numel() if indices is None else len(indices)
+            self._check_numbers(layer, bases[owner], expected)
+            layer.use(bases[owner], None if indices is None else indices.to(device))
+            if f"{layer.name}:dropped" in state:
+                layer.history = state[f"{layer.name}:dropped"], state[f"{layer.name}:reached"]
+                layer.num_refreshes = int(state[f"{layer.name}:refreshes"])
+                layer.is_history_in_weight = False
+        self._name_mask()
+
+    def _check_numbers(self, layer: Layer, bases: Bases, num_entries: int) -> None:
+        if not bool(torch.isfinite(bases.q_out).all() & torch.isfinite(bases.q_in).all()):
+            raise _other_model(f"NaN or infinite entries in a basis of {layer.name}")
+        if num_entries != layer.module.trained.numel():
+            wanted = layer.module.trained.numel()
+            raise _other_model(f"{num_entries} entries for the {wanted} of {layer.name}")
+
+
+def _ignore(layer: Layer, grad: Tensor) -> None:
+    """Stand by while another config's layers are calibrated."""
+
+
+def _other_model(got: str) -> ConfigError:
+    return ConfigError(
+        f"SparseGrad: state must belong to this model and recipe, got {got}; load it onto the "
+        "model that it was calibrated on, or calibrate anew"
+    )
+
+
+def _group(site: Site, config: "SparseGrad") -> str:
+    """Name those that share a basis: linears of one part and shape, or the linear alone."""
+    if config.basis == "layer":
+        return site.name
+    return f"{site.part} {tuple(site.module.weight.shape)}"  # type: ignore[union-attr]
+
+
+def _thin(bases: Bases, r_out: int, r_in: int) -> Bases:
+    """Return the leading vectors in half precision: any basis gives exact gradients in itself."""
+    leading = (bases.q_out[:, :r_out], bases.q_in[:, :r_in])
+    return Bases(*(q if q.dtype == torch.float64 else q.half() for q in map(_own, leading)))
+
+
+def _own(q: Tensor) -> Tensor:
+    return q.clone(memory_format=torch.contiguous_format)
+
+
+def _with_outliers(
+    bases: Bases, block: tuple[int, int], moment: Tensor, num_outliers: int
+) -> tuple[Bases, Tensor]:
+    """Return the vectors that the block and its outliers need, and the entries among them."""
+    (r_out, r_in), (d_out, d_in) = block, moment.shape
+    chosen = maths.outliers(moment, r_out, r_in, num_outliers).long()
+    rows = torch.cat((torch.arange(r_out, device=chosen.device), chosen // d_in)).unique()
+    columns = torch.cat((torch.arange(r_in, device=chosen.device), chosen % d_in)).unique()
+    is_used = torch.zeros(d_out, d_in, dtype=torch.bool, device=chosen.device)
+    is_used[:r_out, :r_in] = True
+    is_used.view(-1)[chosen] = True
+    indices = is_used[rows][:, columns].flatten().nonzero().squeeze(1)
+    used = (bases.q_out[:, rows], bases.q_in[:, columns])
+    return Bases(*(q if q.dtype == torch.float64 else q.half() for q in map(_own, used))), indices
+
+
+def attach(
+    model: nn.Module, sites: list[Site], config: "SparseGrad", session: Session
+) -> Conversion:
+    """Convert the chosen linears; tied weights are refused, since others would train them too."""
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    tied = [owners[id(s.module.weight)] for s in sites if len(owners[id(s.module.weight)]) > 1]
+    if tied:
+        raise SiteError(
+            f"SparseGrad: weights must not be tied, got {' = '.join(tied[0])} ({len(tied)} such "
+            "sites); leave them out with sites=, or untie them"
+        )
+    return Conversion(session, sites, config)
+
+
+def _conversions(session: Session) -> list[Conversion]:
+    return [change for change in session.changes if isinstance(change, Conversion)]
+
+
+def on_step(session: Session, step: int) -> None:
+    """Let every conversion exchange its entries where it is time."""
+    for change in _conversions(session):
+        change.on_step(step)
+
+
+def calibrate(session: Session, batches: Iterable[Any]) -> None:
+    """Calibrate what has no bases yet; trained values would mean nothing in others.
+
+    Raises:
+        ConfigError: no batches, or a layer whose gradient is zero or not finite.
+    """
+    waiting = [change for change in _conversions(session) if not change.is_calibrated]
+    if not waiting:
+        return
+    shown = list(islice(batches, max(c.config.num_calibration_steps for c in waiting)))
+    if not shown:
+        raise ConfigError(
+            "SparseGrad: calibration must see at least one batch, got none; give "
+            "session.calibrate a list of training batches"
+        )
+    for change in waiting:
+        change.calibrate(shown[: change.config.num_calibration_steps])

@@ -1,0 +1,511 @@
+"""Bases, rotations and selections against float64 oracles, with controls that must fail."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracles import sparse_grad as oracle
+from torch import Tensor
+from torch._subclasses.fake_tensor import (
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from leantune.errors import ConfigError
+from leantune.methods.sparse_grad.maths import (
+    Plan,
+    Support,
+    accumulate_grams,
+    accumulate_second_moment,
+    basis,
+    block_shape,
+    carry_over,
+    energy_share,
+    grad_block,
+    gradient_plan,
+    outliers,
+    refresh_mask,
+    rotate,
+    rotate_back_sparse,
+    selected_gradient,
+    support,
+    top_entries,
+)
+
+Array = oracle.Array
+D_OUT, D_IN, NUM_ROWS = 24, 16, 10
+SHAPE = (D_OUT, D_IN)
+EXACT = 1e-12
+PLANS: list[Plan] = ["rows", "matrix"]
+
+
+def make_orthogonal(d: int, seed: int = 0) -> Array:
+    return np.linalg.qr(np.random.default_rng(seed).normal(size=(d, d)))[0]
+
+
+def make_planted(num_steps: int = 40, d_out: int = 48, d_in: int = 32) -> Array:
+    """(num_steps, d_out, d_in): ``A R_s B^T``, both spectra decaying along known directions."""
+    rng = np.random.default_rng(5)
+    a = make_orthogonal(d_out, 1) * np.exp(-np.arange(d_out) / 2.0)
+    b = make_orthogonal(d_in, 2) * np.exp(-np.arange(d_in) / 2.0)
+    return np.stack([a @ rng.normal(size=(d_out, d_in)) @ b.T for _ in range(num_steps)])
+
+
+def make_grams(
+    stack: Array, normalize: bool = False, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor]:
+    gram_out, gram_in = (torch.zeros(d, d, dtype=dtype) for d in stack.shape[1:])
+    for grad in torch.from_numpy(stack):
+        accumulate_grams(gram_out, gram_in, grad, normalize)
+    return gram_out, gram_in
+
+
+def make_bases(d_out: int = D_OUT, d_in: int = D_IN) -> tuple[Tensor, Tensor]:
+    return torch.from_numpy(make_orthogonal(d_out, 3)), torch.from_numpy(make_orthogonal(d_in, 4))
+
+
+def make_rows(num_rows: int = NUM_ROWS) -> tuple[Tensor, Tensor]:
+    rng = np.random.default_rng(6)
+    x, grad_output = (torch.from_numpy(rng.normal(size=(num_rows, d))) for d in (D_IN, D_OUT))
+    return x, grad_output
+
+
+def make_mask(k: int, seed: int = 0, numel: int = D_OUT * D_IN) -> Tensor:
+    chosen = np.random.default_rng(seed).permutation(numel)[:k]
+    return torch.from_numpy(np.sort(chosen)).to(torch.int32)
+
+
+def relative_error(actual: Tensor, expected: Array) -> float:
+    assert tuple(actual.shape) == expected.shape
+    return float(np.linalg.norm(actual.double().numpy() - expected) / np.linalg.norm(expected))
+
+
+def orthogonality_error(q: Tensor) -> float:
+    return float((q.mT @ q - torch.eye(q.shape[1], dtype=q.dtype)).abs().max())
+
+
+# Bases
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-10), (torch.float32, 5e-6)])
+@pytest.mark.parametrize("num_steps", [1, 12])
+def test_bases_are_complete_and_orthonormal(
+    dtype: torch.dtype, bound: float, num_steps: int
+) -> None:
+    # One (128, 16) gradient has rank 16: the other 112 directions complete the basis.
+    stack = np.random.default_rng(0).normal(size=(num_steps, 128, 16))
+    for gram in make_grams(stack, dtype=dtype):
+        q = basis(gram)
+        assert q.dtype == dtype and q.shape == gram.shape
+        assert orthogonality_error(q) < bound
+        eigenvalues = torch.linalg.vecdot(q, gram @ q, dim=0)
+        assert (eigenvalues.diff() <= 1e-5 * eigenvalues[0]).all(), "largest first"
+        q[:, 0] *= 1.01
+        assert orthogonality_error(q) > bound, "the control"
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_grams_give_the_leading_subspaces_of_the_unfoldings(normalize: bool) -> None:
+    stack = make_planted(6) * np.exp(np.arange(6))[:, None, None]
+    scale = np.linalg.norm(stack, axis=(1, 2), keepdims=True)
+    bases = [basis(gram).numpy() for gram in make_grams(stack, normalize)]
+    expected = oracle.unfolding_bases(stack / scale if normalize else stack)
+    control = oracle.unfolding_bases(stack if normalize else stack / scale)
+    for q, u, other in zip(bases, expected, control, strict=True):
+        for rank in (1, 3, 6):
+            projector = q[:, :rank] @ q[:, :rank].T
+            assert np.abs(projector - u[:, :rank] @ u[:, :rank].T).max() < 1e-9
+            assert np.abs(projector - other[:, :rank] @ other[:, :rank].T).max() > 1e-4
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_normalized_grams_do_not_depend_on_magnitude(scale: float) -> None:
+    stack = make_planted(3)
+    grams = make_grams(stack * scale, True, torch.float32)
+    for gram, expected in zip(grams, make_grams(stack, True), strict=True):
+        assert relative_error(gram, expected.numpy()) < 1e-5
+        assert float(gram.trace()) == pytest.approx(3.0, rel=1e-5)
+
+
+def test_a_zero_gradient_adds_nothing_and_half_precision_is_widened() -> None:
+    stack = np.zeros((1, *SHAPE))
+    assert all(
+        not gram.any() for normalize in (False, True) for gram in make_grams(stack, normalize)
+    )
+    gram_out, gram_in = torch.zeros(1, 1), torch.zeros(1, 1)
+    accumulate_grams(gram_out, gram_in, torch.tensor([[300.0]], dtype=torch.float16), False)
+    assert gram_out.item() == gram_in.item() == 90000.0  # beyond float16
+
+
+def orientation_shares(stack: Array, q_out: Tensor, q_in: Tensor) -> dict[str, float]:
+    """Mean energy of the top 1 %, by where the bases are put."""
+    eye_out, eye_in = (torch.eye(d, dtype=torch.float64) for d in stack.shape[1:])
+    sides = {
+        "correct": (q_out, q_in),
+        "transposed": (q_out, q_in.mT),
+        "one-sided": (q_out, eye_in),
+        "original": (eye_out, eye_in),
+    }
+    grads = torch.from_numpy(stack)
+    return {
+        name: float(torch.stack([energy_share(rotate(g, *pair), 0.01) for g in grads]).mean())
+        for name, pair in sides.items()
+    }
+
+
+def is_right_order(shares: dict[str, float]) -> bool:
+    return (
+        shares["correct"] > 1.1 * shares["transposed"]
+        and abs(shares["transposed"] - shares["one-sided"]) < 0.1 * shares["correct"]
+        and min(shares["transposed"], shares["one-sided"]) > 1.5 * shares["original"]
+    )
+
+
+def test_only_the_right_orientation_gathers_the_energy() -> None:
+    """Released code transposes the input side, which leaves about the one-sided effect."""
+    stack = make_planted()
+    q_out, q_in = (basis(gram) for gram in make_grams(stack[:30]))
+    shares = orientation_shares(stack[30:], q_out, q_in)
+    assert is_right_order(shares), shares
+    assert not is_right_order(orientation_shares(stack[30:], q_out, q_in.mT)), "the control"
+
+
+# Rotations
+
+
+class Sizes(TorchDispatchMode):
+    """Records how many elements the results of operations have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.seen |= {t.numel() for t in tree_leaves(result) if isinstance(t, Tensor)}
+        return result
+
+
+@pytest.mark.parametrize(("r_out", "r_in"), [(D_OUT, D_IN), (5, D_IN), (D_OUT, 3), (1, 1)])
+def test_rotate_is_the_oracles(r_out: int, r_in: int) -> None:
+    q_out, q_in = (q[:, :r] for q, r in zip(make_bases(), (r_out, r_in), strict=True))
+    grad = torch.from_numpy(np.random.default_rng(7).normal(size=SHAPE))
+    expected = oracle.rotate(grad.numpy(), q_out.numpy(), q_in.numpy())
+    assert relative_error(rotate(grad, q_out, q_in), expected) < EXACT
+    assert relative_error(rotate(grad * 1.01, q_out, q_in), expected) > EXACT
+
+
+def test_rotate_takes_half_precision_to_the_bases() -> None:
+    q_out, q_in = (q.float() for q in make_bases())
+    grad = torch.randn(SHAPE, dtype=torch.bfloat16)
+    rotated = rotate(grad, q_out, q_in)
+    expected = oracle.rotate(grad.double().numpy(), q_out.double().numpy(), q_in.double().numpy())
+    assert rotated.dtype == torch.float32 and relative_error(rotated, expected) < 1e-6
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_rotate_back_sparse_is_the_dense_formula(data: st.DataObject) -> None:
+    d_out, d_in = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 9))
+    r_out, r_in = data.draw(st.integers(1, d_out)), data.draw(st.integers(1, d_in))
+    chosen = data.draw(st.sets(st.integers(0, r_out * r_in - 1)))
+    dtype = data.draw(st.sampled_from([torch.int32, torch.int64]))
+    indices = torch.tensor(sorted(chosen), dtype=dtype)
+    values = torch.arange(1.0, 1.0 + len(chosen), dtype=torch.float64)
+    q_out, q_in = (q[:, :r] for q, r in zip(make_bases(d_out, d_in), (r_out, r_in), strict=True))
+    lines = support(indices, (r_out, r_in)) if data.draw(st.booleans()) else None
+
+    actual = rotate_back_sparse(indices, values, (r_out, r_in), q_out, q_in, lines)
+    dense = torch.zeros(r_out * r_in, dtype=torch.float64).index_copy(0, indices.long(), values)
+    expected = q_out @ dense.reshape(r_out, r_in) @ q_in.mT
+    assert actual.shape == expected.shape and actual.dtype == torch.float64
+    torch.testing.assert_close(actual, expected, rtol=EXACT, atol=1e-11)
+
+
+@pytest.mark.parametrize("shape", [(4, D_IN), (D_OUT, 2), SHAPE], ids=["rows", "columns", "all"])
+def test_rotate_back_sparse_is_the_oracles(shape: tuple[int, int]) -> None:
+    """Entries in a few rows, in a few columns, and everywhere: both ways are taken."""
+    q_out, q_in = make_bases()
+    inside = [i * D_IN + j for i in range(shape[0]) for j in range(shape[1])][::3]
+    indices = torch.tensor(inside, dtype=torch.int32)
+    values = torch.from_numpy(np.random.default_rng(8).normal(size=len(inside)))
+    expected = oracle.rotate_back(inside, values.numpy(), q_out.numpy(), q_in.numpy())
+    assert relative_error(rotate_back_sparse(indices, values, SHAPE, q_out, q_in), expected) < EXACT
+    wrong = rotate_back_sparse(indices, values, SHAPE, q_out, q_in.mT)
+    assert relative_error(wrong, expected) > EXACT, "the control: the released orientation"
+
+
+def test_rotating_there_and_back_keeps_a_full_mask() -> None:
+    q_out, q_in = make_bases()
+    grad = torch.from_numpy(make_planted(1, *SHAPE)[0])
+    everything = top_entries(grad, grad.numel())
+    back = rotate_back_sparse(everything, rotate(grad, q_out, q_in).flatten(), SHAPE, q_out, q_in)
+    assert relative_error(back, grad.numpy()) < EXACT
+    missing = everything[1:]
+    part = rotate(grad, q_out, q_in).flatten()[missing]
+    back = rotate_back_sparse(missing, part, SHAPE, q_out, q_in)
+    assert relative_error(back, grad.numpy()) > 1e-6
+
+
+@pytest.mark.parametrize(("step", "inner"), [(1, D_IN), (D_IN, D_OUT)], ids=["row", "column"])
+def test_rotate_back_sparse_takes_the_side_with_fewer_lines(step: int, inner: int) -> None:
+    """Five entries of one row or column: the sparse product has one line, and not five."""
+    q_out, q_in = make_bases()
+    with Sizes() as sizes:
+        rotate_back_sparse(torch.arange(5) * step, torch.ones(5), SHAPE, q_out, q_in)
+    assert inner in sizes.seen
+    assert not {5 * D_IN, 5 * D_OUT} & sizes.seen, "five lines, or a product per entry"
+    five_lines = torch.arange(5) * (D_IN + 1)
+    with Sizes() as control:
+        rotate_back_sparse(five_lines, torch.ones(5), SHAPE, q_out, q_in)
+    assert {5 * D_IN, 5 * D_OUT} & control.seen
+
+
+def test_rotate_back_sparse_multiplies_non_empty_lines_only() -> None:
+    """Bases are read at their support: NaN elsewhere does not reach the result."""
+    q_out, q_in = make_bases()
+    indices = torch.tensor([2 * D_IN + 1, 5 * D_IN + 3])
+    args = (indices, torch.ones(2), SHAPE)
+    expected = rotate_back_sparse(*args, q_out, q_in)
+    for rows, is_finite in (([2, 5], True), ([2, 4], False)):
+        holes = torch.full_like(q_out, torch.nan)
+        holes[:, rows] = q_out[:, rows]
+        assert torch.equal(rotate_back_sparse(*args, holes, q_in), expected) == is_finite
+
+
+# The selected gradient
+
+
+@pytest.mark.parametrize("with_lines", [False, True])
+@pytest.mark.parametrize("plan", [*PLANS, None])
+@pytest.mark.parametrize("k", [1, 40, D_OUT * D_IN])
+def test_every_plan_gives_the_oracles_entries(k: int, plan: Plan | None, with_lines: bool) -> None:
+    (x, grad_output), (q_out, q_in), indices = make_rows(), make_bases(), make_mask(k)
+    lines = support(indices, SHAPE) if with_lines else None
+    bases = q_out.numpy(), q_in.numpy()
+    expected = oracle.selected_gradient(x.numpy(), grad_output.numpy(), *bases, indices.tolist())
+
+    actual = selected_gradient(x, grad_output, q_out, q_in, indices, lines, plan)
+    assert actual.dtype == torch.float64 and relative_error(actual, expected) < EXACT
+    dense = rotate(grad_output.mT @ x, q_out, q_in).flatten()[indices]
+    assert relative_error(dense, expected) < EXACT
+    wrong = selected_gradient(x, grad_output, q_out, q_in.mT.contiguous(), indices, lines, plan)
+    assert relative_error(wrong, expected) > 1e-3, "the control"
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_half_precision_rows_give_entries_in_the_bases_dtype(plan: Plan) -> None:
+    (x, grad_output), (q_out, q_in), indices = make_rows(64), make_bases(), make_mask(60)
+    half = (x.bfloat16(), grad_output.bfloat16())
+    actual = selected_gradient(*half, q_out.float(), q_in.float(), indices, plan=plan)
+    assert actual.dtype == torch.float32
+    exact = rotate(half[1].double().mT @ half[0].double(), q_out, q_in).flatten()[indices].numpy()
+    # A few roundings to 8 bits each.
+    assert relative_error(actual, exact) < 0.01
+    assert relative_error(actual * 1.02, exact) > 0.01
+
+
+def test_no_rows_give_zeros() -> None:
+    (x, grad_output), (q_out, q_in), indices = make_rows(0), make_bases(), make_mask(9)
+    for plan in PLANS:
+        values = selected_gradient(x, grad_output, q_out, q_in, indices, plan=plan)
+        assert values.tolist() == [0.0] * 9
+
+
+def test_the_plan_has_the_fewer_operations() -> None:
+    q_out, q_in = torch.empty(3072, 3072, device="meta"), torch.empty(768, 768, device="meta")
+    # Rotating the matrix does not depend on the number of rows: worth it from 900 rows on.
+    switch = 3072 * 768 * (3072 + 768) // (3072**2 + 768**2)
+    assert 890 < switch < 910
+    assert gradient_plan(switch, q_out, q_in) == "rows"
+    assert gradient_plan(switch + 1, q_out, q_in) == "matrix"
+    # Thin bases make it cheap to rotate rows, however many.
+    assert gradient_plan(100_000, q_out[:, :16], q_in[:, :16]) == "rows"
+
+
+def test_the_block_is_the_leading_corner() -> None:
+    (x, grad_output), (q_out, q_in) = make_rows(), make_bases()
+    whole = oracle.rotate((grad_output.mT @ x).numpy(), q_out.numpy(), q_in.numpy())
+    block = grad_block(x @ q_in[:, :3], grad_output, q_out[:, :5])
+    assert relative_error(block, whole[:5, :3]) < EXACT
+    assert relative_error(block, whole[1:6, :3]) > 1e-3
+
+
+# Selections
+
+# Few distinct values: ties everywhere, both signs, zeros.
+SCORES = st.lists(st.sampled_from([-3.0, -2.0, -1.0, -0.0, 0.0, 1.0, 2.0, 3.0]), min_size=1)
+
+
+@settings(deadline=None, max_examples=150)
+@given(SCORES, st.data())
+def test_top_entries_are_the_oracles(scores: list[float], data: st.DataObject) -> None:
+    k = data.draw(st.integers(0, len(scores)))
+    indices = top_entries(torch.tensor(scores), k)
+    assert indices.dtype == torch.int32
+    assert indices.tolist() == oracle.top_entries(np.array(scores), k)
+
+
+def test_top_entries_go_by_magnitude_and_not_by_sign() -> None:
+    scores = torch.from_numpy(np.random.default_rng(9).normal(size=SHAPE)) - 1.0
+    expected = oracle.top_entries(scores.numpy(), 30)
+    assert (scores.flatten()[expected] < 0).all()
+    assert top_entries(scores, 30).tolist() == expected
+    signed = scores.flatten().topk(30).indices.sort().values
+    assert signed.tolist() != expected, "the control: the released code's signed top-k"
+
+
+def test_equal_entries_are_taken_from_the_front() -> None:
+    assert top_entries(torch.zeros(SHAPE), 5).tolist() == [0, 1, 2, 3, 4]
+    tied = torch.tensor([1.0, -2.0, 2.0, 1.0, -2.0, 2.0])
+    assert top_entries(tied, 3).tolist() == [1, 2, 4]
+    assert top_entries(tied, 5).tolist() == [0, 1, 2, 4, 5]
+
+
+def test_top_entries_keep_what_is_not_finite() -> None:
+    scores = torch.tensor([5.0, torch.nan, -torch.inf, 1.0, torch.nan])
+    assert top_entries(scores, 4).tolist() == [0, 1, 2, 4]
+    assert top_entries(torch.full((3,), torch.nan), 2).tolist() == [0, 1]
+
+
+def test_the_whole_matrix_may_be_selected_and_no_more() -> None:
+    scores = torch.randn(3, 4, dtype=torch.bfloat16)
+    assert top_entries(scores, 12).tolist() == list(range(12))
+    for k in (-1, 13):
+        with pytest.raises(ConfigError, match=rf"num_entries must be in \[0, 12\], got {k}; "):
+            top_entries(scores, k)
+
+
+def test_a_fixed_mask_comes_from_the_mean_and_not_from_one_step() -> None:
+    stack = make_planted(20, *SHAPE)
+    q_out, q_in = (basis(gram) for gram in make_grams(stack))
+    for normalize in (False, True):
+        moment = torch.zeros(SHAPE, dtype=torch.float64)
+        for grad in torch.from_numpy(stack):
+            accumulate_second_moment(moment, grad, q_out, q_in, normalize)
+        scaled = stack / np.linalg.norm(stack, axis=(1, 2), keepdims=True) if normalize else stack
+        rotated = [oracle.rotate(t, q_out.numpy(), q_in.numpy()) for t in scaled]
+        expected = np.square(rotated).sum(0)
+        assert relative_error(moment, expected) < EXACT
+        assert top_entries(moment, 20).tolist() == oracle.top_entries(expected, 20)
+        assert oracle.top_entries(rotated[0], 20) != oracle.top_entries(expected, 20)
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.data())
+def test_refresh_is_the_oracles_and_survivors_keep_their_state(data: st.DataObject) -> None:
+    scores = np.array(data.draw(SCORES))
+    old = sorted(data.draw(st.sets(st.integers(0, scores.size - 1), min_size=1)))
+    values = st.sampled_from([-2.0, -1.0, 0.0, 1.0, 2.0])
+    momentum = np.array(data.draw(st.lists(values, min_size=len(old), max_size=len(old))))
+    num_replace = data.draw(st.integers(0, len(old)))
+
+    old_indices = torch.tensor(old, dtype=torch.int32)
+    refreshed = refresh_mask(
+        old_indices, torch.from_numpy(momentum), torch.from_numpy(scores), num_replace
+    )
+    expected = oracle.refresh(old, momentum, scores, num_replace)
+    assert refreshed.indices.dtype == torch.int32
+    assert refreshed.indices.tolist() == list(expected)
+    places = [-1 if place is None else place for place in expected.values()]
+    assert refreshed.source.tolist() == places
+    state = torch.arange(1.0, 1.0 + len(old))
+    carried = carry_over(state, refreshed.source).tolist()
+    assert carried == [0.0 if place < 0 else state[place].item() for place in places]
+
+
+def test_a_refresh_without_source_would_mix_the_state_up() -> None:
+    old = torch.tensor([2, 5, 7], dtype=torch.int32)
+    state = torch.tensor([-0.1, 3.0, -4.0])
+    scores = torch.tensor([9.0, 0.0, 99.0, -1.0, 0.0, 9.0, 0.0, 9.0])
+    refreshed = refresh_mask(old, state, scores, 1)
+    # 2 goes, though its gradient is the largest; 0 comes in front of the survivors.
+    assert refreshed.indices.tolist() == [0, 5, 7]
+    by_entry = dict(zip(old.tolist(), state.tolist(), strict=True))
+    expected = [by_entry[5], by_entry[7]]
+    assert carry_over(state, refreshed.source).tolist() == [0.0, *expected]
+    reordered = torch.tensor([1, 5, 6, 7])
+    later = refresh_mask(reordered, torch.tensor([3.0, 0.1, 2.0, 1.0]), scores, 2)
+    assert later.indices.tolist() == [0, 1, 2, 6] and later.source.tolist() == [-1, 0, -1, 2]
+    kept_in_place = torch.tensor([3.0, 0.1, 2.0, 1.0]).masked_fill(later.source < 0, 0)
+    right = carry_over(torch.tensor([3.0, 0.1, 2.0, 1.0]), later.source)
+    assert not torch.equal(kept_in_place, right), "the control"
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_outliers_are_the_largest_outside_the_block(data: st.DataObject) -> None:
+    d_out, d_in = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 6))
+    r_out, r_in = data.draw(st.integers(1, d_out)), data.draw(st.integers(1, d_in))
+    num_outliers = data.draw(st.integers(0, d_out * d_in - r_out * r_in))
+    values = st.sampled_from([-2.0, -1.0, 0.0, 1.0, 2.0])
+    flat = data.draw(st.lists(values, min_size=d_out * d_in, max_size=d_out * d_in))
+    scores = np.array(flat).reshape(d_out, d_in)
+    chosen = outliers(torch.from_numpy(scores), r_out, r_in, num_outliers)
+    inside = {i * d_in + j for i in range(r_out) for j in range(r_in)}
+    outside = set(range(scores.size)) - inside
+    assert chosen.tolist() == oracle.top_entries(scores, num_outliers, outside)
+
+
+def test_zeros_outside_the_block_win_against_anything_inside() -> None:
+    scores = torch.zeros(3, 3)
+    scores[:2, :2] = 7.0
+    assert outliers(scores, 2, 2, 3).tolist() == [2, 5, 6]
+    assert top_entries(scores, 3).tolist() == [0, 1, 3], "the control"
+
+
+@pytest.mark.parametrize(
+    "shape", [(3072, 768), (768, 3072), (24, 16), (7, 7), (1000, 2), (2, 1000)]
+)
+@pytest.mark.parametrize("density", [0.001, 0.01, 0.3, 1.0])
+def test_the_block_has_about_as_many_entries_as_asked(
+    shape: tuple[int, int], density: float
+) -> None:
+    wanted = max(1, round(density * shape[0] * shape[1]))
+    r_out, r_in = block_shape(shape, wanted)
+    assert 1 <= r_out <= shape[0] and 1 <= r_in <= shape[1]
+    assert abs(r_out * r_in - wanted) <= max(r_out, r_in)
+    if wanted > 1000 and density < 0.3:
+        assert 0.9 < (shape[0] * r_out) / (shape[1] * r_in) < 1.1
+
+
+def test_no_more_than_there_are_can_be_replaced() -> None:
+    with pytest.raises(ConfigError, match=r"num_replace must be in \[0, 2\], got 3"):
+        refresh_mask(torch.tensor([0, 1]), torch.ones(2), torch.ones(4, 3), 3)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_energy_share_is_the_oracles_at_any_magnitude(scale: float) -> None:
+    matrix = make_planted(1, *SHAPE)[0].astype(np.float32)
+    k = round(0.05 * D_OUT * D_IN)
+    expected = oracle.energy_share(matrix.astype(np.float64), k)
+    share = energy_share(torch.from_numpy(matrix * np.float32(scale)), 0.05)
+    assert float(share) == pytest.approx(expected, rel=1e-5)
+    assert float(share) != pytest.approx(
+        oracle.energy_share(matrix.astype(np.float64), k + 1), rel=1e-5
+    )
+    assert float(energy_share(torch.from_numpy(matrix), 1.0)) == pytest.approx(1.0)
+    assert energy_share(torch.zeros(2, 2), 0.5).isnan()
+
+
+def test_nothing_but_support_waits_for_the_device() -> None:
+    """Fake tensors have no values, so that whatever reads one on the host fails."""
+    with FakeTensorMode():
+        x, grad_output = torch.empty(8, D_IN), torch.empty(8, D_OUT)
+        grad, q_out, q_in = torch.empty(SHAPE), torch.empty(D_OUT, D_OUT), torch.empty(D_IN, D_IN)
+        indices = top_entries(grad, 20)
+        lines = Support(indices[:7], indices[:11])
+        accumulate_grams(torch.empty(D_OUT, D_OUT), torch.empty(D_IN, D_IN), grad, True)
+        accumulate_second_moment(torch.empty(SHAPE), grad, q_out, q_in, True)
+        values = selected_gradient(x, grad_output, q_out, q_in, indices, lines)
+        for shape in (SHAPE, (D_IN, D_OUT)):
+            sides = (q_out, q_in) if shape == SHAPE else (q_in, q_out)
+            assert rotate_back_sparse(indices, values, shape, *sides, lines).shape == shape
+        carry_over(values, refresh_mask(indices, values, grad, 4).source)
+        assert outliers(grad, 2, 2, 5).shape == (5,)
+        assert energy_share(grad, 0.1).shape == ()
+        with pytest.raises(DynamicOutputShapeException):
+            support(indices, SHAPE)
