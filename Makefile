@@ -5,7 +5,8 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 PINS := --constraint requirements/constraints.txt
 
-.PHONY: demo test lint types format bench-wta-crs quality-wta-crs clean
+.PHONY: demo test lint types format bench-wta-crs quality-wta-crs bench-sparse-grad \
+	quality-sparse-grad clean
 
 # The demo: fine-tune a real pre-trained encoder twice, exact and sampled, and compare.
 demo: $(VENV)/demo-model
@@ -32,6 +33,14 @@ bench-wta-crs: $(VENV)/demo-model
 # Quality on real GLUE data; goes on where the committed rows end, and prints the table.
 quality-wta-crs: $(VENV)/demo-model
 	$(RUN) -m bench quality-wta-crs
+
+# Step time, bytes and gradient energy; rewrites bench/results/sparse_grad_*.jsonl.
+bench-sparse-grad: $(VENV)/demo-model
+	$(RUN) -m bench sparse-grad
+
+# Searches learning rates, then measures; goes on where the rows end, and prints the table.
+quality-sparse-grad: $(VENV)/demo-model
+	$(RUN) -m bench quality-sparse-grad
 
 $(VENV)/installed: pyproject.toml requirements/constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -4,9 +4,27 @@ import argparse
 
 import torch
 
-from bench import readme, wta_crs_quality, wta_crs_speed, wta_crs_variance
+from bench import (
+    readme,
+    sparse_grad_energy,
+    sparse_grad_quality,
+    sparse_grad_speed,
+    wta_crs_quality,
+    wta_crs_speed,
+    wta_crs_variance,
+)
 
-_BENCHES = ("wta-crs", "wta-crs-speed", "wta-crs-variance", "quality-wta-crs", "readme")
+_BENCHES = (
+    "wta-crs",
+    "wta-crs-speed",
+    "wta-crs-variance",
+    "quality-wta-crs",
+    "sparse-grad",
+    "sparse-grad-speed",
+    "sparse-grad-energy",
+    "quality-sparse-grad",
+    "readme",
+)
 
 
 def main() -> None:
@@ -24,6 +42,12 @@ def main() -> None:
         wta_crs_variance.main()
     if args.name == "quality-wta-crs":
         wta_crs_quality.main(args.worker, args.num_workers)
+    if args.name in ("sparse-grad", "sparse-grad-speed"):
+        sparse_grad_speed.main()
+    if args.name in ("sparse-grad", "sparse-grad-energy"):
+        sparse_grad_energy.main()
+    if args.name == "quality-sparse-grad":
+        sparse_grad_quality.main(args.worker, args.num_workers)
     if args.name == "readme":
         readme.main()
 

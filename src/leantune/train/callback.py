@@ -46,8 +46,8 @@ class SessionCallback(TrainerCallback):
     Raises:
         ConfigError: the session is closed or of another model; ``sample_id`` would be dropped; a
             checkpoint has no session file, or a damaged one.
-        UnsupportedError: several GPUs in one process, or an auxiliary loss that does not reach the
-            loss that is trained on.
+        UnsupportedError: several GPUs in one process, sparse gradients, or an auxiliary loss that
+            does not reach the loss that is trained on.
     """
 
     def __init__(self, session: Session, resume_from: str | Path | None = None) -> None:
@@ -150,11 +150,12 @@ class SessionCallback(TrainerCallback):
                 "TrainingArguments remove_unused_columns=False and wrap the data set in "
                 "leantune.with_sample_ids(dataset)"
             )
-        if self.session.sparse_parameters and args.max_grad_norm > 0:
-            raise ConfigError(
-                "SessionCallback: max_grad_norm must be 0 where gradients are sparse, which torch "
-                f"cannot clip, got {args.max_grad_norm}; give TrainingArguments max_grad_norm=0.0, "
-                "or a method option whose gradients are dense"
+        if self.session.sparse_parameters:
+            raise UnsupportedError(
+                "SessionCallback: gradients must be dense, since a Trainer takes their norm at "
+                f"each step, got {len(self.session.sparse_parameters)} parameters without; choose "
+                " a method option whose gradients are dense, or train in a loop of your own "
+                "with session.optimizer(torch.optim.AdamW, lr=...)"
             )
         if args.n_gpu > 1:
             raise UnsupportedError(

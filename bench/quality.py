@@ -1,0 +1,286 @@
+"""What every quality bench shares: MiniLM on GLUE tasks, same seeds and steps for all recipes.
+
+Embeddings are frozen in every recipe, which spares most of the optimiser's time on a CPU; the
+encoder and the head train in full, or as the recipe says.
+"""
+
+import random
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice, product
+from statistics import fmean, stdev
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import leantune as lt
+from bench import rows
+from bench.models import collate, glue, minilm
+from leantune.core.config import MethodConfig
+from leantune.train.data import Table
+from leantune.train.metrics import compute
+
+Recipe = tuple[MethodConfig, ...]
+HEADS = {"sst2": "SST-2 accuracy", "cola": "CoLA Matthews", "stsb": "STS-B Pearson"}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One task's fixed subset and schedule; every recipe and seed gets the same."""
+
+    task: str
+    num_train: int
+    num_epochs: int
+    batch_size: int = 32
+    learning_rate: float = 1e-4
+    lora_learning_rate: float = 1e-3
+    max_length: int = 128
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run: a task, a recipe, a seed and a learning rate."""
+
+    setting: Setting
+    name: str
+    recipe: Recipe
+    seed: int
+    rate: float
+    num_calibration: int = 0
+
+
+def by_cost(settings: Sequence[Setting]) -> list[Setting]:
+    """Return the settings, those with the fewest steps first."""
+    return sorted(settings, key=lambda s: s.num_epochs * s.num_train // s.batch_size)
+
+
+def fixed_rate(setting: Setting, recipe: Recipe) -> float:
+    """Return the setting's learning rate, or that for LoRA."""
+    uses_lora = any(isinstance(m, lt.LoRA) for m in recipe)
+    return setting.lora_learning_rate if uses_lora else setting.learning_rate
+
+
+def measure_missing(
+    result: str,
+    settings: Sequence[Setting],
+    recipes: Mapping[str, Recipe],
+    seeds: Sequence[int],
+    worker: int = 0,
+    num_workers: int = 1,
+) -> None:
+    """Measure every row that is not there yet, seed by seed, the cheap tasks first.
+
+    Several workers, each with its own threads, may share the work: each takes every
+    ``num_workers``-th row.
+    """
+    done = {(r["task"], r["recipe"], r["seed"]) for r in rows.read(result)}
+    data: dict[str, Encoded] = {}
+    wanted = list(product(by_cost(settings), seeds, recipes))
+    for setting, seed, name in wanted[worker::num_workers]:
+        if (setting.task, name, seed) in done:
+            continue
+        if setting.task not in data:
+            data[setting.task] = Encoded(setting)
+        recipe = recipes[name]
+        run = Run(setting, name, recipe, seed, fixed_rate(setting, recipe))
+        append(result, measure(run, data[setting.task]))
+
+
+def append(result: str, row: dict[str, Any]) -> None:
+    """Write one row and say so."""
+    rows.append(result, row)
+    print(
+        f"{row['task']} {row['recipe']} seed {row['seed']} at {row['learning_rate']:g}: "
+        f"{row['metric']:.4f} ({row['cpu_seconds']:.0f} s of CPU)",
+        flush=True,
+    )
+
+
+def table(
+    result: str,
+    settings: Sequence[Setting],
+    recipes: Mapping[str, Recipe],
+    seeds: Sequence[int],
+    reference: str,
+    columns: Mapping[str, str] | None = None,
+) -> str:
+    """Return mean, spread and difference to ``reference`` of each recipe, as Markdown.
+
+    Args:
+        columns: further row keys, taken from an SST-2 row, each with its heading.
+    """
+    found = [r for r in rows.read(result) if r["seed"] in seeds]
+    lines = []
+    for name in recipes:
+        line: dict[str, Any] = {"recipe": name}
+        for setting in settings:
+            ours, base = (
+                {r["seed"]: r for r in found if (r["task"], r["recipe"]) == (setting.task, n)}
+                for n in (name, reference)
+            )
+            if not ours:
+                continue
+            line[setting.task] = _cell(ours, base, name == reference)
+            line["seeds"] = min(line.get("seeds", len(seeds)), len(ours))
+            if setting.task == "sst2":
+                first = ours[min(ours)]
+                line["saved"] = f"{first['saved_bytes'] / 2**20:.1f}"
+                line.update({k: first.get(k) for k in columns or {}})
+        lines.append(line)
+    heads = {"recipe": "recipe"} | {s.task: HEADS[s.task] for s in settings}
+    heads |= {"saved": "saved MiB (an SST-2 batch)", **(columns or {}), "seeds": "seeds"}
+    return rows.table(lines, heads)
+
+
+def _cell(
+    ours: Mapping[int, dict[str, Any]], base: Mapping[int, dict[str, Any]], is_reference: bool
+) -> str:
+    values = [100 * r["metric"] for r in ours.values()]
+    spread = f" ± {stdev(values):.1f}" if len(values) > 1 else ""
+    cell = f"{fmean(values):.1f}{spread}"
+    both = sorted(set(ours) & set(base))
+    if is_reference or not both:
+        return cell
+    change = [100 * (ours[s]["metric"] - base[s]["metric"]) for s in both]
+    cell += f" ({fmean(change):+.1f}"
+    if len(change) > 1:
+        cell += f", s.e. {stdev(change) / len(change) ** 0.5:.1f}"
+    return cell + ")"
+
+
+class Encoded:
+    """One task's rows, tokenized once; batches are padded to their longest row."""
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+        self.data = glue(setting.task, max_train=setting.num_train)
+        _, tokenizer = minilm()
+        self.train = self._encode(self.data.train, tokenizer)
+        self.validation = self._encode(self.data.validation, tokenizer)
+
+    def _encode(self, table: Table, tokenizer: Any) -> list[dict[str, Tensor]]:
+        """Return one dictionary of unpadded tensors per row."""
+        encoded = []
+        for i in range(len(table)):
+            row = collate(table, [i], tokenizer, self.setting.max_length)
+            encoded.append({k: v[0] for k, v in row.items()} | {"sample_id": torch.tensor(i)})
+        return encoded
+
+    def batches(self, seed: int) -> Iterator[dict[str, Tensor]]:
+        """Yield one shuffled epoch of batches of like length, so that little is padding."""
+        rng = random.Random(seed)
+        order = rng.sample(range(len(self.train)), len(self.train))
+        size, pool = self.setting.batch_size, 50 * self.setting.batch_size
+        groups = []
+        for first in range(0, len(order), pool):
+            near = sorted(
+                order[first : first + pool], key=lambda i: len(self.train[i]["input_ids"])
+            )
+            groups += [near[i : i + size] for i in range(0, len(near), size)]
+        for ids in rng.sample(groups, len(groups)):
+            yield _pad([self.train[i] for i in ids])
+
+    def evaluation(self) -> Iterator[dict[str, Tensor]]:
+        """Yield the validation rows in order of length, so that little is padding."""
+        by_length = sorted(self.validation, key=lambda row: len(row["input_ids"]))
+        for first in range(0, len(by_length), 64):
+            yield _pad(by_length[first : first + 64])
+
+
+def _pad(encoded: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    out = {}
+    for key in encoded[0]:
+        values = [row[key] for row in encoded]
+        is_sequence = values[0].ndim == 1
+        pad = torch.nn.utils.rnn.pad_sequence
+        out[key] = pad(values, batch_first=True) if is_sequence else torch.stack(values)
+    return out
+
+
+def measure(run: Run, encoded: Encoded) -> dict[str, Any]:
+    """Train one recipe with one seed and score it once, at the end."""
+    setting, seed = run.setting, run.seed
+    random.seed(seed)
+    np.random.seed(seed)
+    model, _ = minilm(encoded.data.num_labels, seed=seed)
+    model.get_submodule("bert.embeddings").requires_grad_(False)
+    session = lt.apply(model, *run.recipe, seed=seed) if run.recipe else None
+    calibration_seconds = 0.0
+    keeps_ids = session is not None and session.needs_sample_ids
+
+    def usable(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {k: v for k, v in batch.items() if k != "sample_id" or keeps_ids}
+
+    if session is not None:
+        session.num_samples = len(encoded.train)
+        if run.num_calibration:
+            shown = islice(encoded.batches(seed * 1000 + 999), run.num_calibration)
+            start = time.process_time()
+            session.calibrate([usable(batch) for batch in shown])
+            calibration_seconds = time.process_time() - start
+    saved = lt.ledger(model, usable(next(encoded.batches(seed * 1000)))).activations
+    trained = [p for p in model.parameters() if p.requires_grad]
+    # torch's fused optimiser takes no sparse gradients, and torch clips none.
+    is_sparse = session is not None and bool(session.sparse_parameters)
+    options: dict[str, Any] = {"lr": run.rate, "weight_decay": 0.0, "fused": True}
+    if session is None:
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(trained, **options)
+    else:
+        optimizer = session.optimizer(torch.optim.AdamW, **options)
+    clipped = [p for p in trained if not is_sparse or p not in session.sparse_parameters]  # type: ignore[union-attr]
+    num_steps = setting.num_epochs * -(-len(encoded.train) // setting.batch_size)
+    warmup = max(1, num_steps // 10)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda s: min((s + 1) / warmup, (num_steps - s) / (num_steps - warmup)),
+    )
+    torch.manual_seed(seed)  # dropout: the same stream for every recipe
+    model.train()
+    start = time.process_time()
+    losses = []
+    for epoch in range(setting.num_epochs):
+        for batch in encoded.batches(seed * 1000 + epoch):
+            batch = batch if session is not None else usable(batch)
+            loss = model(**batch).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(clipped, 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            if session is not None:
+                session.on_step()
+            losses.append(loss.item())
+    seconds = time.process_time() - start
+    return {
+        "task": setting.task,
+        "recipe": run.name,
+        "seed": seed,
+        **score(model, encoded),
+        "train_loss": fmean(losses[-50:]),
+        "saved_bytes": saved,
+        "num_steps": num_steps,
+        "num_train": len(encoded.train),
+        "num_epochs": setting.num_epochs,
+        "batch_size": setting.batch_size,
+        "learning_rate": run.rate,
+        "cpu_seconds": round(seconds, 1),
+        "calibration_cpu_seconds": round(calibration_seconds, 1),
+    }
+
+
+@torch.no_grad()
+def score(model: torch.nn.Module, encoded: Encoded) -> dict[str, Any]:
+    """Evaluate on the whole validation split: the main metric and all of the task's."""
+    model.eval()
+    predictions, references = [], []
+    for batch in encoded.evaluation():
+        references.append(batch.pop("labels"))
+        batch.pop("sample_id")
+        logits = model(**batch).logits
+        predictions.append(logits.squeeze(-1) if logits.shape[-1] == 1 else logits.argmax(-1))
+    task = encoded.data.task
+    scores = compute(task, torch.cat(predictions).numpy(), torch.cat(references).numpy())
+    return {"metric": scores[task.main_metric], "main_metric": task.main_metric, "metrics": scores}
