@@ -169,7 +169,7 @@ def _t5_attention(name: str) -> dict[str, str]:
 
 def _t5_sites(gated: bool) -> dict[str, Any]:
     up = {"up": "wi_1", "gate": "wi_0"} if gated else {"up": "wi"}
-    names = {**up, "down": "wo", "activation": "act"}
+    names = {**up, "down": "wo", "activation": "act", "hidden_dropout": "dropout"}
     mlps = [f"layer.{i}.DenseReluDense" for i in (1, 2)]
     attention, cross = "layer.0.SelfAttention", "layer.1.EncDecAttention"
     return {
@@ -224,7 +224,14 @@ MODELS: dict[str, TinyModel] = {
                 "output": "attention.out_lin",
             }
         },
-        mlp={"ffn": {"up": "ffn.lin1", "down": "ffn.lin2", "activation": "ffn.activation"}},
+        mlp={
+            "ffn": {
+                "up": "ffn.lin1",
+                "down": "ffn.lin2",
+                "activation": "ffn.activation",
+                "output_dropout": "ffn.dropout",
+            }
+        },
         shared=(("attention.q_lin", "attention.k_lin", "attention.v_lin"),),
     ),
     "t5": TinyModel(
@@ -263,7 +270,14 @@ MODELS: dict[str, TinyModel] = {
         task="generate",
         blocks=("transformer.h.*",),
         attention={"attn": {"qkv": "attn.c_attn", "output": "attn.c_proj"}},
-        mlp={"mlp": {"up": "mlp.c_fc", "down": "mlp.c_proj", "activation": "mlp.act"}},
+        mlp={
+            "mlp": {
+                "up": "mlp.c_fc",
+                "down": "mlp.c_proj",
+                "activation": "mlp.act",
+                "output_dropout": "mlp.dropout",
+            }
+        },
         shared=(),
     ),
     "opt": TinyModel(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import leantune as lt
 from leantune.core.session import IGNORED_LABEL, Batch
-from leantune.errors import ConfigError
+from leantune.errors import ConfigError, UnsupportedError
 
 TINY = MODELS["bert"]
 
@@ -186,12 +186,43 @@ def test_optimizer_takes_what_trains() -> None:
 def test_auxiliary_losses_are_those_of_the_last_forward() -> None:
     model, session = make()
     assert session.auxiliary_loss().item() == 0.0
+    terms = [2.0, 0.5]
+
+    def add(*args: object) -> None:
+        for term in terms:
+            session.add_auxiliary_loss(torch.tensor(term))
+
+    model.bert.register_forward_hook(add)
     model(**TINY.batch())
-    session.add_auxiliary_loss(torch.tensor(2.0))
-    session.add_auxiliary_loss(torch.tensor(0.5))
     assert session.auxiliary_loss().item() == 2.5
+    terms.clear()
     model(**TINY.batch())
     assert session.auxiliary_loss().item() == 0.0
+
+
+def test_auxiliary_loss_counts_inside_a_training_forward_only() -> None:
+    """Outside lies the backward pass, where checkpointing runs blocks again."""
+    model, session = make()
+    model(**TINY.batch())
+    session.add_auxiliary_loss(torch.tensor(2.0))
+    assert session.auxiliary_loss().item() == 0.0
+    model.bert.register_forward_hook(lambda *_: session.add_auxiliary_loss(torch.tensor(2.0)))
+    with torch.no_grad():
+        model(**TINY.batch())
+    model.eval()(**TINY.batch())
+    assert session.auxiliary_loss().item() == 0.0
+
+
+def test_auxiliary_loss_without_a_graph_is_refused() -> None:
+    model, session = make()
+
+    def add(*args: object) -> None:
+        with torch.no_grad():
+            session.add_auxiliary_loss(torch.tensor(2.0))
+
+    model.bert.register_forward_hook(add)
+    with pytest.raises(UnsupportedError, match="auxiliary loss must have a gradient"):
+        model(**TINY.batch())
 
 
 def test_steps_and_calibration_reach_the_methods_that_ask(monkeypatch) -> None:

@@ -51,6 +51,8 @@ class MethodSpec:
         check: (site, config) -> why the method cannot act there, or None.
         neutral: options under which the model's output and gradients equal the plain model's.
         example: options that exercise the method on a tiny model; used by tests and benches.
+        merges: (config) -> whether plain modules can compute the same; ``session.merge`` refuses
+            the others before it folds anything.
         needs_sample_ids: (config) -> whether batches must carry ``sample_id``.
         on_step: (session, step) -> None, called once per optimiser step.
         calibrate: (session, batches) -> None, called by ``session.calibrate``.
@@ -69,6 +71,7 @@ class MethodSpec:
     check: Callable[[Site, Any], str | None] = lambda site, config: None
     neutral: Mapping[str, Any] | None = None
     example: Mapping[str, Any] = field(default_factory=dict)
+    merges: Callable[[Any], bool] = lambda config: True
     needs_sample_ids: Callable[[Any], bool] = lambda config: False
     on_step: "Callable[[Session, int], None] | None" = None
     calibrate: "Callable[[Session, Any], None] | None" = None

@@ -13,7 +13,7 @@ from leantune.core import registry
 from leantune.core.config import MethodConfig
 from leantune.core.optim import paired, refuse_dense
 from leantune.core.registry import Change
-from leantune.errors import ConfigError
+from leantune.errors import ConfigError, UnsupportedError
 from leantune.ops.stores import Draw
 
 IGNORED_LABEL = -100
@@ -43,6 +43,11 @@ class Batch:
 
     sample_ids: Tensor | None = None
     masks: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, fields: Mapping[str, Any], sample_ids: Tensor | None = None) -> "Batch":
+        """Read the facts off the keyword arguments that the model is called with."""
+        return cls(sample_ids, _row_masks(fields))
 
     def row_mask(self, name: str | None, shape: torch.Size) -> Tensor | None:
         """Return the (n,) mask of an input of ``shape`` (b, t, d) or flattened, (b * t, d); or None
@@ -89,6 +94,7 @@ class Session:
         self._forward_begins: list[Callable[[], None]] = []
         self._forward_ends: list[Callable[[], None]] = []
         self._auxiliary: list[Tensor] = []
+        self._in_forward = False
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self._draw = torch.zeros((), dtype=torch.int64, device=device)
         self._needs_ids = any(registry.get(m.method).needs_sample_ids(m) for m in methods)
@@ -111,6 +117,7 @@ class Session:
         sample_ids = kwargs.get("sample_id")
         if "sample_id" in kwargs:
             kwargs = {k: v for k, v in kwargs.items() if k != "sample_id"}
+        self._in_forward = False
         if model.training and torch.is_grad_enabled():
             _refuse_empty((*args, *kwargs.values()))
             # Out of place: a graph that is still to run backward keeps its own number.
@@ -121,12 +128,14 @@ class Session:
             self._auxiliary.clear()
             if self._needs_ids and self.is_sampling:
                 self._check_ids(sample_ids)
-            self.batch = Batch(sample_ids, _row_masks(kwargs))
+            self.batch = Batch.of(kwargs, sample_ids)
+            self._in_forward = True
         for begin in self._forward_begins:
             begin()
         return args, kwargs
 
     def _end_forward(self, model: nn.Module, args: Any, output: Any) -> None:
+        self._in_forward = False
         for end in self._forward_ends:
             end()
         if self.wants_loss_scale and model.training and torch.is_grad_enabled():
@@ -192,7 +201,24 @@ class Session:
         self._forward_ends.append(call)
 
     def add_auxiliary_loss(self, loss: Tensor) -> None:
-        """Hand over one term of the current forward's auxiliary loss, a () tensor."""
+        """Hand over one term of the current training forward's auxiliary loss, a () tensor.
+
+        A block that checkpointing recomputes in backward hands its term over again: outside the
+        model's forward the call does nothing, so that each term counts once.
+
+        Raises:
+            UnsupportedError: the term can have no gradient, since reentrant checkpointing runs
+                the block without a graph at first.
+        """
+        if not self._in_forward:
+            return
+        if not torch.is_grad_enabled():
+            raise UnsupportedError(
+                "session: an auxiliary loss must have a gradient, got one from a block that runs "
+                "without a graph, as under reentrant checkpointing; use "
+                "gradient_checkpointing_kwargs={'use_reentrant': False}, or set the method's "
+                "weight of that loss to 0"
+            )
         self._auxiliary.append(loss)
 
     def auxiliary_loss(self) -> Tensor:
@@ -300,7 +326,19 @@ class Session:
         self._close(lambda change: change.undo())
 
     def merge(self) -> None:
-        """Fold what was trained into plain modules, so that ``save_pretrained`` works as ever."""
+        """Fold what was trained into plain modules, so that ``save_pretrained`` works as ever.
+
+        Raises:
+            UnsupportedError: plain modules cannot compute what a method here computes; nothing
+                is folded.
+        """
+        for config in self.methods:
+            if not registry.get(config.method).merges(config):
+                raise UnsupportedError(
+                    f"session.merge: methods must have a dense equivalent, got {config}, which has "
+                    "none; keep the converted model with session.save(folder), or put the plain "
+                    "modules back without it with session.remove()"
+                )
         self._close(lambda change: change.merge())
 
     def _close(self, end: Callable[[Change], None]) -> None:

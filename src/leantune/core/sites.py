@@ -23,7 +23,9 @@ class Site:
         role: one of ``ROLES``.
         module: the module itself.
         parts: for attention, mlp: part (``query``, ``key``, ``value``, ``qkv``, ``output``;
-            ``up``, ``gate``, ``down``, ``activation``) -> full module name.
+            ``up``, ``gate``, ``down``, ``activation``, ``hidden_dropout``, ``output_dropout``)
+            -> full module name.
+        modules: part -> its module.
         bypass: modules that become the identity when ``module`` is replaced by one that computes
             the whole part (an FFN whose linears lie apart in their block).
         block: name of the enclosing block; None for a linear outside every known block.
@@ -36,6 +38,7 @@ class Site:
     role: str
     module: nn.Module = field(repr=False)
     parts: Mapping[str, str] = field(default_factory=dict, repr=False)
+    modules: Mapping[str, nn.Module] = field(default_factory=dict, repr=False, kw_only=True)
     bypass: tuple[str, ...] = ()
     block: str | None = None
     part: str | None = None
@@ -154,6 +157,7 @@ def _t5_mlp(entry: str) -> _Mlp:
             "gate": f"{entry}.wi_0",
             "down": f"{entry}.wo",
             "activation": f"{entry}.act",
+            "hidden_dropout": f"{entry}.dropout",
         },
     )
 
@@ -176,7 +180,12 @@ ARCHITECTURES: Mapping[str, _Block] = {
         mlp=(
             _Mlp(
                 entry="ffn",
-                parts={"up": "ffn.lin1", "down": "ffn.lin2", "activation": "ffn.activation"},
+                parts={
+                    "up": "ffn.lin1",
+                    "down": "ffn.lin2",
+                    "activation": "ffn.activation",
+                    "output_dropout": "ffn.dropout",
+                },
             ),
         ),
     ),
@@ -203,7 +212,12 @@ ARCHITECTURES: Mapping[str, _Block] = {
         mlp=(
             _Mlp(
                 entry="mlp",
-                parts={"up": "mlp.c_fc", "down": "mlp.c_proj", "activation": "mlp.act"},
+                parts={
+                    "up": "mlp.c_fc",
+                    "down": "mlp.c_proj",
+                    "activation": "mlp.act",
+                    "output_dropout": "mlp.dropout",
+                },
             ),
         ),
     ),
@@ -229,6 +243,10 @@ ARCHITECTURES: Mapping[str, _Block] = {
     "MistralDecoderLayer": _LLAMA,
     "Qwen2DecoderLayer": _LLAMA,
     "Qwen3DecoderLayer": _LLAMA,
+    # Mixtures of experts: their attention is known; their MLP has none of the parts.
+    "MixtralDecoderLayer": _LLAMA,
+    "Qwen2MoeDecoderLayer": _LLAMA,
+    "Qwen3MoeDecoderLayer": _LLAMA,
 }
 """Block class name -> layout. Support for one more architecture is one more entry here."""
 
@@ -293,7 +311,10 @@ def _block_sites(
             together, role = ("gate", "up"), "mlp"
             bypass = tuple(f"{name}.{path}" for path in part.bypass)
         inputs.update({found[p]: entry for p in together if p in found})
-        yield Site(entry, role, modules[entry], found, bypass, block=name, mask=mask)
+        inside = {p: modules[path] for p, path in found.items()}
+        yield Site(
+            entry, role, modules[entry], found, bypass, block=name, mask=mask, modules=inside
+        )
 
 
 def _existing(

@@ -14,7 +14,11 @@ from leantune.ops.stores import ActivationStore, Draw, ExactStore, GradientCut, 
 
 @dataclass
 class Swap:
-    """One module put in another's place; ``undo`` puts the very same object back."""
+    """One module put in another's place; ``undo`` puts the very same object back.
+
+    A new module that changed the parameters it shares with the old one (their order, say) takes
+    that back in a ``restore()`` of its own.
+    """
 
     parent: nn.Module
     attribute: str
@@ -23,6 +27,9 @@ class Swap:
 
     def undo(self) -> None:
         """Put the old module back, in the training mode that the new one is in."""
+        restore = getattr(self.new, "restore", None)
+        if restore is not None:
+            restore()
         self.old.train(self.new.training)
         setattr(self.parent, self.attribute, self.old)
 

@@ -3,7 +3,6 @@
 Legend: n rows (all leading dimensions flattened), d_in, d_out.
 """
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from leantune.ops.autocast import autocast_dtype, autocast_off
 from leantune.ops.stores import (
     ActivationStore,
     Draw,
@@ -53,7 +53,7 @@ def linear(
         (..., d_out).
     """
     assert (trained is None) == (rule is None) and (rule is None or cut is None)
-    dtype = _autocast_dtype(x)
+    dtype = autocast_dtype(x)
     with torch.no_grad():
         xc = x if dtype is None else x.to(dtype)
     # Saved first, multiplied second: where a block is checkpointed, its recomputation ends with the
@@ -61,22 +61,6 @@ def linear(
     promise = _Linear.apply(x, xc.detach(), weight, bias, trained, store, draw, rule, cut)
     wc, bc = (t if t is None else t.detach() for t in (weight, bias))
     return _Product.apply(promise, xc.detach(), wc, bc, dtype)  # type: ignore[no-any-return]
-
-
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """Return the dtype that autocast gives a product of ``x``, or None; float64 is left alone."""
-    device = x.device.type
-    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
-        return None
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-
-
-def _autocast_off(x: Tensor) -> AbstractContextManager:
-    """Return a context without autocast; devices such as meta have none to switch off."""
-    device = x.device.type
-    if torch.amp.is_autocast_available(device):
-        return torch.autocast(device, enabled=False)
-    return nullcontext()
 
 
 class _Linear(torch.autograd.Function):
@@ -96,7 +80,7 @@ class _Linear(torch.autograd.Function):
         cut: GradientCut | None,
     ) -> Tensor:
         trains = ctx.needs_input_grad[2 if rule is None else 4]
-        with _autocast_off(x):
+        with autocast_off(x):
             kept = x if xc.dtype == x.dtype else xc
             packed = store.pack(kept, draw, x, rule) if trains else Packed(())
         ctx.save_for_backward(weight, *packed.tensors)
@@ -115,7 +99,7 @@ class _Linear(torch.autograd.Function):
         grads: list[Tensor | None] = [None, None, None, None]
         g2 = flatten(grad_output)
         units = None
-        with _autocast_off(grad_output):
+        with autocast_off(grad_output):
             if ctx.cut is not None:
                 g2, units = ctx.cut(g2)
             if ctx.needs_input_grad[0]:
@@ -157,7 +141,7 @@ class _Product(torch.autograd.Function):
     ) -> Tensor:
         wc, bc = (t if t is None or dtype is None else t.to(dtype) for t in (weight, bias))
         assert wc is not None
-        with _autocast_off(xc):
+        with autocast_off(xc):
             return F.linear(xc, wc, bc)
 
     @staticmethod

@@ -3,6 +3,8 @@
 Dimension letters: n rows, d features.
 """
 
+import hashlib
+
 import torch
 from torch import Tensor
 
@@ -44,6 +46,12 @@ def uniform(seed: int, stream: int, draw: Tensor, n: int, *, device: torch.devic
     x = _fold(x, _MULTIPLIERS[2])
     x >>= 8
     return x.to(torch.float32).mul_(2.0**-24)
+
+
+def stream_of(name: str) -> int:
+    """Return the random stream of a site: an integer that depends on its name alone."""
+    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
 
 
 def row_norms(x2d: Tensor) -> Tensor:

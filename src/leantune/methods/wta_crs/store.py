@@ -4,7 +4,6 @@ Legend: n rows (all leading dimensions flattened), k kept rows, d_in, d_out, r r
 that is kept exactly.
 """
 
-import hashlib
 import math
 import weakref
 from collections.abc import Callable, Sequence
@@ -19,7 +18,7 @@ from leantune.core.sites import Site
 from leantune.errors import UnsupportedError
 from leantune.methods.wta_crs import maths
 from leantune.methods.wta_crs.norms import NormSource, make_source
-from leantune.ops.rows import row_norms, uniform
+from leantune.ops.rows import row_norms, stream_of, uniform
 from leantune.ops.stores import (
     Draw,
     Factors,
@@ -71,8 +70,7 @@ class Group:
         self.config = config
         self.columns = columns
         self.num_members = len(names)
-        digest = hashlib.blake2b(names[0].encode(), digest_size=8).digest()
-        self.stream = int.from_bytes(digest, "little", signed=True)
+        self.stream = stream_of(names[0])
         self.basis: Tensor | None = None
         # Weak, so that an input whose readers turn out not to share it is released all the same.
         self._shared: tuple[weakref.ref[Tensor], Sample] | None = None
