@@ -5,7 +5,7 @@ from leantune.core.apply import apply, load
 from leantune.core.session import Session
 from leantune.errors import ConfigError, LeantuneError, SiteError, UnsupportedError
 from leantune.measure import fidelity, ledger
-from leantune.methods import WTACRS, Checkpoint, LoRA, MeProp, SparseGrad
+from leantune.methods import WTACRS, Checkpoint, LoRA, MeProp, RoutedFFN, SparseGrad
 from leantune.train.sample_ids import with_sample_ids
 
 # Importing the subpackage bound its name here; the public name is the function.
@@ -18,6 +18,7 @@ __all__ = [
     "LeantuneError",
     "LoRA",
     "MeProp",
+    "RoutedFFN",
     "Session",
     "SiteError",
     "SparseGrad",

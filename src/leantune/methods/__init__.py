@@ -3,7 +3,8 @@
 from leantune.methods.checkpoint import Checkpoint
 from leantune.methods.lora import LoRA
 from leantune.methods.meprop import MeProp
+from leantune.methods.routed_ffn import RoutedFFN
 from leantune.methods.sparse_grad import SparseGrad
 from leantune.methods.wta_crs import WTACRS
 
-__all__ = ["WTACRS", "Checkpoint", "LoRA", "MeProp", "SparseGrad"]
+__all__ = ["WTACRS", "Checkpoint", "LoRA", "MeProp", "RoutedFFN", "SparseGrad"]

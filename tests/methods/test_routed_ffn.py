@@ -1,0 +1,851 @@
+"""Routed FFNs against float64 loops, against the dense FFN, and with the other methods."""
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from models import MODELS
+from oracles import routed_ffn as oracle
+from torch import Tensor, nn
+from torch.autograd.gradcheck import GradcheckError
+
+import leantune as lt
+from leantune.core.sites import find_sites
+from leantune.core.swap import StoredLinear
+from leantune.core.views import linear_view
+from leantune.errors import ConfigError, SiteError, UnsupportedError
+from leantune.methods.routed_ffn import maths
+from leantune.methods.routed_ffn.module import RoutedMLP
+from leantune.ops.groups import has_grouped_product
+
+# peft asks transformers for a name that transformers is about to drop.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
+ACTIVATIONS = {"llama": oracle.silu, "opt": oracle.relu, "gpt2": oracle.gelu_tanh}
+GATES = ("none", "output", "output_norm", "ste", "spt")
+
+
+def lora_for(name: str) -> lt.LoRA:
+    patterns = {"llama": ["mlp.*_proj"], "opt": ["fc1", "fc2"], "gpt2": ["mlp.c_*"]}
+    return lt.LoRA(rank=3, alpha=6.0, sites=patterns[name])
+
+
+def layers_of(model: nn.Module) -> list[RoutedMLP]:
+    return [m for m in model.modules() if isinstance(m, RoutedMLP)]
+
+
+def make(
+    name: str, *methods: Any, spread: float = 1.0, seed: int = 0, **options: Any
+) -> tuple[nn.Module, lt.Session, RoutedMLP]:
+    """Convert a tiny model in float64; return it, its session and its first routed FFN.
+
+    Router, biases and second LoRA factors are drawn anew, so that nothing is zero.
+    """
+    model = MODELS[name].build().double()
+    session = lt.apply(model, *methods, lt.RoutedFFN(**options), seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for layer in layers_of(model):
+            for n, p in layer.named_parameters():
+                if n.startswith("router") or "lora_B" in n or n.endswith("bias"):
+                    scale = spread if n.startswith("router") else 0.3
+                    p.copy_(scale * torch.randn(p.shape, generator=generator, dtype=p.dtype))
+    return model, session, layers_of(model)[0]
+
+
+def tokens(n: int = 12, seed: int = 1) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, 16, generator=generator, dtype=torch.float64)
+
+
+def numbers(tensor: Tensor | None) -> Any:
+    return None if tensor is None else tensor.detach().double().numpy()
+
+
+def as_oracle(layer: RoutedMLP, part: str) -> oracle.Linear:
+    view = layer.view(part)
+    out = oracle.Linear(numbers(view.weight), numbers(view.bias))
+    for f in view.factors:
+        out = out._replace(a=numbers(f.a.weight), b=numbers(f.b.weight), scaling=f.scaling)
+    return out
+
+
+def wanted_output(layer: RoutedMLP, name: str, x: Tensor, **changes: Any) -> np.ndarray:
+    """The oracle's output of a layer; ``changes`` break it on purpose."""
+    config = layer.config
+    router = layer.router
+    logits = numbers(x) @ numbers(router.weight).T + numbers(router.bias)
+    chosen = oracle.best_groups(changes.pop("logits", logits), config.num_active)
+    kind = changes.pop("gate", config.gate)
+    factors = oracle.gate_values(kind, oracle.sigmoid(logits), chosen)
+    gate = as_oracle(layer, "gate") if name == "llama" else None
+    options = {"inside": kind == "spt", **changes}
+    up, down = as_oracle(layer, "up"), as_oracle(layer, "down")
+    act = ACTIVATIONS[name]
+    return oracle.routed_ffn(
+        numbers(x), up, down, gate, act, config.num_groups, chosen, factors, **options
+    )
+
+
+def close(got: Tensor, wanted: np.ndarray, tolerance: float = 1e-10) -> bool:
+    return bool(np.abs(numbers(got) - wanted).max() <= tolerance * np.abs(wanted).max())
+
+
+# -- oracles 13 to 16 ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("with_lora", [False, True])
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("backend", ["loop", "grouped"])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_output_is_the_formulas(name: str, backend: str, gate: str, with_lora: bool) -> None:
+    methods = (lora_for(name),) if with_lora else ()
+    _, _, layer = make(name, *methods, gate=gate, backend=backend)
+    x = tokens()
+    got = layer.eval()(x)
+    assert close(got, wanted_output(layer, name, x))
+    # Controls: another choice, another gate, the down bias once per group, gates in another place.
+    assert not close(got, wanted_output(layer, name, x, logits=-numbers(layer.router(x))))
+    if gate not in ("none", "ste"):
+        assert not close(got, wanted_output(layer, name, x, gate="none"), 1e-3)
+        assert not close(got, wanted_output(layer, name, x, inside=gate != "spt"), 1e-3)
+    if layer.view("down").bias is not None:
+        assert not close(got, wanted_output(layer, name, x, num_down_biases=2), 1e-3)
+
+
+def test_oracles_choose_the_same_groups() -> None:
+    logits = tokens(50)[:, :6].round(decimals=1)  # with ties
+    assert maths.choose(logits, 3).tolist() == oracle.best_groups(numbers(logits), 3)
+    assert maths.choose(-logits, 3).tolist() != oracle.best_groups(numbers(logits), 3)
+    assert maths.choose(torch.zeros(2, 5), 2).tolist() == [[0, 1], [0, 1]]
+
+
+CASES = [(name, "spt") for name in MODELS] + [("bert", g) for g in ("none", "ste", "output")]
+
+
+@pytest.mark.parametrize(("name", "gate"), CASES)
+def test_all_groups_are_the_dense_model(name: str, gate: str) -> None:
+    """At a router of zeros every factor is 1; ``spt`` takes the routed way even then."""
+    plain = MODELS[name].build()
+    model = MODELS[name].build()
+    lt.apply(model, lt.RoutedFFN(num_active=4, gate=gate))
+    for layer in layers_of(model):
+        nn.init.zeros_(layer.router.weight)
+    batch = MODELS[name].batch()
+    wanted, got = plain(**batch), model(**batch)
+    torch.testing.assert_close(got.logits, wanted.logits, rtol=1e-4, atol=1e-5)
+    got.loss.backward()
+    wanted.loss.backward()
+    grads = dict(plain.named_parameters())
+    for n, p in model.named_parameters():
+        if n in grads:
+            torch.testing.assert_close(p.grad, grads[n].grad, rtol=1e-4, atol=1e-6)
+    for layer in layers_of(model):
+        nn.init.constant_(layer.router.bias, 20.0)
+    if gate in ("output", "spt"):
+        assert not torch.allclose(model(**batch).logits, wanted.logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_all_groups_with_lora_are_the_merged_dense_layer(name: str) -> None:
+    model, session, layer = make(name, lora_for(name), num_active=4, gate="none")
+    x = tokens()
+    before = layer.eval()(x)
+    batch = MODELS[name].batch()
+    logits = model.eval()(**batch).logits
+    session.merge()
+    assert not layers_of(model) and not any("lora" in n for n, _ in model.named_parameters())
+    torch.testing.assert_close(model(**batch).logits, logits)
+    mlp = next(s for s in find_sites(model) if s.role == "mlp")
+    if name != "opt":
+        torch.testing.assert_close(mlp.module(x), before)
+
+
+def force(layer: RoutedMLP, x: Tensor, how: str) -> None:
+    """Make the router send tokens where a test wants them."""
+    with torch.no_grad():
+        if how != "as it is":
+            layer.router.weight.zero_()
+            layer.router.bias.copy_(torch.tensor([0.4, -0.2, 0.1, -0.3]))
+        if how == "all but one alike":
+            # The last token alone goes to the other two groups.
+            towards = 2 * x[-1] / x[-1].square().sum()
+            layer.router.weight.copy_(torch.outer(-layer.router.bias, towards))
+            layer.router.weight -= layer.router.weight.mean(0)
+
+
+@pytest.mark.parametrize("how", ["as it is", "alike", "all but one alike"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("name", "gate"), [("llama", "output"), ("opt", "spt"), ("gpt2", "none")])
+def test_backends_agree(name: str, gate: str, dtype: torch.dtype, how: str) -> None:
+    """Groups without a token, one token alone, every token in one group, strided input."""
+    x = tokens(10)
+    results = []
+    for backend in ("loop", "grouped"):
+        _, _, layer = make(name, lora_for(name), gate=gate, backend=backend)
+        force(layer, x, how)
+        layer.to(dtype)
+        for rows in (x, x[:1], x[:, None].expand(-1, 2, -1), x.t().contiguous().t()):
+            leaf = rows.to(dtype).detach().requires_grad_()
+            layer.zero_grad()
+            y = layer(leaf)
+            y.square().sum().backward()
+            grads = [leaf.grad, *(p.grad for p in layer.parameters() if p.requires_grad)]
+            results.append([y, *grads])
+    half = len(results) // 2
+    eps = torch.finfo(dtype).eps
+    for ours, theirs in zip(results[:half], results[half:], strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            assert (a is None) == (b is None)
+            if a is not None:
+                scale = float(b.detach().abs().max())
+                torch.testing.assert_close(a, b, rtol=64 * eps, atol=64 * eps * max(scale, 1))
+
+
+def test_grouped_product_is_really_used(monkeypatch) -> None:
+    assert has_grouped_product("cpu", torch.float32)
+    assert not has_grouped_product("cpu", torch.float64)
+    calls = []
+    real = torch.nn.functional.grouped_mm
+    spy = lambda *args, **kwargs: calls.append(1) or real(*args, **kwargs)  # noqa: E731
+    monkeypatch.setattr(torch.nn.functional, "grouped_mm", spy)
+    _, _, layer = make("llama", backend="grouped")
+    layer.float()(tokens().float().requires_grad_()).sum().backward()
+    # Three products, and two gradients of each.
+    assert len(calls) == 9
+    layer.config = lt.RoutedFFN(backend="auto")
+    layer(tokens().float())
+    assert len(calls) == 9, "auto takes the loop on the CPU"
+
+
+@pytest.mark.parametrize("gate", ["output", "output_norm", "spt"])
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_gradients_by_finite_differences(name: str, gate: str) -> None:
+    _, _, layer = make(name, lora_for(name), gate=gate)
+    leaves = {n: p for n, p in layer.named_parameters() if p.requires_grad}
+    assert any("lora_A" in n for n in leaves) and "router.weight" in leaves
+
+    def run(x: Tensor, *values: Tensor) -> Tensor:
+        given = dict(zip(leaves, values, strict=True))
+        return torch.func.functional_call(layer, given, (x,))
+
+    x = tokens(4).requires_grad_()
+    values = [p.detach().clone().requires_grad_() for p in leaves.values()]
+    assert torch.autograd.gradcheck(run, (x, *values), eps=1e-7, atol=1e-5)
+
+    class Wrong(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+            return grad * 1.01
+
+    with pytest.raises(GradcheckError):
+        wrong = lambda x, *v: Wrong.apply(run(x, *v))  # noqa: E731
+        torch.autograd.gradcheck(wrong, (x, *values), eps=1e-7, atol=1e-5)
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_who_gives_the_router_a_gradient(gate: str) -> None:
+    _, _, layer = make("llama", gate=gate)
+    layer(tokens()).square().sum().backward()
+    grad = layer.router.weight.grad
+    if gate == "none":
+        assert grad is None
+    else:
+        assert grad is not None and (grad.abs().amax(1) > 0).all()
+
+
+def test_straight_through_gate_has_value_one_and_the_gradient_of_p() -> None:
+    p = torch.rand(5, 4, dtype=torch.float64, requires_grad=True)
+    chosen = maths.choose(p, 2)
+    c = maths.coefficients("ste", p, chosen)
+    assert c is not None and (c == 1).all()
+    (grad,) = torch.autograd.grad(c.sum(), p)
+    assert torch.equal(grad, torch.zeros_like(p).scatter(1, chosen, 1.0))
+    assert maths.coefficients("none", p, chosen) is None
+
+
+# -- losses ----------------------------------------------------------------------------------------
+
+
+def test_balance_loss_is_the_formula_and_least_at_an_even_load() -> None:
+    logits = tokens(30)[:, :4]
+    chosen, p = maths.choose(logits, 2), logits.sigmoid()
+    real = [t % 3 > 0 for t in range(30)]
+    got = float(maths.balance_loss(p, chosen, torch.tensor(real)))
+    wanted = oracle.balance(numbers(p), chosen.tolist(), real)
+    assert got == pytest.approx(wanted, rel=1e-12)
+    unmasked = oracle.balance(numbers(p), chosen.tolist(), [True] * 30)
+    assert wanted != pytest.approx(unmasked, rel=1e-3)
+    even = torch.eye(4).repeat(5, 1) + torch.eye(4).roll(1, 0).repeat(5, 1) + 1e-6
+    everywhere = float(maths.balance_loss(even, maths.choose(even, 2), None))
+    assert everywhere == pytest.approx(1.0, rel=1e-5)
+    one_sided = torch.tensor([[1.0, 1.0, 1e-6, 1e-6]]).repeat(8, 1)
+    assert float(maths.balance_loss(one_sided, maths.choose(one_sided, 2), None)) > 1.9
+    no_token = torch.zeros(30, dtype=torch.bool)
+    assert float(maths.balance_loss(p, chosen, no_token)) == 0.0
+
+
+def test_balance_loss_spreads_tokens() -> None:
+    logits = torch.tensor([1.0, 0.9, 0.0, -0.1]).repeat(64, 1) + 0.1 * tokens(64)[:, :4].float()
+    logits.requires_grad_()
+    loads = []
+    for _ in range(2):
+        for _ in range(200):
+            loss = maths.balance_loss(logits.sigmoid(), maths.choose(logits, 2), None)
+            (grad,) = torch.autograd.grad(loss, logits)
+            logits.data -= 5.0 * grad
+        loads.append(maths.choose(logits, 2).flatten().bincount(minlength=4).tolist())
+    assert min(loads[-1]) >= 16, loads
+
+
+def test_auxiliary_losses_skip_padding_and_count_once(monkeypatch) -> None:
+    tiny = MODELS["bert"]
+    seen = []
+    real = maths.balance_loss
+    spy = lambda p, chosen, mask: seen.append(mask) or real(p, chosen, mask)  # noqa: E731
+    monkeypatch.setattr(maths, "balance_loss", spy)
+    losses, grads = [], []
+    for checkpoint in (False, True):
+        model = tiny.build()
+        methods = (lt.RoutedFFN(balance_weight=0.5, z_weight=0.25),)
+        session = lt.apply(model, *methods, *((lt.Checkpoint(),) if checkpoint else ()))
+        loss = model(**tiny.batch()).loss
+        extra = session.auxiliary_loss()
+        (loss + extra).backward()
+        losses.append(extra.item())
+        assert session.auxiliary_loss().item() == extra.item(), "a recomputation counted again"
+        router = layers_of(model)[0].router
+        assert router.weight.grad is not None
+        grads.append(router.weight.grad)
+    assert losses[0] == losses[1] > 0.9  # two layers, 0.5 each, near balance
+    torch.testing.assert_close(*grads)
+    assert all(torch.equal(m, tiny.batch()["attention_mask"].bool().flatten()) for m in seen)
+    assert len(seen) == 2 + 4
+
+
+def test_reentrant_checkpointing_is_refused_with_a_balance_loss() -> None:
+    tiny = MODELS["bert"]
+    model = tiny.build()
+    lt.apply(model, lt.RoutedFFN())
+    model.activation_checkpointing_enable({"use_reentrant": True})
+    model.enable_input_require_grads()
+    with pytest.raises(UnsupportedError, match="auxiliary loss must have a gradient"):
+        model(**tiny.batch())
+
+
+def test_no_auxiliary_loss_where_none_is_due() -> None:
+    tiny = MODELS["bert"]
+    for options in ({"balance_weight": 0.0}, {"num_active": 4}):
+        model = tiny.build()
+        session = lt.apply(model, lt.RoutedFFN(**options))
+        model(**tiny.batch())
+        assert not session.auxiliary_loss().requires_grad
+    session.remove()
+    session = lt.apply(model.eval(), lt.RoutedFFN())
+    model(**tiny.batch())
+    assert session.auxiliary_loss().item() == 0.0
+
+
+# -- split and calibration -------------------------------------------------------------------------
+
+
+def plain_and_grouped(name: str, **options: Any) -> tuple[nn.Module, nn.Module, lt.Session]:
+    plain, model = MODELS[name].build(), MODELS[name].build()
+    session = lt.apply(model, lt.RoutedFFN(split="coactivation", **options))
+    return plain, model, session
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_reordering_preserves_the_function_and_is_undone(name: str) -> None:
+    plain, model, session = plain_and_grouped(name, num_active=4, gate="none")
+    batch = MODELS[name].batch()
+    wanted = plain(**batch).logits
+    for _ in range(2):
+        orders = [layer.units.permutation for layer in layers_of(model) if layer.units]
+        assert any((order.diff() != 1).any() for order in orders)
+        torch.testing.assert_close(model(**batch).logits, wanted, rtol=1e-4, atol=1e-5)
+        session.calibrate([MODELS[name].batch(3)])
+    session.remove()
+    pairs = zip(model.parameters(), plain.parameters(), strict=True)
+    assert all(torch.equal(p, q) for p, q in pairs)
+
+
+def test_reordering_one_weight_alone_changes_the_function() -> None:
+    """The control of the test above."""
+    plain, model, _ = plain_and_grouped("llama", num_active=4, gate="none")
+    layer = layers_of(model)[0]
+    with torch.no_grad():
+        up = layer.view("up").weight
+        up.copy_(up.flip(0))
+    batch = MODELS["llama"].batch()
+    assert not torch.allclose(model(**batch).logits, plain(**batch).logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_reordering_takes_the_factors_along(name: str) -> None:
+    outputs = []
+    for split in ("contiguous", "coactivation"):
+        model = MODELS[name].build().double()
+        session = lt.apply(
+            model, lora_for(name), lt.RoutedFFN(split=split, num_active=4, gate="none")
+        )
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for n, p in model.named_parameters():
+                if "lora_B" in n:
+                    p.copy_(torch.randn(p.shape, generator=generator))
+        outputs.append(model.eval()(**MODELS[name].batch()).logits)
+        if split == "coactivation":
+            # Now that the factors are no longer zero, their order matters.
+            session.calibrate([MODELS[name].batch(3)])
+            torch.testing.assert_close(model(**MODELS[name].batch()).logits, outputs[-1])
+    assert not torch.allclose(*outputs), "the factors of up were drawn in another order"
+
+
+def test_units_that_are_active_together_are_found() -> None:
+    """Eight hidden units fire on either of two kinds of token; only their order is shuffled."""
+    _, session, layer = make("llama", split="coactivation", num_groups=2, num_active=1)
+    with torch.no_grad():
+        kinds = torch.arange(32) % 2
+        gate, up = layer.view("gate").weight, layer.view("up").weight
+        gate.zero_()
+        gate[:, 0] = 1.0 - 2.0 * kinds[layer.units.permutation]  # type: ignore[union-attr]
+        up.zero_()
+        up[:, 1] = 1.0
+    x = tokens(64)
+    x[:, 0] = 6.0 * x[:, 0].sign()
+    x[:, 1] = 1.0
+
+    class Direct(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x)
+
+    session.model = Direct()
+    session.calibrate([x])
+    assert layer.units is not None
+    found = kinds[layer.units.permutation].view(2, 16)
+    assert (found == found[:, :1]).all() and found[0, 0] != found[1, 0]
+    # And the router knows which tokens they fire on.
+    dense = layer.config
+    layer.config = lt.RoutedFFN(num_groups=2, num_active=2, gate="none")
+    wanted = layer(x)
+    layer.config = lt.RoutedFFN(num_groups=2, num_active=1, gate="none")
+    # SiLU is not quite zero where it does not fire.
+    assert (layer(x) - wanted).norm() < 0.05 * wanted.norm()
+    layer.router.weight.data.neg_()
+    layer.router.bias.data.neg_()
+    assert (layer(x) - wanted).norm() > 0.9 * wanted.norm()
+    layer.config = dense
+
+
+def test_fitted_router_ranks_groups_better_than_chance() -> None:
+    x = tokens(400)
+    weight = tokens(4, seed=5)
+    norms = 3.0 + x @ weight.t() + 0.1 * tokens(400, seed=6)[:, :4]
+    fitted, bias = maths.fit_router(x[:300], norms[:300], 1e-2, 0.1)
+    logits = x[300:] @ fitted.t() + bias
+    assert logits.square().mean().sqrt() == pytest.approx(0.1, rel=0.2)
+    best, chosen = maths.choose(norms[300:], 2), maths.choose(logits, 2)
+    hits = (best[:, :, None] == chosen[:, None]).float().sum((1, 2)).mean() / 2
+    assert hits > 0.9
+    wrong = maths.choose(x[300:] @ fitted.flip(0).t() + bias, 2)
+    assert (best[:, :, None] == wrong[:, None]).float().sum((1, 2)).mean() / 2 < 0.7
+
+
+def test_calibration_leaves_modes_and_streams_alone_and_wants_a_token() -> None:
+    tiny = MODELS["bert"]
+    model = tiny.build()
+    session = lt.apply(model, lt.RoutedFFN())
+    model.bert.encoder.layer[0].eval()
+    modes = [m.training for m in model.modules()]
+    before = [layer.router.weight.clone() for layer in layers_of(model)]
+    state = torch.get_rng_state()
+    session.calibrate([tiny.batch(1), tiny.batch(2)])
+    assert torch.equal(torch.get_rng_state(), state) and session.draw == 0
+    assert [m.training for m in model.modules()] == modes
+    pairs = zip(before, layers_of(model), strict=True)
+    assert all(not torch.equal(b, layer.router.weight) for b, layer in pairs)
+    for batches in ([], [{**tiny.batch(), "attention_mask": torch.zeros(4, 8), "labels": None}]):
+        with pytest.raises(ConfigError, match="must hold at least one real token"):
+            session.calibrate(batches)
+    assert all(layer.recorder is None for layer in layers_of(model))
+
+
+# -- router, schedule, state -----------------------------------------------------------------------
+
+
+def test_router_starts_from_the_seed_near_one_and_uses_every_group() -> None:
+    starts = []
+    for global_seed, seed in ((1, 0), (2, 0), (1, 3)):
+        torch.manual_seed(global_seed)
+        model = MODELS["llama"].build()
+        state = torch.get_rng_state()
+        lt.apply(model, lt.RoutedFFN(), seed=seed)
+        assert torch.equal(torch.get_rng_state(), state)
+        starts.append([layer.router.weight.detach() for layer in layers_of(model)])
+    assert torch.equal(starts[0][0], starts[1][0])
+    assert not torch.equal(starts[0][0], starts[2][0])
+    assert not torch.equal(starts[0][0], starts[0][1])
+    x = torch.randn(500, 16)
+    logits = x @ starts[0][0].t()
+    assert 0.01 < float(logits.square().mean().sqrt()) < 0.04
+    assert maths.choose(logits, 2).flatten().bincount(minlength=4).min() > 100
+
+
+def test_router_takes_dtype_and_device_of_the_ffn() -> None:
+    model = MODELS["llama"].build().bfloat16()
+    lt.apply(model, lt.RoutedFFN())
+    assert layers_of(model)[0].router.weight.dtype == torch.bfloat16
+    out = model(**MODELS["llama"].batch())
+    assert out.logits.dtype == torch.bfloat16
+    out.loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+def test_schedule() -> None:
+    counts = [maths.num_active_at(step, 8, 2, 12) for step in range(14)]
+    assert counts == [8, 8, 7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2]
+    assert maths.num_active_at(0, 4, 2, 0) == 2
+    assert [maths.num_active_at(s, 4, 2, 1) for s in (0, 1)] == [4, 2]
+
+
+def test_schedule_follows_the_steps_and_resumes(tmp_path: Path) -> None:
+    tiny = MODELS["llama"]
+    plain = tiny.build()
+    model = tiny.build()
+    config = lt.RoutedFFN(gate="none", warm_down_steps=2)
+    session = lt.apply(model, config)
+    wanted = plain(**tiny.batch()).logits
+    torch.testing.assert_close(model(**tiny.batch()).logits, wanted)
+    outputs = []
+    for _ in range(3):
+        session.on_step()
+        outputs.append(model(**tiny.batch()).logits)
+    assert not torch.allclose(outputs[0], wanted) and not torch.equal(outputs[0], outputs[1])
+    assert torch.equal(outputs[1], outputs[2])
+    session.save(tmp_path / "saved")
+    other = tiny.build()
+    lt.load(other, tmp_path / "saved")
+    assert torch.equal(other(**tiny.batch()).logits, outputs[2])
+
+
+@pytest.mark.parametrize("with_lora", [False, True])
+@pytest.mark.parametrize("order", ["session first", "weights first"])
+def test_order_of_units_survives_both_ways_of_resuming(with_lora: bool, order: str) -> None:
+    """A trainer saves all tensors, or with an adapter those that train, before or after ours."""
+    tiny = MODELS["llama"]
+    methods = ((lora_for("llama"),) if with_lora else ()) + (lt.RoutedFFN(split="coactivation"),)
+    model = tiny.build()
+    session = lt.apply(model, *methods)
+    session.calibrate([tiny.batch(3)])
+    optimizer = session.optimizer(torch.optim.SGD, lr=0.3)
+    model(**tiny.batch()).loss.backward()
+    optimizer.step()
+    state = {k: v.clone() for k, v in session.state_dict().items()}
+    if with_lora:
+        weights = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    else:
+        weights = {n: v.clone() for n, v in model.state_dict().items()}
+    wanted = model.eval()(**tiny.batch(5)).logits
+    other = tiny.build()
+    again = lt.apply(other, *methods)
+    steps = [
+        lambda: again.load_state_dict(state),
+        lambda: other.load_state_dict(weights, strict=False),
+    ]
+    for load in steps if order == "session first" else steps[::-1]:
+        load()
+    torch.testing.assert_close(other.eval()(**tiny.batch(5)).logits, wanted)
+    bad = {**state, "units.model.layers.0.mlp/permutation": torch.zeros(32, dtype=torch.int64)}
+    with pytest.raises(ConfigError, match="permutation must be an order of 32 hidden units"):
+        again.load_state_dict(bad)
+
+
+def test_saved_folder_holds_the_router_and_comes_back(tmp_path: Path) -> None:
+    tiny = MODELS["llama"]
+    model = tiny.build()
+    session = lt.apply(model, lora_for("llama"), lt.RoutedFFN(split="coactivation"))
+    session.calibrate([tiny.batch(3)])
+    optimizer = session.optimizer(torch.optim.SGD, lr=0.3)
+    assert any(p is layers_of(model)[0].router.weight for p in optimizer.param_groups[0]["params"])
+    for _ in range(2):
+        model(**tiny.batch()).loss.backward()
+        optimizer.step()
+    session.save(tmp_path / "saved")
+    other = tiny.build()
+    lt.load(other, tmp_path / "saved")
+    batch = tiny.batch(5)
+    assert torch.equal(other.eval()(**batch).logits, model.eval()(**batch).logits)
+
+
+# -- other methods ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "opt"])
+def test_sampling_everything_inside_groups_is_exact(name: str) -> None:
+    """WTA-CRS finds the linears inside, and at keep_ratio 1 changes nothing."""
+    tiny = MODELS[name]
+    results = []
+    for extra in ((), (lt.WTACRS(keep_ratio=1.0),)):
+        model = tiny.build()
+        session = lt.apply(model, lt.RoutedFFN(), *extra)
+        loss = model(**tiny.batch()).loss + session.auxiliary_loss()
+        loss.backward()
+        results.append({n: p.grad for n, p in model.named_parameters()})
+        inside = [m for layer in layers_of(model) for m in layer.modules()]
+    stored = [m for m in inside if hasattr(m, "store")]
+    assert len(stored) == (6 if name == "llama" else 4)
+    assert not isinstance(layers_of(model)[0].router, StoredLinear)
+    for n, grad in results[0].items():
+        torch.testing.assert_close(results[1][n], grad)
+
+
+def test_sampled_groups_keep_fewer_bytes_and_have_the_right_mean() -> None:
+    tiny = MODELS["llama"]
+    exact, sampled = tiny.build(), tiny.build()
+    lt.apply(exact, lt.RoutedFFN(), lt.WTACRS(keep_ratio=1.0))
+    # One linear: a tiny model spends its time on choosing rows.
+    halved = lt.WTACRS(keep_ratio=0.5, min_rows=2, sites=["layers.1.mlp.down_proj"])
+    lt.apply(sampled, lt.RoutedFFN(), halved)
+    assert lt.ledger(sampled, tiny.batch()).activations < lt.ledger(exact, tiny.batch()).activations
+    exact(**tiny.batch()).loss.backward()
+    wanted = layers_of(exact)[1].view("down").weight.grad
+    draws = []
+    for _ in range(60):
+        sampled.zero_grad()
+        sampled(**tiny.batch()).loss.backward()
+        draws.append(layers_of(sampled)[1].view("down").weight.grad.clone())
+    stack = torch.stack(draws)
+    z = (stack.mean(0) - wanted) / (stack.std(0) / math.sqrt(60) + 1e-9)
+    assert z.square().mean() < 2.0
+    biased = (1.5 * stack.mean(0) - wanted) / (stack.std(0) / math.sqrt(60) + 1e-9)
+    assert biased.square().mean() > 2.0
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "t5_gated", "opt"])
+def test_lora_routed_and_sampled_together(name: str) -> None:
+    tiny = MODELS[name]
+    model = tiny.build()
+    modules = dict(model.named_modules())
+    session = lt.apply(model, lt.LoRA(rank=2), lt.RoutedFFN(), lt.WTACRS(min_rows=2))
+    sampled = [n for n, m in model.named_modules() if isinstance(m, StoredLinear)]
+    places = (".mlp.", ".intermediate.", ".fc1.", ".DenseReluDense.")
+    in_ffn = [n for n in sampled if any(place in n for place in places)]
+    assert in_ffn and all("lora_A" in n for n in sampled)
+    optimizer = session.optimizer(torch.optim.SGD, lr=0.1)
+    for seed in range(3):
+        optimizer.zero_grad()
+        (model(**tiny.batch(seed)).loss + session.auxiliary_loss()).backward()
+        optimizer.step()
+    lost = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert not lost
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    session.remove()
+    assert list(model.named_modules()) == list(modules.items())
+
+
+def test_frozen_weights_have_no_gradient_and_keep_no_input() -> None:
+    """With LoRA the base weights are views: backward keeps the gathered rows of no linear."""
+    _, _, layer = make("opt", lora_for("opt"), gate="none", balance_weight=0.0)
+    kept: list[torch.Size] = []
+    hooks = torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.append(t.shape) or t, lambda t: t
+    )
+    with hooks:
+        layer(tokens(12).requires_grad_())
+    # 24 routed rows: neither their gathered inputs nor anything else as wide is kept.
+    assert torch.Size([24, 16]) not in kept
+    assert not any(len(s) == 2 and s[1] == 16 and s[0] not in (3, 12, 4, 8) for s in kept), kept
+
+
+def test_weight_that_a_rule_trains_is_not_cut() -> None:
+    """Such a linear needs its whole input: the FFN runs dense, with the other groups at zero."""
+    from leantune.core.swap import swap, with_rule
+    from leantune.ops.stores import Factors, grad_weight
+
+    class Whole:
+        width = None
+
+        def project(self, rows: Tensor) -> Tensor:
+            return rows
+
+        def grad(self, factors: list[Factors]) -> Tensor:
+            return grad_weight(factors)
+
+    _, session, layer = make("llama", gate="output")
+    x = tokens()
+    wanted = layer(x)
+    wanted.square().sum().backward()
+    gradient = layer.view("up").weight.grad
+    old = layer.up_proj if hasattr(layer, "up_proj") else None
+    assert isinstance(old, nn.Linear)
+    old.weight.requires_grad_(False)
+    trained = nn.Parameter(old.weight.detach().clone())
+    swap(layer, "up_proj", with_rule(old, trained, Whole(), session))
+    got = layer(x)
+    torch.testing.assert_close(got, wanted)
+    got.square().sum().backward()
+    torch.testing.assert_close(trained.grad, gradient)
+
+
+@pytest.mark.parametrize("name", ["t5", "t5_gated", "gpt2", "distilbert"])
+@pytest.mark.parametrize("num_active", [2, 4])
+def test_dropout_inside_the_ffn_still_drops(name: str, num_active: int) -> None:
+    model = MODELS[name].build()
+    lt.apply(model, lt.RoutedFFN(num_active=num_active, gate="none"))
+    layer = layers_of(model)[0]
+    dropouts = [m for m in layer.modules() if isinstance(m, nn.Dropout)]
+    assert len(dropouts) == 1
+    x = torch.randn(3, 16)
+    assert layer(x).abs().min() > 0
+    dropouts[0].p = 1.0
+    assert (layer(x) == 0).all()
+
+
+# -- living with transformers ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
+def test_generation_with_a_cache_is_the_full_forward(name: str) -> None:
+    tiny = MODELS[name]
+    model = tiny.build()
+    session = lt.apply(model, lora_for(name), lt.RoutedFFN())
+    session.calibrate([tiny.batch(1)])
+    model.eval()
+    ids = tiny.batch()["input_ids"][:1]
+    options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    for end in range(ids.shape[1], out.shape[1]):
+        logits = model(out[:, :end], use_cache=False).logits[0, -1]
+        logits[2] = -torch.inf  # generate holds the end token back
+        assert int(logits.argmax()) == int(out[0, end])
+
+
+def test_parameters_keep_their_names_where_the_ffn_is_a_module() -> None:
+    for name in ("llama", "t5", "gpt2", "distilbert"):
+        plain, model = MODELS[name].build(), MODELS[name].build()
+        lt.apply(model, lt.RoutedFFN())
+        extra = {n for n, _ in model.named_parameters()} - {n for n, _ in plain.named_parameters()}
+        assert extra and all(".router." in n for n in extra)
+
+
+def test_adapter_inside_is_a_plain_peft_one(tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    tiny = MODELS["llama"]
+    model = tiny.build()
+    session = lt.apply(model, lora_for("llama"), lt.RoutedFFN())
+    optimizer = session.optimizer(torch.optim.SGD, lr=0.5)
+    model(**tiny.batch()).loss.backward()
+    optimizer.step()
+    model.save_pretrained(tmp_path)
+    trained = layers_of(model)[0].view("down").factors[0].b.weight
+    back = PeftModel.from_pretrained(tiny.build(), str(tmp_path))
+    layer = back.base_model.model.model.layers[0].mlp.down_proj
+    assert torch.equal(linear_view(layer).factors[0].b.weight, trained)
+
+
+def test_disabled_adapter_is_left_out() -> None:
+    model, _, layer = make("llama", lora_for("llama"))
+    x = tokens()
+    adapted = layer.eval()(x)
+    model.disable_adapters()
+    assert layer.view("up").factors == ()
+    assert not torch.allclose(layer(x), adapted)
+    model.enable_adapters()
+    assert torch.equal(layer(x), adapted)
+
+
+def test_copy_routes_by_its_own_session() -> None:
+    model, session, _ = make("llama", warm_down_steps=4)
+    twin = copy.deepcopy(model)
+    session.on_step()
+    assert layers_of(twin)[0].session is twin._leantune_session
+    assert layers_of(twin)[0].session.step == 0
+
+
+# -- errors ----------------------------------------------------------------------------------------
+
+
+def test_bad_numbers_of_groups() -> None:
+    with pytest.raises(ConfigError, match="num_active must be at most num_groups = 4, got 5"):
+        lt.RoutedFFN(num_active=5)
+    with pytest.raises(ConfigError, match="num_active must be integer >= 1, got 0"):
+        lt.RoutedFFN(num_active=0)
+    model = MODELS["bert"].build()
+    modules = list(model.named_modules())
+    with pytest.raises(SiteError, match=r"2 of 2 sites cannot be used: .*width 32, got 5") as error:
+        lt.apply(model, lt.RoutedFFN(num_groups=5))
+    assert "layer.0.intermediate: num_groups must divide" in str(error.value)
+    assert "layer.1.intermediate: num_groups must divide" in str(error.value)
+    assert "it could be 2, 4, 8, 16" in str(error.value)
+    assert list(model.named_modules()) == modules
+
+
+def test_mixture_of_experts_is_refused() -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=2,
+    )
+    with pytest.raises(SiteError, match="must not be a mixture of experts already, got Mixtral"):
+        lt.apply(MixtralForCausalLM(config), lt.RoutedFFN())
+
+
+def test_unknown_linears_and_adapters_are_refused() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = MODELS["llama"].build()
+    dora = LoraConfig(r=2, target_modules=["up_proj"], use_dora=True)
+    with pytest.raises(SiteError, match="adapter must be plain LoRA, got 'default', a Dora"):
+        lt.apply(get_peft_model(model, dora), lt.RoutedFFN())
+    model = MODELS["llama"].build()
+
+    class Special(nn.Linear):
+        pass
+
+    model.model.layers[0].mlp.up_proj = Special(16, 32)
+    with pytest.raises(SiteError, match=r"1 of 2 sites cannot be used: .*must be nn.Linear"):
+        lt.apply(model, lt.RoutedFFN())
+
+
+def test_shared_weights_cannot_be_reordered() -> None:
+    model = MODELS["llama"].build()
+    layers = model.model.layers
+    layers[1].mlp.up_proj.weight = layers[0].mlp.up_proj.weight
+    lt.apply(model, lt.RoutedFFN()).remove()
+    with pytest.raises(UnsupportedError, match=r"no weight is shared, got .* tied to .*up_proj"):
+        lt.apply(model, lt.RoutedFFN(split="coactivation"))
+    assert not layers_of(model)
+
+
+def test_merge_names_the_way_out() -> None:
+    model = MODELS["llama"].build()
+    session = lt.apply(model, lt.RoutedFFN())
+    with pytest.raises(UnsupportedError, match=r"got RoutedFFN\(.*session.save\(folder\).*remove"):
+        session.merge()
+    assert len(layers_of(model)) == 2
+    session.remove()
+    session = lt.apply(model, lt.RoutedFFN(num_active=4, gate="ste", split="coactivation"))
+    wanted = MODELS["llama"].build()(**MODELS["llama"].batch()).logits
+    session.merge()
+    assert not layers_of(model)
+    assert torch.equal(model(**MODELS["llama"].batch()).logits, wanted)

@@ -1,0 +1,126 @@
+"""Routed feed-forward layers in float64, token by token and group by group, from the formulas.
+
+Legend: n tokens, d model width, F hidden units, G groups, A active groups, r adapter rank.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+
+class Linear(NamedTuple):
+    """Base weight (out, in), bias (out,) or None, and the adapter's a (r, in), b (out, r)."""
+
+    weight: Array
+    bias: Array | None = None
+    a: Array | None = None
+    b: Array | None = None
+    scaling: float = 0.0
+
+
+def relu(z: Array) -> Array:
+    return np.maximum(z, 0.0)
+
+
+def silu(z: Array) -> Array:
+    return z / (1.0 + np.exp(-z))
+
+
+def gelu_tanh(z: Array) -> Array:
+    return 0.5 * z * (1.0 + np.tanh(np.sqrt(2.0 / np.pi) * (z + 0.044715 * z**3)))
+
+
+def sigmoid(z: Array) -> Array:
+    return 1.0 / (1.0 + np.exp(-z))
+
+
+def best_groups(logits: Array, num_active: int) -> list[list[int]]:
+    """Return, for every token, its groups with the largest logits; the lower one among equals."""
+    return [
+        sorted(sorted(range(len(row)), key=lambda g: (-row[g], g))[:num_active]) for row in logits
+    ]
+
+
+def gate_values(kind: str, p: Array, chosen: list[list[int]]) -> list[list[float]]:
+    """Return the factor of every chosen group."""
+    factors = []
+    for row, groups in zip(p, chosen, strict=True):
+        total = sum(row[g] for g in groups)
+        factors.append(
+            [
+                {
+                    "none": 1.0,
+                    "ste": 1.0,
+                    "output": 2.0 * row[g],
+                    "output_norm": len(groups) * row[g] / total,
+                    "spt": 2.0 * row[g],
+                }[kind]
+                for g in groups
+            ]
+        )
+    return factors
+
+
+def routed_ffn(
+    x: Array,
+    up: Linear,
+    down: Linear,
+    gate: Linear | None,
+    act: Callable[[Array], Array],
+    num_groups: int,
+    chosen: list[list[int]],
+    factors: list[list[float]],
+    *,
+    inside: bool = False,
+    num_down_biases: int = 1,
+) -> Array:
+    """Return the layer's output, (n, d).
+
+    Args:
+        chosen: groups of each token.
+        factors: what multiplies each group.
+        inside: multiply the frozen products alone, before the activation and after the down
+            product (the prototype's way); otherwise the group's whole output.
+        num_down_biases: how often the down bias is added; anything but 1 is wrong.
+    """
+    size = len(up.weight) // num_groups
+    y = np.zeros((len(x), len(down.weight)))
+    for t in range(len(x)):
+        if down.bias is not None:
+            y[t] += num_down_biases * down.bias
+        for g, c in zip(chosen[t], factors[t], strict=True):
+            units = slice(g * size, (g + 1) * size)
+            c_in, c_out = (c, 1.0) if inside else (1.0, c)
+            hidden = act(_outputs(gate or up, units, x[t], c_in))
+            if gate is not None:
+                hidden = hidden * _outputs(up, units, x[t], c_in)
+            part = c_in * (down.weight[:, units] @ hidden)
+            if down.a is not None and down.b is not None:
+                part = part + down.scaling * (down.b @ (down.a[:, units] @ hidden))
+            y[t] += c_out * part
+    return y
+
+
+def _outputs(layer: Linear, units: slice, x: Array, c: float) -> Array:
+    out = layer.weight[units] @ x
+    if layer.bias is not None:
+        out = out + layer.bias[units]
+    out = c * out
+    if layer.a is not None and layer.b is not None:
+        out = out + layer.scaling * (layer.b[units] @ (layer.a @ x))
+    return out
+
+
+def balance(p: Array, chosen: list[list[int]], real: list[bool]) -> float:
+    """Return G / A sum_g f_g P_g over the real tokens."""
+    num_groups, count = p.shape[1], sum(real)
+    share, mean = np.zeros(num_groups), np.zeros(num_groups)
+    for t in range(len(p)):
+        if real[t]:
+            share[chosen[t]] += 1.0 / count
+            mean += p[t] / p[t].sum() / count
+    return float(num_groups / len(chosen[0]) * (share * mean).sum())
