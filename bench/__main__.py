@@ -1,11 +1,13 @@
 """``python -m bench NAME``: run one measurement and write its rows under ``bench/results``."""
 
 import argparse
+from collections.abc import Callable
 
 import torch
 
 from bench import (
     readme,
+    routed_ffn_speed,
     sparse_grad_energy,
     sparse_grad_quality,
     sparse_grad_speed,
@@ -14,42 +16,32 @@ from bench import (
     wta_crs_variance,
 )
 
-_BENCHES = (
-    "wta-crs",
-    "wta-crs-speed",
-    "wta-crs-variance",
-    "quality-wta-crs",
-    "sparse-grad",
-    "sparse-grad-speed",
-    "sparse-grad-energy",
-    "quality-sparse-grad",
-    "readme",
-)
+_PARTS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "wta-crs-speed": lambda args: wta_crs_speed.main(),
+    "wta-crs-variance": lambda args: wta_crs_variance.main(),
+    "sparse-grad-speed": lambda args: sparse_grad_speed.main(),
+    "sparse-grad-energy": lambda args: sparse_grad_energy.main(),
+    "spt-ffn": lambda args: routed_ffn_speed.main(),
+    "quality-wta-crs": lambda args: wta_crs_quality.main(args.worker, args.num_workers),
+    "quality-sparse-grad": lambda args: sparse_grad_quality.main(args.worker, args.num_workers),
+    "readme": lambda args: readme.main(),
+}
+_WHOLE = ("wta-crs", "sparse-grad", "spt")
+"""Names that stand for all parts beginning with them."""
 
 
 def main() -> None:
     """Parse the command line and run."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("name", choices=_BENCHES)
+    parser.add_argument("name", choices=(*_WHOLE, *_PARTS))
     parser.add_argument("--worker", type=int, default=0, help="number of this worker, from 0")
     parser.add_argument("--num-workers", type=int, default=1, help="workers side by side")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    if args.name in ("wta-crs", "wta-crs-speed"):
-        wta_crs_speed.main()
-    if args.name in ("wta-crs", "wta-crs-variance"):
-        wta_crs_variance.main()
-    if args.name == "quality-wta-crs":
-        wta_crs_quality.main(args.worker, args.num_workers)
-    if args.name in ("sparse-grad", "sparse-grad-speed"):
-        sparse_grad_speed.main()
-    if args.name in ("sparse-grad", "sparse-grad-energy"):
-        sparse_grad_energy.main()
-    if args.name == "quality-sparse-grad":
-        sparse_grad_quality.main(args.worker, args.num_workers)
-    if args.name == "readme":
-        readme.main()
+    for name, run in _PARTS.items():
+        if name == args.name or (args.name in _WHOLE and name.startswith(f"{args.name}-")):
+            run(args)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,163 @@
+"""Step time and saved bytes of routed FFNs beside the dense LoRA FFN, interleaved in one run."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, OPTConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.opt.modeling_opt import OPTDecoderLayer
+
+import leantune as lt
+from bench import rows
+from leantune.core.config import MethodConfig
+from leantune.measure import compare_steps
+
+RESULT = "routed_ffn_speed"
+NUM_TOKENS = 2048
+
+_LORA = lt.LoRA(rank=16)
+
+
+class LlamaFFN(nn.Module):
+    """The gated FFN of a Llama block with its norm and residual; (n, d_model) -> a () loss."""
+
+    def __init__(self, d_model: int) -> None:
+        super().__init__()
+        config = LlamaConfig(
+            hidden_size=d_model, intermediate_size=d_model * 11 // 4, num_attention_heads=8
+        )
+        self.block = LlamaDecoderLayer(config, 0)
+        del self.block.self_attn
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the mean square of the residual stream, a () loss with a gradient on each row."""
+        return (x + self.block.mlp(self.block.post_attention_layernorm(x))).float().square().mean()
+
+
+class OPTFFN(nn.Module):
+    """The plain FFN of an OPT block with its norm and residual; (n, d_model) -> a () loss."""
+
+    def __init__(self, d_model: int) -> None:
+        super().__init__()
+        config = OPTConfig(hidden_size=d_model, ffn_dim=4 * d_model, num_attention_heads=8)
+        self.block = OPTDecoderLayer(config)
+        del self.block.self_attn
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the mean square of the residual stream, a () loss with a gradient on each row."""
+        block = self.block
+        y = x + block.fc2(block.activation_fn(block.fc1(block.final_layer_norm(x))))
+        return y.float().square().mean()
+
+
+@dataclass(frozen=True)
+class Case:
+    """One FFN; ``needs_gpu`` cases are left out where there is none."""
+
+    name: str
+    model: Callable[[], nn.Module]
+    d_model: int
+    dtype: torch.dtype
+    num_tokens: int = NUM_TOKENS
+    needs_gpu: bool = False
+
+
+def _cases() -> list[Case]:
+    kinds: dict[str, Callable[[int], nn.Module]] = {"Llama": LlamaFFN, "OPT": OPTFFN}
+    cases = []
+    for kind, build in kinds.items():
+        for width in (1024, 2048):
+            name = f"{kind} FFN {width}, {NUM_TOKENS} tokens"
+            cases.append(Case(name, lambda b=build, w=width: b(w), width, torch.float32))
+        name = f"{kind} FFN 4096, 16384 tokens, bf16"
+        build_wide = lambda b=build: b(4096)  # noqa: E731
+        cases.append(Case(name, build_wide, 4096, torch.bfloat16, 16384, needs_gpu=True))
+    return cases
+
+
+def _variants(on_gpu: bool) -> dict[str, tuple[MethodConfig, ...]]:
+    variants: dict[str, tuple[MethodConfig, ...]] = {
+        "LoRA 16": (_LORA,),
+        "LoRA 16 + routed 2 of 4": (_LORA, lt.RoutedFFN()),
+        "LoRA 16 + routed 4 of 8": (_LORA, lt.RoutedFFN(num_groups=8, num_active=4)),
+        "LoRA 16 + routed 2 of 4, prototype's gate": (_LORA, lt.RoutedFFN(gate="spt")),
+    }
+    other = "loop" if on_gpu else "grouped"
+    variants[f"LoRA 16 + routed 2 of 4, {other}"] = (_LORA, lt.RoutedFFN(backend=other))  # type: ignore[arg-type]
+    return variants
+
+
+def main(num_rounds: int = 9) -> None:
+    """Measure every case that this machine can run, write the rows, print tables."""
+    found: list[dict[str, Any]] = []
+    has_gpu = torch.cuda.is_available()
+    for case in _cases():
+        if case.needs_gpu and not has_gpu:
+            print(f"{case.name}: left out, no NVIDIA GPU here")
+            continue
+        measured = _measure(case, torch.device("cuda" if has_gpu else "cpu"), num_rounds)
+        found += measured
+        print(f"\n{case.name}\n")
+        print(rows.table(measured, _COLUMNS))
+    kept = [r for r in rows.read(RESULT) if r["case"] not in {f["case"] for f in found}]
+    rows.write(RESULT, kept + found)
+
+
+_COLUMNS = {
+    "variant": "variant",
+    "ratio": "step time ratio",
+    "ratio_p20": "p20",
+    "ratio_p80": "p80",
+    "median_ms": "ms",
+    "saved_mib": "saved MiB",
+    "load": "load of the groups",
+}
+
+
+def _measure(case: Case, device: torch.device, num_rounds: int) -> list[dict[str, Any]]:
+    """Time forward + backward of every variant in turn, the gradient of the input included."""
+    torch.manual_seed(0)
+    base = case.model().to(device, case.dtype).train()
+    x = torch.randn(case.num_tokens, case.d_model, device=device, dtype=case.dtype)
+    x.requires_grad_()
+    models = {}
+    for name, methods in _variants(device.type == "cuda").items():
+        models[name] = copy.deepcopy(base)
+        session = lt.apply(models[name], *methods)
+        session.calibrate([x.detach()])
+
+    def step(model: nn.Module) -> None:
+        model.zero_grad(set_to_none=True)
+        x.grad = None
+        session: Any = model._leantune_session
+        (model(x) + session.auxiliary_loss()).backward()
+
+    steps = {name: (lambda m=model: step(m)) for name, model in models.items()}
+    stats = compare_steps(steps, reference="LoRA 16", rounds=num_rounds)
+    return [
+        {
+            "case": case.name,
+            "variant": name,
+            **s.to_dict(),
+            "saved_mib": round(lt.ledger(models[name], (x,)).activations / 2**20, 1),
+            "load": _load(models[name], x),
+        }
+        for name, s in stats.items()
+    ]
+
+
+def _load(model: nn.Module, x: Tensor) -> list[float] | None:
+    """Return the share of tokens that each group gets, or None for a dense FFN."""
+    from leantune.methods.routed_ffn.maths import choose
+    from leantune.methods.routed_ffn.module import RoutedMLP
+
+    for module in model.modules():
+        if isinstance(module, RoutedMLP):
+            chosen = choose(module.router(x), module.config.num_active)
+            counts = chosen.flatten().bincount(minlength=module.config.num_groups)
+            return [round(c, 3) for c in (counts / len(x)).tolist()]
+    return None
