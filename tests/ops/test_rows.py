@@ -6,7 +6,7 @@ import torch
 from stats import chi_square_check, correlation_check, z_check
 from torch import Tensor
 
-from leantune.ops.rows import row_norms, uniform
+from leantune.ops.rows import row_norms, uniform, uniform_at
 
 NUM_ROWS = 1024
 
@@ -128,6 +128,36 @@ def test_line_sums_have_the_variance_of_independent_numbers(name: str) -> None:
         assert z_check(centred.sum(axis) ** 2, count / 12).ok
     stratified = np.sort(centred, axis=1)[:, ::2]
     assert not z_check(stratified.sum(1) ** 2, NUM_ROWS / 24).ok
+
+
+def test_a_table_in_pieces_is_the_whole_table() -> None:
+    rows, columns = torch.arange(300)[:, None], torch.arange(500)
+    draw = torch.tensor(3)
+    whole = uniform_at(5, 7, draw, rows, columns)
+    assert whole.dtype == torch.float32 and 0 <= float(whole.min()) <= float(whole.max()) < 1
+    picked = torch.randperm(500)[:40]
+    assert torch.equal(uniform_at(5, 7, draw, rows[90:95], picked), whole[90:95, picked])
+    assert torch.equal(rows, torch.arange(300)[:, None]), "the arguments are left alone"
+    for other in ((6, 7, 3), (5, 8, 3), (5, 7, 4)):
+        again = uniform_at(other[0], other[1], torch.tensor(other[2]), rows, columns)
+        assert float((again == whole).double().mean()) < 1e-3
+
+
+def test_rows_and_columns_of_a_table_are_independent() -> None:
+    u = uniform_at(5, 7, torch.tensor(3), torch.arange(512)[:, None], torch.arange(512))
+    table = u.double().numpy()
+    for a, b in (
+        (table[:, :-1], table[:, 1:]),
+        (table[:-1], table[1:]),
+        (table[:, :-64], table[:, 64:]),
+        (table[:-7, :-3], table[7:, 3:]),
+    ):
+        assert chi_square_check(pair_counts(a, b)).ok
+    sums = (table.sum(1) - 256) / np.sqrt(512 / 12)
+    assert abs(float((sums**2).mean()) - 1) < 5 * np.sqrt(2 / 512)
+    # Control: rows that share their words up to a shift of the columns are noticed.
+    shifted = np.stack([np.roll(table[0], i) for i in range(512)])
+    assert not chi_square_check(pair_counts(shifted[:-1, :-1], shifted[1:, 1:])).ok
 
 
 def test_no_host_read() -> None:

@@ -37,15 +37,27 @@ def uniform(seed: int, stream: int, draw: Tensor, n: int, *, device: torch.devic
 
     Source: multiply-and-fold rounds as in the wyhash family; seed mixing as in SplitMix64.
     """
-    key = _mix64(_mix64(seed) + stream)
-    x = torch.arange(n, device=device)
-    x ^= key & _MASK32
-    x = _fold(x, _MULTIPLIERS[0])
-    x = x ^ ((draw * _DRAW_STEP + (key >> 32)) & _MASK32)
-    x = _fold(x, _MULTIPLIERS[1])
-    x = _fold(x, _MULTIPLIERS[2])
-    x >>= 8
-    return x.to(torch.float32).mul_(2.0**-24)
+    x = _words(seed, stream, draw, torch.arange(n, device=device))
+    return _to_unit(_fold(x, _MULTIPLIERS[2]))
+
+
+def uniform_at(seed: int, stream: int, draw: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Return the uniform number that belongs to each (row, column), whatever else is asked for.
+
+    A table that is computed in pieces, of any size and order, gets the same numbers.
+
+    Args:
+        seed, stream, draw: as for :func:`uniform`.
+        rows: int64 in [0, 2**32).
+        columns: int64 in [0, 2**32); rows and columns broadcast.
+
+    Returns:
+        The broadcast shape, float32 in [0, 1), multiples of 2**-24.
+    """
+    x = _words(seed, stream, draw, rows.clone()) ^ columns
+    for multiplier in _MULTIPLIERS:
+        x = _fold(x, multiplier)
+    return _to_unit(x)
 
 
 def stream_of(name: str) -> int:
@@ -66,6 +78,20 @@ def row_norms(x2d: Tensor) -> Tensor:
     if x2d.dtype == torch.float64:
         return torch.linalg.vector_norm(x2d, dim=-1).float()
     return torch.linalg.vector_norm(x2d, dim=-1, dtype=torch.float32)
+
+
+def _words(seed: int, stream: int, draw: Tensor, x: Tensor) -> Tensor:
+    """Turn positions into 32-bit words of (seed, stream, draw, position); ``x`` is used up."""
+    key = _mix64(_mix64(seed) + stream)
+    x ^= key & _MASK32
+    x = _fold(x, _MULTIPLIERS[0])
+    x = x ^ ((draw * _DRAW_STEP + (key >> 32)) & _MASK32)
+    return _fold(x, _MULTIPLIERS[1])
+
+
+def _to_unit(words: Tensor) -> Tensor:
+    words >>= 8
+    return words.to(torch.float32).mul_(2.0**-24)
 
 
 def _fold(x: Tensor, multiplier: int) -> Tensor:
