@@ -32,6 +32,7 @@ class Site:
         part: for a linear in a known block, which of those parts it is.
         reads: key that linears reading one and the same input share, or None.
         mask: batch field that marks the real rows (``attention_mask``), or None where unknown.
+        is_cross: for attention, whether keys come from another sequence than queries.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Site:
     part: str | None = None
     reads: str | None = None
     mask: str | None = None
+    is_cross: bool = False
 
     @property
     def is_trainable(self) -> bool:
@@ -313,7 +315,15 @@ def _block_sites(
         inputs.update({found[p]: entry for p in together if p in found})
         inside = {p: modules[path] for p, path in found.items()}
         yield Site(
-            entry, role, modules[entry], found, bypass, block=name, mask=mask, modules=inside
+            entry,
+            role,
+            modules[entry],
+            found,
+            bypass,
+            block=name,
+            mask=mask,
+            modules=inside,
+            is_cross=isinstance(part, _Attention) and part.cross,
         )
 
 
