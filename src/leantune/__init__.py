@@ -5,7 +5,15 @@ from leantune.core.apply import apply, load
 from leantune.core.session import Session
 from leantune.errors import ConfigError, LeantuneError, SiteError, UnsupportedError
 from leantune.measure import fidelity, ledger
-from leantune.methods import WTACRS, Checkpoint, LoRA, MeProp, RoutedFFN, SparseGrad
+from leantune.methods import (
+    WTACRS,
+    Checkpoint,
+    LoRA,
+    MeProp,
+    RoutedFFN,
+    SparseGrad,
+    SPTAttention,
+)
 from leantune.train.sample_ids import with_sample_ids
 
 # Importing the subpackage bound its name here; the public name is the function.
@@ -19,6 +27,7 @@ __all__ = [
     "LoRA",
     "MeProp",
     "RoutedFFN",
+    "SPTAttention",
     "Session",
     "SiteError",
     "SparseGrad",

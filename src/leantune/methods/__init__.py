@@ -5,6 +5,15 @@ from leantune.methods.lora import LoRA
 from leantune.methods.meprop import MeProp
 from leantune.methods.routed_ffn import RoutedFFN
 from leantune.methods.sparse_grad import SparseGrad
+from leantune.methods.spt_attention import SPTAttention
 from leantune.methods.wta_crs import WTACRS
 
-__all__ = ["WTACRS", "Checkpoint", "LoRA", "MeProp", "RoutedFFN", "SparseGrad"]
+__all__ = [
+    "WTACRS",
+    "Checkpoint",
+    "LoRA",
+    "MeProp",
+    "RoutedFFN",
+    "SPTAttention",
+    "SparseGrad",
+]
