@@ -19,7 +19,7 @@ from leantune.core.swap import DrawSource, StoredConv1D, StoredLinear
 from leantune.errors import UnsupportedError
 from leantune.ops.autocast import autocast_dtype
 from leantune.ops.linear import linear
-from leantune.ops.stores import ActivationStore, GradientRule
+from leantune.ops.stores import ActivationStore, GradientCut, GradientRule
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,7 @@ class LinearView:
         store: decides what backward keeps of the input, or None for all of it.
         draws: hands out the random numbers of ``store``; None outside training.
         rule: forms the gradient of what trains in the weight's stead, from the whole input.
+        cut: thins the whole output's gradient out.
     """
 
     weight: Tensor
@@ -69,12 +70,14 @@ class LinearView:
     store: ActivationStore | None = None
     draws: DrawSource | None = None
     rule: GradientRule | None = None
+    cut: GradientCut | None = None
 
     @property
     def is_divisible(self) -> bool:
-        """Whether slices of the weight may be used by themselves: no rule needs it whole."""
+        """Whether slices of the weight may be used by themselves: no rule or cut needs it whole."""
         inner = [v for f in self.factors for v in (f.a, f.b)]
-        return self.rule is None and all(v.is_divisible for v in inner)
+        is_whole = self.rule is not None or self.cut is not None
+        return not is_whole and all(v.is_divisible for v in inner)
 
     def tensors_along(self, dim: int) -> list[tuple[Tensor, int]]:
         """List what has the output (0) or input (1) features along a dimension, and which."""
@@ -123,7 +126,7 @@ def linear_view(module: nn.Module, *, every_adapter: bool = False) -> LinearView
     if not isinstance(layer, StoredLinear | StoredConv1D):
         return LinearView(weight, layer.bias)
     draws = layer.draws if layer.training else None
-    return LinearView(weight, layer.bias, (), layer.store, draws, layer.rule)
+    return LinearView(weight, layer.bias, (), layer.store, draws, layer.rule, layer.cut)
 
 
 Product = Callable[[Tensor], Tensor]
