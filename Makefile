@@ -5,8 +5,8 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 PINS := --constraint requirements/constraints.txt
 
-.PHONY: demo test lint types format bench-wta-crs quality-wta-crs bench-sparse-grad \
-	quality-sparse-grad clean
+.PHONY: demo test lint types format clean
+.PHONY: bench-wta-crs bench-sparse-grad bench-spt quality-wta-crs quality-sparse-grad
 
 # The demo: fine-tune a real pre-trained encoder twice, exact and sampled, and compare.
 demo: $(VENV)/demo-model
@@ -29,6 +29,10 @@ format: $(VENV)/installed
 # Step time, saved bytes and estimator variance; rewrites bench/results/wta_crs_*.jsonl.
 bench-wta-crs: $(VENV)/demo-model
 	$(RUN) -m bench wta-crs
+
+# Routed FFNs and sparse attention: time, saved bytes, peak, and the share of attention seen.
+bench-spt: $(VENV)/demo-model
+	$(RUN) -m bench spt
 
 # Quality on real GLUE data; goes on where the committed rows end, and prints the table.
 quality-wta-crs: $(VENV)/demo-model

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.opt.modeling_opt import OPTDecoderLayer
 
 import leantune as lt
-from bench import rows
+from bench.cases import run_cases, timing_row
 from leantune.core.config import MethodConfig
 from leantune.measure import compare_steps
 
@@ -93,18 +94,7 @@ def _variants(on_gpu: bool) -> dict[str, tuple[MethodConfig, ...]]:
 
 def main(num_rounds: int = 9) -> None:
     """Measure every case that this machine can run, write the rows, print tables."""
-    found: list[dict[str, Any]] = []
-    has_gpu = torch.cuda.is_available()
-    for case in _cases():
-        if case.needs_gpu and not has_gpu:
-            print(f"{case.name}: left out, no NVIDIA GPU here")
-            continue
-        measured = _measure(case, torch.device("cuda" if has_gpu else "cpu"), num_rounds)
-        found += measured
-        print(f"\n{case.name}\n")
-        print(rows.table(measured, _COLUMNS))
-    kept = [r for r in rows.read(RESULT) if r["case"] not in {f["case"] for f in found}]
-    rows.write(RESULT, kept + found)
+    run_cases(RESULT, _cases(), partial(_measure, num_rounds=num_rounds), _COLUMNS)
 
 
 _COLUMNS = {
@@ -140,10 +130,7 @@ def _measure(case: Case, device: torch.device, num_rounds: int) -> list[dict[str
     stats = compare_steps(steps, reference="LoRA 16", rounds=num_rounds)
     return [
         {
-            "case": case.name,
-            "variant": name,
-            **s.to_dict(),
-            "saved_mib": round(lt.ledger(models[name], (x,)).activations / 2**20, 1),
+            **timing_row(case, name, s, lt.ledger(models[name], (x,)).activations),
             "load": _load(models[name], x),
         }
         for name, s in stats.items()

@@ -3,13 +3,14 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import leantune as lt
-from bench import rows
+from bench.cases import run_cases, timing_row
 from bench.models import BertBlocks
 from leantune.core.config import MethodConfig
 from leantune.measure import compare_steps
@@ -67,17 +68,7 @@ class Blocks(BertBlocks):
 
 def main(num_rounds: int = 9) -> None:
     """Measure every case that this machine can run, write the rows, print tables."""
-    found: list[dict[str, Any]] = []
-    has_gpu = torch.cuda.is_available()
-    for case in CASES:
-        if case.needs_gpu and not has_gpu:
-            print(f"{case.name}: left out, no NVIDIA GPU here")
-            continue
-        measured = _measure(case, torch.device("cuda" if has_gpu else "cpu"), num_rounds)
-        found += measured
-        print(f"\n{case.name}\n\n{rows.table(measured, _COLUMNS)}")
-    kept = [r for r in rows.read(RESULT) if r["case"] not in {f["case"] for f in found}]
-    rows.write(RESULT, kept + found)
+    run_cases(RESULT, CASES, partial(_measure, num_rounds=num_rounds), _COLUMNS)
 
 
 _COLUMNS = {
@@ -117,23 +108,16 @@ def _measure(case: Case, device: torch.device, num_rounds: int) -> list[dict[str
         bytes_of[name] = _mlp_bytes(model, optimizer, session, case.num_layers)
         saved[name] = lt.ledger(model, (case.batch(device),)).activations
     stats = compare_steps(steps, reference="full fine-tuning", rounds=num_rounds)
-    out = []
-    for name, s in stats.items():
-        peak = None if s.peak_bytes is None else s.peak_bytes - (s.resident_bytes or 0)
-        out.append(
-            {
-                "case": case.name,
-                "variant": name,
-                **s.to_dict(),
-                "mlp_bytes": bytes_of[name],
-                "fewer": round(bytes_of["full fine-tuning"] / bytes_of[name], 2),
-                "to_lora": round(bytes_of[name] / bytes_of["LoRA 7 on the MLP"], 3),
-                "saved_bytes": saved[name],
-                "saved_mib": round(saved[name] / 2**20, 1),
-                "peak_mib": None if peak is None else round(peak / 2**20, 1),
-            }
-        )
-    return out
+    full, lora = bytes_of["full fine-tuning"], bytes_of["LoRA 7 on the MLP"]
+    return [
+        {
+            **timing_row(case, name, s, saved[name]),
+            "mlp_bytes": bytes_of[name],
+            "fewer": round(full / bytes_of[name], 2),
+            "to_lora": round(bytes_of[name] / lora, 3),
+        }
+        for name, s in stats.items()
+    ]
 
 
 def _optimizer(model: nn.Module, session: lt.Session | None) -> torch.optim.Optimizer:

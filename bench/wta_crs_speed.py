@@ -3,13 +3,14 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import leantune as lt
-from bench import rows
+from bench.cases import run_cases, timing_row
 from bench.models import BertBlocks, Gpt2Blocks, LlamaBlocks
 from leantune.core.config import MethodConfig
 from leantune.core.sites import find_sites
@@ -75,20 +76,8 @@ CASES = (
 
 def main(num_rounds: int = 9) -> None:
     """Measure every case that this machine can run, write the rows, print tables."""
-    found: list[dict[str, Any]] = []
-    has_gpu = torch.cuda.is_available()
-    for case in CASES:
-        if case.needs_gpu and not has_gpu:
-            print(f"{case.name}: left out, no NVIDIA GPU here")
-            continue
-        measured = _measure(case, torch.device("cuda" if has_gpu else "cpu"), num_rounds)
-        found += measured
-        print(f"\n{case.name}\n")
-        print(rows.table(measured, _COLUMNS))
-        print()
-        print(aliasing(case))
-    kept = [r for r in rows.read(RESULT) if r["case"] not in {f["case"] for f in found}]
-    rows.write(RESULT, kept + found)
+    measure = partial(_measure, num_rounds=num_rounds)
+    run_cases(RESULT, CASES, measure, _COLUMNS, note=aliasing)
 
 
 _COLUMNS = {
@@ -121,21 +110,13 @@ def _measure(case: Case, device: torch.device, num_rounds: int) -> list[dict[str
     steps = {name: (lambda m=model: step(m)) for name, model in models.items()}
     stats = compare_steps(steps, reference="exact", rounds=num_rounds)
     saved = {name: lt.ledger(model, (batch,)).activations for name, model in models.items()}
-    out = []
-    for name, s in stats.items():
-        peak = None if s.peak_bytes is None else s.peak_bytes - (s.resident_bytes or 0)
-        out.append(
-            {
-                "case": case.name,
-                "variant": name,
-                **s.to_dict(),
-                "saved_bytes": saved[name],
-                "saved_mib": round(saved[name] / 2**20, 1),
-                "saved_ratio": round(saved[name] / saved["exact"], 3),
-                "peak_mib": None if peak is None else round(peak / 2**20, 1),
-            }
-        )
-    return out
+    return [
+        {
+            **timing_row(case, name, s, saved[name]),
+            "saved_ratio": round(saved[name] / saved["exact"], 3),
+        }
+        for name, s in stats.items()
+    ]
 
 
 def aliasing(case: Case) -> str:

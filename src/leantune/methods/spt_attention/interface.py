@@ -5,13 +5,14 @@ runs every module without codebooks of its own by SDPA.
 """
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from leantune.core.calibration import run_batches
 from leantune.core.session import Session
 from leantune.core.sites import Site
 from leantune.errors import UnsupportedError
@@ -133,15 +134,12 @@ def calibrate(session: Session, batches: Iterable[Any]) -> None:
         ConfigError: no batch, or fewer vectors than codewords.
     """
     changes = [c for c in session.changes if isinstance(c, Attached)]
-    model, was_training = session.model, session.model.training
     shown = list(batches) if len(changes) > 1 else batches
     for change in changes:
         change.run.collected = {}
         try:
-            model.eval()
-            with session.exact(), torch.no_grad():
-                for batch in shown:
-                    model(**batch) if isinstance(batch, Mapping) else model(batch)
+            for _ in run_batches(session, shown):
+                pass
             for _, choice in change.choices:
                 parts = change.run.collected.get(choice.name, [[] for _ in choice.codebooks])
                 books = choice.codebooks
@@ -149,7 +147,6 @@ def calibrate(session: Session, batches: Iterable[Any]) -> None:
                 choice.start([torch.cat([empty, *p]) for p in parts])
         finally:
             change.run.collected = None
-            model.train(was_training)
 
 
 def attend(

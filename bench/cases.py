@@ -1,0 +1,64 @@
+"""Cases of a bench: shapes that this machine can run, each measured and written as rows."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+from bench import rows
+from leantune.measure import StepStats
+
+
+class Case(Protocol):
+    """One model shape and batch; ``needs_gpu`` cases are left out where there is none."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def needs_gpu(self) -> bool: ...
+
+
+C = TypeVar("C", bound=Case)
+
+
+def run_cases(
+    result: str,
+    cases: Iterable[C],
+    measure: Callable[[C, torch.device], list[dict[str, Any]]],
+    columns: Mapping[str, str],
+    note: Callable[[C], str] = lambda case: "",
+) -> None:
+    """Measure every case that this machine can run, print tables, write the rows.
+
+    Args:
+        result: name of the result file; rows of other cases stay in it.
+        cases: in order.
+        measure: (case, device) -> one row for each variant.
+        columns: of the printed table, key -> heading.
+        note: (case) -> text below its table.
+    """
+    found: list[dict[str, Any]] = []
+    has_gpu = torch.cuda.is_available()
+    for case in cases:
+        if case.needs_gpu and not has_gpu:
+            print(f"{case.name}: left out, no NVIDIA GPU here")
+            continue
+        measured = measure(case, torch.device("cuda" if has_gpu else "cpu"))
+        found += measured
+        print(f"\n{case.name}\n\n{rows.table(measured, dict(columns))}\n{note(case)}", flush=True)
+    kept = [r for r in rows.read(result) if r["case"] not in {f["case"] for f in found}]
+    rows.write(result, kept + found)
+
+
+def timing_row(case: Case, variant: str, stats: StepStats, saved_bytes: int) -> dict[str, Any]:
+    """Return what every timed variant reports: time, ratio, saved bytes, and a GPU's peak."""
+    peak = None if stats.peak_bytes is None else stats.peak_bytes - (stats.resident_bytes or 0)
+    return {
+        "case": case.name,
+        "variant": variant,
+        **stats.to_dict(),
+        "saved_bytes": saved_bytes,
+        "saved_mib": round(saved_bytes / 2**20, 1),
+        "peak_mib": None if peak is None else round(peak / 2**20, 1),
+    }
