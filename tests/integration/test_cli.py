@@ -227,7 +227,8 @@ WTA = ("--method", "wta_crs")
         (("batch_szie=3",), "got 'batch_szie'; did you mean 'batch_size'"),
         (("batch_size=0",), "RunConfig: batch_size must be integer >= 1, got 0"),
         (("--batch-size", "many"), "batch_size must be integer >= 1, got 'many'"),
-        (("keep_ratio=0.3",), "got an option of wta_crs, which is not one; add --method wta_crs"),
+        (("keep_ratio=0.3",), "an option of meprop, spt_attention, wta_crs, none of which is one"),
+        (("min_rows=3",), "got an option of wta_crs, which is not one; add --method wta_crs"),
         (("--lora.rank", "3"), "got an option of lora, which is not one; add --method lora"),
         (
             (*WTA, "--method", "lora", "sites=linear"),

@@ -170,7 +170,7 @@ def _resolve(setting: Setting, run_options: list[str], chosen: list[str]) -> tup
         if name not in options:
             raise ConfigError(unknown_key(config.__name__, "option", name, list(options)))
         if method not in chosen:
-            raise _not_chosen(setting, method)
+            raise _not_chosen(setting, [method])
         if chosen.count(method) > 1:
             raise ConfigError(
                 f"command line: {setting.source} must name one method, got a recipe with "
@@ -191,15 +191,16 @@ def _resolve(setting: Setting, run_options: list[str], chosen: list[str]) -> tup
         return _resolve(Setting(f"{owners[0]}.{name}", "", setting.source), run_options, chosen)
     others = [m for m in registry.methods() if name in _method_options(m)]
     if others and name != "sites":
-        raise _not_chosen(setting, others[0])
+        raise _not_chosen(setting, others)
     known = {*run_options, *(option for m in chosen for option in _method_options(m))}
     raise ConfigError(unknown_key("command line", "option", name, sorted(known)))
 
 
-def _not_chosen(setting: Setting, method: str) -> ConfigError:
+def _not_chosen(setting: Setting, owners: list[str]) -> ConfigError:
+    none = "which is not one" if len(owners) == 1 else "none of which is one"
     return ConfigError(
         f"command line: {setting.source} must belong to a chosen method, got an option of "
-        f"{method}, which is not one; add --method {method}"
+        f"{', '.join(owners)}, {none}; add --method {' or --method '.join(owners)}"
     )
 
 
