@@ -78,6 +78,7 @@ _COLUMNS = {
     "ratio_p80": "p80",
     "median_ms": "ms",
     "mlp_bytes": "MLP bytes, 12 layers",
+    "copy_bytes": "and copies",
     "fewer": "times fewer than AdamW",
     "to_lora": "to LoRA",
     "saved_mib": "saved MiB",
@@ -91,6 +92,7 @@ def _measure(case: Case, device: torch.device, num_rounds: int) -> list[dict[str
     base = Blocks(case.num_layers).to(device, case.dtype).train()
     steps: dict[str, Callable[[], None]] = {}
     bytes_of: dict[str, int] = {}
+    copies: dict[str, int] = {}
     saved: dict[str, int] = {}
     for name, methods in VARIANTS.items():
         model = copy.deepcopy(base)
@@ -106,6 +108,8 @@ def _measure(case: Case, device: torch.device, num_rounds: int) -> list[dict[str
         steps[name] = _step(model, optimizer, case.batch(device))
         steps[name]()
         bytes_of[name] = _mlp_bytes(model, optimizer, session, case.num_layers)
+        applied = [p for n, p in model.named_parameters() if n.endswith(".applied")]
+        copies[name] = sum(map(_num_bytes, applied)) * 12 // case.num_layers
         saved[name] = lt.ledger(model, (case.batch(device),)).activations
     stats = compare_steps(steps, reference="full fine-tuning", rounds=num_rounds)
     full, lora = bytes_of["full fine-tuning"], bytes_of["LoRA 7 on the MLP"]
@@ -113,6 +117,7 @@ def _measure(case: Case, device: torch.device, num_rounds: int) -> list[dict[str
         {
             **timing_row(case, name, s, saved[name]),
             "mlp_bytes": bytes_of[name],
+            "copy_bytes": copies[name],
             "fewer": round(full / bytes_of[name], 2),
             "to_lora": round(bytes_of[name] / lora, 3),
         }
@@ -146,15 +151,12 @@ def _mlp_bytes(
 ) -> int:
     """Return gradients + optimiser state + bases + indices of the MLP weights, for 12 layers.
 
-    Shared bases are counted once, whatever the number of layers; everything else per layer. Also
-    counted, beyond AdamW's 12 bytes a weight, is the copy of the trained entries that says what the
-    dense weight holds already.
+    Shared bases are counted once, whatever the number of layers; everything else per layer. What is
+    trained (LoRA's factors, the entries) and SparseGrad's copy of it are weights, and not in here.
     """
     per_layer = 0
     for name, p in model.named_parameters():
         is_ours = _is_mlp_weight(name) or ".lora_" in name or name.endswith(".trained")
-        if name.endswith(".applied"):
-            per_layer += p.numel() * p.element_size()
         if not is_ours or p.grad is None:
             continue
         tensors = [p.grad, *optimizer.state.get(p, {}).values()]
