@@ -381,7 +381,7 @@ def test_sampled_rows_are_all_that_the_block_rotates_and_keeps() -> None:
         model(x).backward()
     wanted = layer.module.trained.grad.clone()
     draws = []
-    for _ in range(400):
+    for _ in range(200):
         model.zero_grad()
         model(x).backward()
         draws.append(layer.module.trained.grad.flatten().numpy().copy())
