@@ -6,7 +6,7 @@ PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 PINS := --constraint requirements/constraints.txt
 
 .PHONY: demo test lint types format clean
-.PHONY: bench-wta-crs bench-sparse-grad bench-spt quality-wta-crs quality-sparse-grad
+.PHONY: bench-wta-crs bench-sparse-grad bench-spt quality-wta-crs quality-sparse-grad quality-spt
 
 # The demo: fine-tune a real pre-trained encoder twice, exact and sampled, and compare.
 demo: $(VENV)/demo-model
@@ -45,6 +45,10 @@ bench-sparse-grad: $(VENV)/demo-model
 # Searches learning rates, then measures; goes on where the rows end, and prints the table.
 quality-sparse-grad: $(VENV)/demo-model
 	$(RUN) -m bench quality-sparse-grad
+
+# LoRA on GLUE tasks, a small language model and a copy task, dense, sparse and routed.
+quality-spt: $(VENV)/demo-model
+	$(RUN) -m bench quality-spt
 
 $(VENV)/installed: pyproject.toml requirements/constraints.txt
 	$(PYTHON) -m venv $(VENV)

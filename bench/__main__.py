@@ -12,6 +12,7 @@ from bench import (
     sparse_grad_quality,
     sparse_grad_speed,
     spt_attention,
+    spt_quality,
     wta_crs_quality,
     wta_crs_speed,
     wta_crs_variance,
@@ -27,6 +28,7 @@ _PARTS: dict[str, Callable[[argparse.Namespace], None]] = {
     "spt-recall": lambda args: spt_attention.recall(),
     "quality-wta-crs": lambda args: wta_crs_quality.main(args.worker, args.num_workers),
     "quality-sparse-grad": lambda args: sparse_grad_quality.main(args.worker, args.num_workers),
+    "quality-spt": lambda args: spt_quality.main(args.worker, args.num_workers),
     "readme": lambda args: readme.main(),
 }
 _WHOLE = ("wta-crs", "sparse-grad", "spt")

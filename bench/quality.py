@@ -70,6 +70,7 @@ def measure_missing(
     seeds: Sequence[int],
     worker: int = 0,
     num_workers: int = 1,
+    num_calibration: int = 0,
 ) -> None:
     """Measure every row that is not there yet, seed by seed, the cheap tasks first.
 
@@ -85,7 +86,7 @@ def measure_missing(
         if setting.task not in data:
             data[setting.task] = Encoded(setting)
         recipe = recipes[name]
-        run = Run(setting, name, recipe, seed, fixed_rate(setting, recipe))
+        run = Run(setting, name, recipe, seed, fixed_rate(setting, recipe), num_calibration)
         append(result, measure(run, data[setting.task]))
 
 
@@ -245,6 +246,8 @@ def measure(run: Run, encoded: Encoded) -> dict[str, Any]:
         for batch in encoded.batches(seed * 1000 + epoch):
             batch = batch if session is not None else usable(batch)
             loss = model(**batch).loss
+            if session is not None:
+                loss = loss + session.auxiliary_loss()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(clipped, 1.0)
             optimizer.step()

@@ -6,7 +6,6 @@ w = d / s width of a subspace, c codebooks (1 or hk).
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +19,7 @@ from leantune.ops.autocast import autocast_off
 from leantune.ops.choice import View, choose, choose_blocks, expand_blocks, query_block
 from leantune.ops.codebooks import kmeans, moving_step
 from leantune.ops.flex import flex_blocks
+from leantune.ops.rows import stream_of
 from leantune.ops.sparse import Dropout, sparse_attention
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class KeyChoice(nn.Module):
         self.run = run
         self.is_ready = False
         self.last_forward = 0
-        self.stream = int.from_bytes(blake2b(site.name.encode(), digest_size=8).digest(), "little")
+        self.stream = stream_of(site.name)
         books = torch.zeros(shape, device=next(site.module.parameters()).device)
         if run.config.pq_loss == "spt":
             self.codebooks = nn.Parameter(books)

@@ -1,0 +1,46 @@
+"""Quality of sparse attention and routed FFNs: LoRA on GLUE tasks, all rows from one command.
+
+Under the paper's settings (an eighth of the keys, two of four groups) and softer ones. GLUE rows
+are short: at least four keys are kept, so that attention is sparse there at all.
+"""
+
+import leantune as lt
+from bench import quality, spt_language
+from bench.quality import Recipe, Setting
+
+RESULT = "spt_quality"
+SEEDS = (0, 1, 2)
+NUM_CALIBRATION = 8
+
+SETTINGS = (
+    Setting("sst2", 3000, 1),
+    Setting("cola", 4000, 1, batch_size=8, lora_learning_rate=3e-4),
+    Setting("stsb", 2000, 1, batch_size=8, lora_learning_rate=3e-4),
+)
+
+_LORA = lt.LoRA(rank=8)
+RECIPES: dict[str, Recipe] = {
+    "LoRA": (_LORA,),
+    "LoRA + routed 2 of 4": (_LORA, lt.RoutedFFN()),
+    "LoRA + routed 3 of 4": (_LORA, lt.RoutedFFN(num_active=3)),
+    "LoRA + SPT 1/8": (_LORA, lt.SPTAttention(min_keys=4)),
+    "LoRA + SPT 1/2": (_LORA, lt.SPTAttention(keep_ratio=0.5, min_keys=4)),
+    "LoRA + SPT 1/8 + routed 2 of 4": (_LORA, lt.SPTAttention(min_keys=4), lt.RoutedFFN()),
+    "LoRA + SPT 1/2 + routed 3 of 4": (
+        _LORA,
+        lt.SPTAttention(keep_ratio=0.5, min_keys=4),
+        lt.RoutedFFN(num_active=3),
+    ),
+}
+
+
+def main(worker: int = 0, num_workers: int = 1) -> None:
+    """Measure every row that is not there yet, then print the tables."""
+    quality.measure_missing(RESULT, SETTINGS, RECIPES, SEEDS, worker, num_workers, NUM_CALIBRATION)
+    print(summary())
+    spt_language.main(worker, num_workers)
+
+
+def summary() -> str:
+    """Return mean, spread and difference to dense LoRA of each recipe, as Markdown."""
+    return quality.table(RESULT, SETTINGS, RECIPES, SEEDS, "LoRA")
