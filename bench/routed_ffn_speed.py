@@ -92,7 +92,7 @@ def _variants(on_gpu: bool) -> dict[str, tuple[MethodConfig, ...]]:
     return variants
 
 
-def main(num_rounds: int = 9) -> None:
+def main(num_rounds: int = 5) -> None:
     """Measure every case that this machine can run, write the rows, print tables."""
     run_cases(RESULT, _cases(), partial(_measure, num_rounds=num_rounds), _COLUMNS)
 
