@@ -1,4 +1,4 @@
-"""Fill the README's tables from the committed result rows, between their markers."""
+"""Fill the tables of the README and the methods' pages from the committed rows, between markers."""
 
 import re
 from collections.abc import Callable
@@ -9,19 +9,23 @@ from typing import Any
 from bench import rows, wta_crs_quality
 from leantune.core.state import write_atomic
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
 
 
 def main() -> None:
-    """Rewrite every ``<!-- NAME -->`` ... ``<!-- /NAME -->`` block of the README."""
-    text = README.read_text("utf-8")
+    """Rewrite every ``<!-- NAME -->`` ... ``<!-- /NAME -->`` block of the pages."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "src/leantune/methods").glob("*/README.md"))]
+    texts = {page: page.read_text("utf-8") for page in pages}
     for name, make in _TABLES.items():
         block = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-        if not block.search(text):
+        holders = [page for page, text in texts.items() if block.search(text)]
+        if not holders:
             raise ValueError(f"README: markers must hold {name!r}, got none; add them")
         table = make()
-        text = block.sub(lambda m, t=table: m.group(1) + t + "\n" + m.group(2), text)
-    write_atomic(README, text)
+        for page in holders:
+            texts[page] = block.sub(lambda m, t=table: m[1] + t + "\n" + m[2], texts[page])
+    for page, text in texts.items():
+        write_atomic(page, text)
 
 
 def speed() -> str:
@@ -36,7 +40,7 @@ def speed() -> str:
         lines = [
             {
                 "variant": r["variant"],
-                "time": f"{r['ratio']:.2f} ({r['ratio_p20']:.2f} to {r['ratio_p80']:.2f})",
+                "time": _spread(r),
                 "saved": f"{r['saved_mib']:.0f} MiB ({r['saved_ratio']:.2f})",
                 "peak": f"{r['peak_mib']} MiB",
             }
@@ -45,6 +49,74 @@ def speed() -> str:
         device = of_case[0]["device"]
         parts.append(f"{case} tokens, forward + backward, {device}:\n\n{rows.table(lines, heads)}")
     return "\n\n".join(parts)
+
+
+def _spread(row: dict[str, Any]) -> str:
+    return f"{row['ratio']:.2f} ({row['ratio_p20']:.2f} to {row['ratio_p80']:.2f})"
+
+
+def sparse_grad() -> str:
+    """Return step time and bytes of SparseGrad and its rivals."""
+    found = rows.read("sparse_grad_speed")
+    heads = {
+        "variant": "",
+        "time": "step time",
+        "bytes": "gradients, state, bases, indices: MLP weights of 12 layers",
+        "fewer": "times fewer than AdamW",
+        "saved": "saved for backward",
+    }
+    lines = [
+        {
+            "variant": r["variant"],
+            "time": _spread(r),
+            "bytes": f"{r['mlp_bytes'] / 2**20:.1f} MiB",
+            "fewer": f"{r['fewer']:.1f}",
+            "saved": f"{r['saved_mib']:.0f} MiB",
+        }
+        for r in found
+    ]
+    case, device = found[0]["case"], found[0]["device"]
+    return f"{case} tokens, forward + backward + optimiser, {device}:\n\n{rows.table(lines, heads)}"
+
+
+def energy() -> str:
+    """Return the share of held-out gradient energy in the top 1 % of entries, by basis."""
+    found = rows.read("sparse_grad_energy")
+    bases = [k for k in found[0] if isinstance(found[0][k], float) and k != "density"]
+    lines = [{"step": r["step"], **{b: f"{r[b]:.2f}" for b in bases}} for r in found]
+    return rows.table(lines, {"step": "steps after calibration"} | {b: b for b in bases})
+
+
+def routed_ffn() -> str:
+    """Return the routed FFNs' step time, relative to the dense FFN under the same LoRA."""
+    found = rows.read("routed_ffn_speed")
+    cases = list(dict.fromkeys(r["case"] for r in found))
+    time = {(r["variant"], r["case"]): _spread(r) for r in found}
+    variants = dict.fromkeys(r["variant"] for r in found)
+    lines = [{"variant": v, **{c: time.get((v, c)) for c in cases}} for v in variants]
+    return rows.table(lines, {"variant": ""} | {c: c for c in cases})
+
+
+def attention() -> str:
+    """Return time and bytes of sparse attention relative to SDPA, by length."""
+    found = rows.read("spt_attention_speed")
+    lengths = list(dict.fromkeys(r["n"] for r in found))
+    cell = {
+        (r["variant"], r["n"]): f"{r['ratio']:.2f}, {r['attention_mib']:.0f} MiB" for r in found
+    }
+    variants = dict.fromkeys(r["variant"] for r in found)
+    lines = [{"variant": v, **{str(n): cell.get((v, n)) for n in lengths}} for v in variants]
+    return rows.table(lines, {"variant": ""} | {str(n): f"n = {n}" for n in lengths})
+
+
+def recall() -> str:
+    """Return the share of the dense attention mass that the kept keys hold."""
+    lines = [
+        {"choice": r["choice"], "mass": f"{r['mass']:.2f}", "min": f"{r['mass_min']:.2f}"}
+        for r in rows.read("spt_attention_recall")
+        if "l1" not in r["choice"] or "w 8, e 16" in r["choice"]
+    ]
+    return rows.table(lines, {"choice": "choice", "mass": "mean", "min": "worst layer"})
 
 
 def variance() -> str:
@@ -74,4 +146,9 @@ _TABLES: dict[str, Callable[[], Any]] = {
     "speed": speed,
     "variance": variance,
     "quality": wta_crs_quality.summary,
+    "sparse-grad": sparse_grad,
+    "energy": energy,
+    "routed-ffn": routed_ffn,
+    "attention": attention,
+    "recall": recall,
 }

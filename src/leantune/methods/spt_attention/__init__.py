@@ -60,7 +60,7 @@ class SPTAttention(MethodConfig):
     subspace_width: int = option(8, ge=1, help="width of a subspace; divides the head width")
     num_codewords: int = option(16, ge=2, le=256, help="codewords in each subspace")
     codebook_per: Literal["layer", "head"] = option(
-        "layer", help="one codebook for all heads of a layer (the paper's), or one per key head"
+        "head", help="one codebook per key head, or one for all heads of a layer (the paper's)"
     )
     metric: Literal["l2", "l1"] = option(
         "l2", help="distance to a codeword; 'l1' is the prototype's"
