@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from bench import rows
 from bench.models import batches, glue, minilm
-from leantune.core.session import Batch, Session
+from leantune.core.batch import Batch
+from leantune.core.session import Session
 from leantune.core.sites import Site, find_sites
 from leantune.methods.wta_crs import maths, norms, store
 from leantune.ops.rows import row_norms, uniform

@@ -9,7 +9,7 @@ from models import MODELS, NUM_SAMPLES
 from torch import Tensor, nn
 
 import leantune as lt
-from leantune.core.session import IGNORED_LABEL, Batch
+from leantune.core.batch import IGNORED_LABEL, Batch
 from leantune.errors import ConfigError, UnsupportedError
 
 TINY = MODELS["bert"]

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leantune.core.session import Batch, Session
+from leantune.core.batch import Batch
+from leantune.core.session import Session
 
 
 def run_batches(session: Session, batches: Iterable[Any]) -> Iterator[Batch]:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -10,14 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from leantune.core import registry
+from leantune.core.batch import Batch
 from leantune.core.config import MethodConfig
 from leantune.core.optim import paired, refuse_dense
 from leantune.core.registry import Change
 from leantune.errors import ConfigError, UnsupportedError
 from leantune.ops.stores import Draw
-
-IGNORED_LABEL = -100
-"""The label that the field's losses skip."""
 
 
 class MethodState(Protocol):
@@ -30,32 +27,6 @@ class MethodState(Protocol):
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Put a state back; a wrong shape or a non-finite value is an error."""
         ...
-
-
-@dataclass
-class Batch:
-    """What the current training forward's batch says about its rows.
-
-    Args:
-        sample_ids: (b,) int64, or None where the batch has no ``sample_id``.
-        masks: batch field -> (b, t) bool, True on rows that may have a gradient.
-    """
-
-    sample_ids: Tensor | None = None
-    masks: dict[str, Tensor] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, fields: Mapping[str, Any], sample_ids: Tensor | None = None) -> "Batch":
-        """Read the facts off the keyword arguments that the model is called with."""
-        return cls(sample_ids, _row_masks(fields))
-
-    def row_mask(self, name: str | None, shape: torch.Size) -> Tensor | None:
-        """Return the (n,) mask of an input of ``shape`` (b, t, d) or flattened, (b * t, d); or None
-        where none fits."""
-        mask = self.masks.get(name) if name is not None else None
-        if mask is None or shape[:-1] not in (mask.shape, (mask.numel(),)):
-            return None
-        return mask.reshape(-1)
 
 
 class Session:
@@ -417,21 +388,3 @@ def _refuse_empty(inputs: Iterable[Any]) -> None:
             f"session: batch must hold at least one row, got an input of shape "
             f"{tuple(first.shape)}; leave empty batches out (drop_last, or a longer data set)"
         )
-
-
-def _row_masks(kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Mark the rows of a batch that may have a gradient: real tokens, and any with a label."""
-    masks = {}
-    for name in ("attention_mask", "decoder_attention_mask"):
-        mask = kwargs.get(name)
-        if isinstance(mask, Tensor) and mask.ndim == 2:
-            rows = mask != 0
-            labels = kwargs.get("labels")
-            if isinstance(labels, Tensor) and labels.shape == rows.shape:
-                # A loss that counts padding gives it a gradient: such rows are not padding here.
-                # Position t may be scored against its own label or, shifted, the next one.
-                counted = labels != IGNORED_LABEL
-                rows = rows | counted
-                rows[:, :-1] |= counted[:, 1:]
-            masks[name] = rows
-    return masks

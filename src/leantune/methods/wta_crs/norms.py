@@ -12,7 +12,8 @@ from torch import Tensor
 from leantune.errors import ConfigError, LeantuneError
 
 if TYPE_CHECKING:
-    from leantune.core.session import Batch, Session
+    from leantune.core.batch import Batch
+    from leantune.core.session import Session
     from leantune.methods.wta_crs import WTACRS
 
 _FLOAT16_BYTES = 2

@@ -30,7 +30,8 @@ from leantune.ops.stores import (
 )
 
 if TYPE_CHECKING:
-    from leantune.core.session import Batch, Session
+    from leantune.core.batch import Batch
+    from leantune.core.session import Session
     from leantune.methods.wta_crs import WTACRS
 
 
