@@ -233,6 +233,21 @@ def test_lora_leaves_an_adapter_and_a_merged_model(base: dict[str, Any]) -> None
     assert not torch.allclose(bert()(input_ids=ids).logits, b, atol=1e-2)
 
 
+@pytest.mark.parametrize("method", lt.methods())
+def test_every_method_trains_from_files_to_folder(base: dict[str, Any], method: str) -> None:
+    """Calibration included; a plain model is written where one computes the same."""
+    spec = lt.methods()[method]
+    base["methods"] = [spec.config(**spec.example)]
+    config = RunConfig(**base, max_steps=2)
+    result = run(config)
+    output = Path(config.output)
+    assert result.runs[-1].num_steps == 2 and math.isfinite(result.runs[-1].metrics["loss"])
+    assert (output / "model").is_dir() == spec.merges(base["methods"][0])
+    model, _ = load_model(config.model, _text_data(config), seed=config.seed)
+    session = lt.load(model, output / "session")
+    assert session.draw > 0 and [m.method for m in session.methods] == [method]
+
+
 def _text_data(config: RunConfig) -> Any:
     from leantune.train.data import load_task
 

@@ -139,6 +139,7 @@ def measure_step(
             session = leantune.apply(model, *config.methods, seed=config.seed)
             if session.needs_sample_ids:
                 batch["sample_id"] = torch.arange(config.batch_size, device=device)
+            session.calibrate([batch])
             name = "+".join(m.method for m in config.methods)
             ledgers[name] = ledger(model, batch)
             held = find_still_held(ledgers["exact"], ledgers[name], _sampled(model))

@@ -114,7 +114,9 @@ def _print_results(console: Console, results: Any, folder: Path, report: Path) -
     console.print(table)
     if baseline := baseline_line(results):
         console.print(escape(baseline))
-    console.print(f"model   {escape(str(folder / 'model'))}", soft_wrap=True)
+    # Without a dense equivalent there is no plain model; the session goes onto the base.
+    kept = "model" if (folder / "model").is_dir() else "session"
+    console.print(f"{kept:7} {escape(str(folder / kept))}", soft_wrap=True)
     console.print(f"report  {escape(str(report))}", soft_wrap=True)
 
 

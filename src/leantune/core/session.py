@@ -296,6 +296,11 @@ class Session:
         """Put the original module objects back; weights stay as they are now."""
         self._close(lambda change: change.undo())
 
+    @property
+    def can_merge(self) -> bool:
+        """Whether plain modules can compute what every method here computes."""
+        return all(registry.get(m.method).merges(m) for m in self.methods)
+
     def merge(self) -> None:
         """Fold what was trained into plain modules, so that ``save_pretrained`` works as ever.
 
@@ -303,13 +308,13 @@ class Session:
             UnsupportedError: plain modules cannot compute what a method here computes; nothing
                 is folded.
         """
-        for config in self.methods:
-            if not registry.get(config.method).merges(config):
-                raise UnsupportedError(
-                    f"session.merge: methods must have a dense equivalent, got {config}, which has "
-                    "none; keep the converted model with session.save(folder), or put the plain "
-                    "modules back without it with session.remove()"
-                )
+        lacking = [m for m in self.methods if not registry.get(m.method).merges(m)]
+        if lacking:
+            raise UnsupportedError(
+                f"session.merge: methods must have a dense equivalent, got {lacking[0]}, which has "
+                "none; keep the converted model with session.save(folder), or put the plain "
+                "modules back without it with session.remove()"
+            )
         self._close(lambda change: change.merge())
 
     def _close(self, end: Callable[[Change], None]) -> None:

@@ -162,6 +162,9 @@ class _Workshop:
             trainer, session = self.build(name, Path(folder))
         batch = dict(next(iter(trainer.get_train_dataloader())))
         model: Any = trainer.model
+        if session is not None:
+            # What is measured here is thrown away; training calibrates on more than one batch.
+            session.calibrate([batch])
         if self.config.gradient_checkpointing:
             newer = getattr(model, "activation_checkpointing_enable", None)
             (newer or model.gradient_checkpointing_enable)()
@@ -203,6 +206,9 @@ class _Workshop:
             if hasattr(model, "peft_config"):
                 with atomic_folder(output / "adapter") as fresh:
                     model.save_pretrained(fresh)
+            if not session.can_merge:
+                # No plain model computes the same: `leantune.load` puts the session onto the base.
+                return
             session.merge()
         with atomic_folder(output / "model") as fresh:
             model.save_pretrained(fresh)
