@@ -177,6 +177,7 @@ class TestRecipe:
             Setting("batch_size", "3", "--batch-size", is_flag=True),
         ]
         assert build_config(None, settings, ["wta_crs"]) == expected
+        assert build_config(None, settings, ["wta-crs"]) == expected
 
     def test_text_options_are_taken_as_typed(self) -> None:
         config = config_of("model=1e3", "task=text", "data=a: b", "output=[x]")

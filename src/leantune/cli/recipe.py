@@ -70,7 +70,7 @@ def build_config(
         recipe: a YAML or JSON file of run options with ``methods``; None for none.
         settings: options from the command line.
         methods: names to train with, in place of the recipe's; a method named there as well keeps
-            the options that it has there.
+            the options that it has there. Spelled with hyphens, as flags are, or underscores.
         complete: run options given -> values for those that may stay out here.
 
     Raises:
@@ -90,7 +90,7 @@ def build_config(
         entries = [_entry(item) for item in _list_of_methods(_load_yaml(str(given[0].value)))]
         settings.remove(given[0])
     if methods:
-        entries = _choose(entries, methods)
+        entries = _choose(entries, [name.replace("-", "_") for name in methods])
     seen: dict[tuple[str | None, str], str] = {}
     for setting in settings:
         method, name = _resolve(setting, list(options), [e["method"] for e in entries])
