@@ -246,7 +246,7 @@ def test_ranks_draw_different_rows(monkeypatch) -> None:
 
     _, session = make()
     here = session.current_draw(torch.device("cpu"))
-    monkeypatch.setattr(session_module, "_rank", lambda: 3)
+    monkeypatch.setattr(session_module, "rank", lambda: 3)
     there = session.current_draw(torch.device("cpu"))
     assert here.seed != there.seed and here.number == there.number
 
@@ -256,3 +256,20 @@ def test_empty_batch_is_refused() -> None:
     batch = {name: value[:0] for name, value in TINY.batch().items()}
     with pytest.raises(ConfigError, match=r"batch must hold at least one row, got .* \(0, "):
         model(**batch)
+
+
+def test_calibration_neither_reads_nor_moves_the_callers_generators(monkeypatch) -> None:
+    from leantune.core import registry
+
+    _, session = make()
+    drawn: list[Tensor] = []
+    spec = SimpleNamespace(calibrate=lambda s, batches: drawn.append(torch.rand(3)))
+    monkeypatch.setattr(registry, "get", lambda name: spec)
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        session.calibrate([])
+        assert torch.equal(torch.get_rng_state(), before)
+    session.seed += 1
+    session.calibrate([])
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])

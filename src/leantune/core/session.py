@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from leantune.core import registry
 from leantune.core.batch import Batch
 from leantune.core.config import MethodConfig
+from leantune.core.generators import seeded_generators
 from leantune.core.optim import paired, refuse_dense
+from leantune.core.ranks import rank
 from leantune.core.registry import Change
 from leantune.errors import ConfigError, UnsupportedError
 from leantune.ops.stores import Draw
@@ -155,7 +157,7 @@ class Session:
         """Return the draw of the last training forward, its number on ``device``."""
         number = self._draw if self._draw.device == device else self._draw.to(device)
         # Ranks see different rows, so they draw different numbers.
-        return Draw(self.seed + (_rank() << 32), number)
+        return Draw(self.seed + (rank() << 32), number)
 
     def keep_state(self, name: str, state: MethodState) -> None:
         """Let a method's state travel with the session's checkpoints."""
@@ -234,14 +236,20 @@ class Session:
     def calibrate(self, batches: Iterable[Any]) -> None:
         """Show the methods that ask for it some batches; the others ignore them.
 
+        Dropout draws from generators seeded by ``seed`` meanwhile; the caller's do not move. Of
+        several processes all must call this, with as many batches of their own or the same ones.
+
         Args:
             batches: of the form that the model is called with (``model(**batch)``).
         """
         hooks = [registry.get(m.method).calibrate for m in self.methods]
         wanted = [h for h in hooks if h is not None]
-        kept = list(batches) if len(wanted) > 1 else batches
-        for hook in wanted:
-            hook(self, kept)
+        if not wanted:
+            return
+        with seeded_generators(self.model, self.seed):
+            kept = list(batches) if len(wanted) > 1 else batches
+            for hook in wanted:
+                hook(self, kept)
 
     def optimizer(
         self, kind: type[torch.optim.Optimizer] = torch.optim.AdamW, **options: Any
@@ -378,12 +386,6 @@ class Session:
         from leantune.core.state import save_session
 
         save_session(self, Path(folder))
-
-
-def _rank() -> int:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank()
-    return 0
 
 
 def _refuse_empty(inputs: Iterable[Any]) -> None:

@@ -145,16 +145,15 @@ def with_rule(
 ) -> nn.Module:
     """Return ``old``'s twin that trains ``trained`` in its weight's stead.
 
-    The twin holds ``trained`` as a parameter of its own; the weight, which must be frozen, stays
-    the same object. None trains the weight itself, through the rule.
+    ``trained`` joins the parameters, which the twin shares with ``old``: take it out of them before
+    ``old`` comes back. The weight, which must be frozen, stays the same object. None trains the
+    weight itself, through the rule.
 
     Args:
         kind: the twin's class, where it evaluates its output another way.
     """
     new = _stored(old, draws, kind)
     if trained is not None:
-        # Of its own: what the twin trains must not show up in the module that comes back.
-        new._parameters = dict(old._parameters)
         new.trained = trained
     new.rule = rule
     return new

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from leantune.core.ranks import is_sharded, of_first_rank, sharded_with_root, sum_over_ranks
 from leantune.core.session import Session
 from leantune.core.sites import Site
 from leantune.core.swap import Swap, swap, with_rule
-from leantune.errors import ConfigError, SiteError
+from leantune.errors import ConfigError, SiteError, UnsupportedError
 from leantune.measure import calibration_step
 from leantune.methods.sparse_grad import maths
 from leantune.methods.sparse_grad.layer import Bases, Collect, Layer, RotatedLinear, not_calibrated
@@ -31,7 +32,7 @@ class Conversion:
         self.name = f"sparse_grad.{sites[0].name}"
         self.layers = [Layer(site, _group(site, config), config) for site in sites]
         self.swaps: list[Swap] = []
-        self.flags: list[tuple[nn.Parameter, bool]] = []
+        self.flags: list[bool] = []
         self.mask_id: str | None = None
         for site, layer in zip(sites, self.layers, strict=True):
             self._put_in(site, layer)
@@ -44,7 +45,7 @@ class Conversion:
         trained = layer.make_parameter(weight)
         is_step = self.config.selection == "step"
         kind = RotatedLinear if is_step else None
-        self.flags.append((weight, weight.requires_grad))
+        self.flags.append(weight.requires_grad)
         weight.requires_grad_(False)
         layer.module = new = with_rule(site.module, trained, layer, self.session, kind)
         # Frozen parameters and not buffers, which a measurement would put back to older values.
@@ -53,16 +54,17 @@ class Conversion:
         else:
             new.applied = nn.Parameter(torch.zeros_like(trained), requires_grad=False)
         if self.config.selection == "refreshed":
-            new.refreshes = nn.Parameter(torch.zeros((), device=weight.device), requires_grad=False)
+            new.refreshes = nn.Parameter(torch.zeros(1, device=weight.device), requires_grad=False)
         self.swaps.append(swap(self.session.model, site.name, new))
 
     def undo(self) -> None:
         self.update()
         self._hook.remove()
-        for change in reversed(self.swaps):
+        for change, flag in zip(reversed(self.swaps), reversed(self.flags), strict=True):
             change.undo()
-        for parameter, flag in self.flags:
-            parameter.requires_grad_(flag)
+            for name in ("trained", "applied", "refreshes"):
+                change.old._parameters.pop(name, None)
+            change.old.weight.requires_grad_(flag)  # type: ignore[union-attr, operator]
 
     def merge(self) -> None:
         self.undo()
@@ -81,7 +83,18 @@ class Conversion:
                 for layer in self.layers:
                     layer.wants_scores = is_next
         if self.config.selection != "step":
+            self._refuse_gathered()
             self.update()
+
+    def _refuse_gathered(self) -> None:
+        whole = [layer.name for layer in self.layers if not is_sharded(layer.module.weight)]
+        name = sharded_with_root(self.session.model, whole)
+        if name is not None:
+            raise UnsupportedError(
+                "SparseGrad: fully_shard must be called on every block before the model, got "
+                f"{name} sharded with the model itself, whose gathered weight would lose what has "
+                "been trained; call fully_shard(block) for each block first"
+            )
 
     def update(self) -> None:
         """Bring all dense weights up to date with what has been trained."""
@@ -108,8 +121,11 @@ class Conversion:
                 )
 
     def on_step(self, step: int) -> None:
-        """Exchange entries where it is time."""
-        if self.config.selection != "refreshed" or step % self.config.refresh_steps:
+        """Bring dense weights up to date while they are in shards; exchange entries in time."""
+        if self.config.selection != "step":
+            self.update()
+        is_refreshed = self.config.selection == "refreshed" and self.is_calibrated
+        if not is_refreshed or step % self.config.refresh_steps:
             return
         optimizer = self.session.watched_optimizer
         for layer in self.layers:
@@ -155,13 +171,15 @@ class Conversion:
 
         self._show(batches, add_gram)
         self._check_gradients(largest)
+        # Processes count as one: sums go by the order of layers, which is the same in all.
         bases = {
-            group: Bases(maths.basis(gram_out), maths.basis(gram_in))
-            for group, (gram_out, gram_in) in grams.items()
+            group: Bases(*(of_first_rank(maths.basis(sum_over_ranks(g))) for g in grams[group]))
+            for group in dict.fromkeys(layer.group for layer in self.layers)
         }
         is_block = self.config.selection == "block"
         if self.config.selection in ("fixed", "refreshed") or self.config.num_outliers:
             self._show(batches, add_moment)
+            moments = {n.name: sum_over_ranks(moments[n.name]) for n in self.layers}
         thin: dict[Any, Bases] = {}
         for layer in self.layers:
             whole, moment = bases[layer.group], moments.get(layer.name)
@@ -192,8 +210,11 @@ class Conversion:
                 layer.collect = None
 
     def _check_gradients(self, largest: dict[str, Tensor]) -> None:
-        for layer in self.layers:
-            top = float(largest.get(layer.name, 0.0))
+        trained = self.layers[0].module.trained
+        like = torch.zeros((), dtype=trained.dtype, device=trained.device)
+        tops = torch.stack([largest.get(layer.name, like).to(like) for layer in self.layers])
+        # Summed, so that all processes raise or none does.
+        for layer, top in zip(self.layers, sum_over_ranks(tops).tolist(), strict=True):
             if not 0 < top < float("inf"):
                 what = "zero in every batch" if top == 0 else f"a largest entry of {top}"
                 raise ConfigError(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from leantune.core.ranks import is_sharded, share_of, sum_over_ranks, whole
 from leantune.core.sites import Site
 from leantune.core.swap import StoredConv1D
 from leantune.errors import ConfigError
@@ -155,17 +156,19 @@ class Layer:
         self._add_history()
         trained, applied = self.module.trained, self.module.applied
         if not self._is_current(trained, applied):
-            self._add((trained - applied).flatten(), self.indices)
+            self._add(whole(trained - applied).flatten(), self.indices)
             applied.copy_(trained)
 
     def _is_current(self, trained: Tensor, applied: Tensor) -> bool:
-        if trained.device.type == "cpu":
+        if trained.device.type == "cpu" and not is_sharded(trained):
             return torch.equal(trained, applied)
-        # A comparison would wait for the device. The version counter tells for most optimisers;
-        # fused ones do not move it, so it is trusted once it has moved after a backward.
+        # A comparison would wait for the device, or for other ranks. The version counter tells for
+        # most optimisers; fused ones do not move it, so it is trusted once it has moved after a
+        # backward.
         now = (id(trained), trained._version)
         has_moved = now != self._seen
-        self._counts_versions |= has_moved and self._had_backward and self._seen is not None
+        is_same = self._seen is not None and self._seen[0] == now[0]
+        self._counts_versions |= has_moved and is_same and self._had_backward
         is_current = not has_moved and (self._counts_versions or not self._had_backward)
         self._seen, self._had_backward = now, False
         return is_current
@@ -180,7 +183,8 @@ class Layer:
         else:
             lines = self.lines if indices is self.indices else None
             change = maths.rotate_back_sparse(indices, values, shape, q_out, q_in, lines)
-        self.module.weight.add_(change.t() if self.is_transposed else change)
+        weight = self.module.weight
+        weight.add_(share_of(change.t() if self.is_transposed else change, weight))
 
     def _write_rotated(self) -> None:
         trained = self.module.trained
@@ -213,21 +217,24 @@ class Layer:
         Args:
             moments: the optimiser's state of ``trained``, changed in place; may be empty.
         """
-        if self.scores is None:
+        assert self.indices is not None and self.bases is not None
+        trained, old = whole(self.module.trained), self.indices
+        # A rank without a gradient joins in the sum all the same.
+        own = trained.new_zeros(self.shape) if self.scores is None else self.scores
+        scores = sum_over_ranks(own)
+        if not bool(scores.any()):
             return
         self.update()
-        assert self.indices is not None and self.bases is not None
-        trained, old = self.module.trained, self.indices
         kept = [t for t in moments.values() if isinstance(t, Tensor) and t.shape == trained.shape]
         momentum = moments.get("exp_avg", moments.get("momentum_buffer"))
         num_replace = round(self.config.refresh_ratio * self.num_entries)
-        by = trained if momentum is None else momentum
-        new = maths.refresh_mask(old, by, self.scores, num_replace)
+        by = trained if momentum is None else whole(momentum)
+        new = maths.refresh_mask(old, by, scores, num_replace)
         is_dropped = torch.ones_like(old, dtype=torch.bool)
         is_dropped[new.source[new.source >= 0]] = False
         self._remember(old[is_dropped].long(), trained[is_dropped])
-        for tensor in (trained, self.module.applied, *kept):
-            tensor.copy_(maths.carry_over(tensor, new.source))
+        for tensor in (self.module.trained, self.module.applied, *kept):
+            tensor.copy_(share_of(maths.carry_over(whole(tensor), new.source), tensor))
         self.use(self.bases, new.indices)
         self.scores = None
         self.num_refreshes += 1
@@ -245,7 +252,7 @@ class Layer:
         if self.history is None or self.is_history_in_weight:
             return
         self.is_history_in_weight = True
-        if int(self.module.refreshes) == 0:
+        if int(whole(self.module.refreshes)) == 0:
             positions, values = (t.to(self.module.weight.device) for t in self.history)
             self._add(values, positions)
             self.module.refreshes.fill_(self.num_refreshes)

@@ -1,0 +1,132 @@
+"""Short trainings that run alike in one process, under DDP and under FSDP2."""
+
+from typing import Any
+
+import torch
+from models import MODELS, Batch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+import leantune as lt
+from leantune.core.ranks import is_sharded, rank, whole
+from leantune.methods.sparse_grad import layer as layer_module
+from leantune.methods.sparse_grad.conversion import Conversion
+
+NUM_STEPS = 5
+
+
+def batch(kind: str, seed: int) -> Batch:
+    """Make a batch whose two halves count alike in the mean loss."""
+    made = MODELS[kind].batch(seed)
+    if MODELS[kind].task == "generate":
+        ids = made["input_ids"].clamp(min=3)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    return made
+
+
+def part(whole_batch: Batch) -> Batch:
+    """Take this process's rows of a batch: all of them in a lone process."""
+    if not dist.is_initialized():
+        return whole_batch
+    return {name: t.chunk(dist.get_world_size())[rank()] for name, t in whole_batch.items()}
+
+
+def shard(model: nn.Module, kind: str, of: str = "blocks") -> nn.Module:
+    """Shard a model by FSDP2: every block and then the rest, or all at once."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for pattern in MODELS[kind].blocks if of == "blocks" else ():
+        for block in model.get_submodule(pattern.removesuffix(".*")).children():
+            fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def wrap(model: nn.Module, kind: str, how: str | None) -> nn.Module:
+    if how is None:
+        return model
+    if how == "ddp":
+        return DistributedDataParallel(model)
+    return shard(model, kind, of="root" if how == "fsdp root" else "blocks")
+
+
+def dropped_out(model: nn.Module, ratio: float) -> nn.Module:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = ratio
+    return model
+
+
+def sparse_grad(
+    selection: str,
+    how: str | None = None,
+    kind: str = "bert",
+    *,
+    calibrates: str = "before",
+    rows: str = "same",
+    dropout: float = 0.0,
+    is_summed: bool = True,
+    end: str | None = None,
+    optimizer_options: dict[str, Any] | None = None,
+    num_micro_batches: int = 1,
+    **options: Any,
+) -> dict[str, Any]:
+    """Train a few steps and return parameters, masks and what else must be alike.
+
+    Args:
+        how: None, "ddp", "fsdp" or "fsdp root".
+        calibrates: "before" or "after" the model is wrapped.
+        rows: what each process is shown: the "same" batches or its "own" part of them.
+        is_summed: False leaves out the sum of scores over ranks, the control.
+        end: "merge" or "remove" before the values are read.
+    """
+    model = dropped_out(MODELS[kind].build().double(), dropout)
+    torch.manual_seed(1000 + rank())
+    fields = {"density": 0.1, "refresh_steps": 2, "num_calibration_steps": 2, **options}
+    session = lt.apply(model, lt.SparseGrad(selection=selection, **fields), seed=3)
+    shown = [batch(kind, seed) for seed in (100, 101)]
+    shown = shown if rows == "same" else [part(b) for b in shown]
+    if calibrates == "before":
+        session.calibrate(shown)
+    wrapped = wrap(model, kind, how)
+    if calibrates == "after":
+        session.calibrate(shown)
+    (change,) = session.changes
+    assert isinstance(change, Conversion)
+    layers = change.layers
+    # A whole weight that the old module kept would undo what sharding saves.
+    assert how != "fsdp" or all(is_sharded(swap.old.weight) for swap in change.swaps)
+    first = [None if n.indices is None else n.indices.clone() for n in layers]
+    optimizer = session.optimizer(torch.optim.AdamW, lr=0.02, **(optimizer_options or {}))
+    before = layer_module.sum_over_ranks
+    if not is_summed:
+        layer_module.sum_over_ranks = lambda tensor: tensor
+    for step in range(NUM_STEPS):
+        for i in range(num_micro_batches):
+            loss = wrapped(**part(batch(kind, num_micro_batches * step + i))).loss
+            (loss / num_micro_batches).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        session.on_step()
+    layer_module.sum_over_ranks = before
+    named = dict(model.named_parameters())
+    return {
+        "bases": [n.bases.q_out for n in layers],
+        "first": first,
+        "masks": [n.indices for n in layers],
+        "moments": {
+            f"{name}:{key}": whole(value).detach()
+            for name, p in named.items()
+            for key, value in optimizer.state.get(p, {}).items()
+        },
+        "values": values(session, end),
+    }
+
+
+def values(session: lt.Session, end: str | None = None) -> dict[str, Tensor]:
+    """Return the model's whole state, after ``session.merge()`` or ``remove()`` if ``end`` says."""
+    if end is not None:
+        getattr(session, end)()
+    return {n: whole(v).detach().clone() for n, v in session.model.state_dict().items()}

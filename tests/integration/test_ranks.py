@@ -1,0 +1,112 @@
+"""Two processes: they agree to the bit with one another, and with one process to rounding."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from integration.rank_runs import sparse_grad
+from ranks import Ranks
+from torch import distributed as dist
+
+pytestmark = pytest.mark.skipif(
+    not (dist.is_available() and dist.is_gloo_available()), reason="needs torch built with gloo"
+)
+
+SELECTIONS = ["fixed", "refreshed", "block"]
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    pool = Ranks()
+    yield pool
+    pool.close()
+
+
+def agree(a: Any, b: Any) -> bool:
+    """Whether two nested results are equal to the bit."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(agree(a[k], b[k]) for k in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(agree, a, b))
+    return a is b if a is None else torch.equal(a, b)
+
+
+def both(ranks: Ranks, call: Any, *args: Any, **options: Any) -> Any:
+    """Return one rank's result, which must be the other's, too."""
+    one, other = ranks.run(call, *args, **options)
+    for key in one:
+        assert agree(one[key], other[key]), key
+    return one
+
+
+def check_close(got: dict, wanted: dict) -> None:
+    assert agree(got["masks"], wanted["masks"])
+    for part in ("values", "moments"):
+        assert got[part].keys() == wanted[part].keys()
+        for name, value in wanted[part].items():
+            torch.testing.assert_close(got[part][name], value, rtol=1e-7, atol=1e-9, msg=name)
+
+
+def check_trained(run: dict, selection: str) -> None:
+    """The control: entries have moved, and masks where they should."""
+    moved = [v for n, v in run["values"].items() if n.endswith(".trained")]
+    assert len(moved) == 4 and all(bool((v.abs() > 1e-3).any()) for v in moved)
+    assert agree(run["first"], run["masks"]) == (selection != "refreshed")
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_two_halves_train_as_the_whole_batch(ranks: Ranks, selection: str, how: str) -> None:
+    wanted = sparse_grad(selection)
+    check_trained(wanted, selection)
+    check_close(both(ranks, sparse_grad, selection, how), wanted)
+
+
+def test_without_the_sum_of_scores_masks_drift_apart(ranks: Ranks) -> None:
+    """The control of the refreshed case above."""
+    one, other = ranks.run(sparse_grad, "refreshed", "ddp", is_summed=False)
+    assert agree(one["first"], other["first"]) and not agree(one["masks"], other["masks"])
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_transposed_weights_and_micro_batches(ranks: Ranks, how: str) -> None:
+    wanted = sparse_grad("refreshed", kind="gpt2", num_micro_batches=2)
+    got = both(ranks, sparse_grad, "refreshed", how, kind="gpt2", num_micro_batches=2)
+    check_close(got, wanted)
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_a_fused_optimizers_steps_reach_the_weights(ranks: Ranks, how: str) -> None:
+    fused = {"optimizer_options": {"fused": True}}
+    wanted = sparse_grad("block", num_outliers=5, **fused)
+    check_close(both(ranks, sparse_grad, "block", how, num_outliers=5, **fused), wanted)
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_calibration_of_the_wrapped_model_is_the_same(ranks: Ranks, how: str) -> None:
+    wanted = sparse_grad("fixed")
+    check_close(both(ranks, sparse_grad, "fixed", how, calibrates="after"), wanted)
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_own_rows_and_dropout_give_all_ranks_one_basis(ranks: Ranks, selection: str) -> None:
+    """Each process calibrates on other rows, after DDP has sent the first one's parameters."""
+    options = {"calibrates": "after", "rows": "own", "dropout": 0.2}
+    got = both(ranks, sparse_grad, selection, "ddp", **options)
+    assert not agree(got["bases"], sparse_grad(selection)["bases"])
+
+
+@pytest.mark.parametrize("end", ["merge", "remove"])
+def test_plain_modules_come_back_in_shards(ranks: Ranks, end: str) -> None:
+    """The old module follows the weight into its shards, and holds no whole one meanwhile."""
+    wanted = sparse_grad("fixed", end=end)["values"]
+    got = both(ranks, sparse_grad, "fixed", "fsdp", end=end)["values"]
+    assert got.keys() == wanted.keys() and not any("trained" in name for name in got)
+    for name, value in wanted.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-7, atol=1e-9, msg=name)
+
+
+def test_a_model_sharded_all_at_once_is_refused(ranks: Ranks) -> None:
+    with pytest.raises(AssertionError, match=r"fully_shard must be called on every block .*dense"):
+        ranks.run(sparse_grad, "fixed", "fsdp root")
