@@ -1,5 +1,7 @@
 """Short trainings that run alike in one process, under DDP and under FSDP2."""
 
+import copy
+import warnings
 from typing import Any
 
 import torch
@@ -9,9 +11,11 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import leantune as lt
+from leantune.core.config import MethodConfig
 from leantune.core.ranks import is_sharded, rank, whole
 from leantune.methods.sparse_grad import layer as layer_module
 from leantune.methods.sparse_grad.conversion import Conversion
+from leantune.methods.spt_attention import attention as attention_module
 
 NUM_STEPS = 5
 
@@ -130,3 +134,47 @@ def values(session: lt.Session, end: str | None = None) -> dict[str, Tensor]:
     if end is not None:
         getattr(session, end)()
     return {n: whole(v).detach().clone() for n, v in session.model.state_dict().items()}
+
+
+def calibrated_start(
+    method: MethodConfig, rows: str = "own", agrees: bool = True
+) -> dict[str, Any]:
+    """Calibrate a model under DDP, train a few steps, and return its state before and after.
+
+    Args:
+        rows: as for :func:`sparse_grad`.
+        agrees: False lets each process keep the codebooks that it moved, the control.
+    """
+    model = MODELS["bert"].build().double()
+    session = lt.apply(model, method, seed=3)
+    with warnings.catch_warnings():
+        # The option has another name from torch 2.13 on.
+        warnings.simplefilter("ignore", FutureWarning)
+        # Buffers must agree without DDP's help: FSDP2 gives none.
+        wrapped = DistributedDataParallel(model, broadcast_buffers=False)
+    shown = [batch("bert", seed) for seed in (100, 101)]
+    session.calibrate(shown if rows == "same" else [part(b) for b in shown])
+    first = copy.deepcopy({**values(session), **session.state_dict()})
+    optimizer = session.optimizer(torch.optim.AdamW, lr=0.02)
+    before = attention_module.mean_over_ranks
+    if not agrees:
+        attention_module.mean_over_ranks = lambda tensor: tensor
+    for step in range(NUM_STEPS):
+        loss = wrapped(**part(batch("bert", step))).loss + session.auxiliary_loss()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        session.on_step()
+    attention_module.mean_over_ranks = before
+    return {"first": first, "last": {**values(session), **session.state_dict()}}
+
+
+def save_sharded(folder: str) -> None:
+    model = MODELS["bert"].build()
+    session = lt.apply(model, lt.SparseGrad())
+    shard(model, "bert")
+    session.save(folder)
+
+
+def forward_uncalibrated(method: MethodConfig) -> None:
+    lt.apply(MODELS["bert"].build(), method).model(**batch("bert", 0))

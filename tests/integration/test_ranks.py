@@ -1,13 +1,16 @@
 """Two processes: they agree to the bit with one another, and with one process to rounding."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from integration.rank_runs import sparse_grad
+from integration.rank_runs import calibrated_start, forward_uncalibrated, save_sharded, sparse_grad
 from ranks import Ranks
 from torch import distributed as dist
+
+import leantune as lt
 
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="needs torch built with gloo"
@@ -110,3 +113,41 @@ def test_plain_modules_come_back_in_shards(ranks: Ranks, end: str) -> None:
 def test_a_model_sharded_all_at_once_is_refused(ranks: Ranks) -> None:
     with pytest.raises(AssertionError, match=r"fully_shard must be called on every block .*dense"):
         ranks.run(sparse_grad, "fixed", "fsdp root")
+
+
+def moved(run: dict, word: str) -> bool:
+    names = [n for n in run["first"] if word in n]
+    return bool(names) and not any(torch.equal(run["first"][n], run["last"][n]) for n in names)
+
+
+# Forwards 2 and 4 of five move the codebooks.
+SPT = lt.SPTAttention(num_keys=3, subspace_width=2, num_codewords=4, refresh_steps=2)
+
+
+@pytest.mark.parametrize("rows", ["same", "own"])
+def test_codebooks_start_and_move_alike(ranks: Ranks, rows: str) -> None:
+    assert moved(both(ranks, calibrated_start, SPT, rows), "/codebooks")
+    one, other = ranks.run(calibrated_start, SPT, rows, agrees=False)
+    assert agree(one["first"], other["first"]) and not agree(one["last"], other["last"])
+
+
+@pytest.mark.parametrize("split", ["contiguous", "coactivation"])
+def test_routers_and_groups_start_alike(ranks: Ranks, split: str) -> None:
+    method = lt.RoutedFFN(num_groups=4, num_active=2, split=split)
+    assert moved(both(ranks, calibrated_start, method, "own"), "router.weight")
+
+
+def test_codebooks_must_be_calibrated_first(ranks: Ranks) -> None:
+    with pytest.raises(AssertionError, match=r"codebooks must be calibrated before .*calibrate\("):
+        ranks.run(forward_uncalibrated, SPT)
+
+
+def test_a_sharded_session_is_not_saved(ranks: Ranks, tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match=r"session\.save: parameters must be whole"):
+        ranks.run(save_sharded, str(tmp_path / "saved"))
+    assert not any(tmp_path.iterdir())
+
+
+def test_sparse_gradients_are_refused(ranks: Ranks) -> None:
+    with pytest.raises(AssertionError, match=r"selection must be 'fixed', .*got 'step'"):
+        ranks.run(sparse_grad, "step", "ddp")

@@ -11,16 +11,26 @@ def rank() -> int:
     return dist.get_rank() if _is_grouped() else 0
 
 
+def is_several() -> bool:
+    """Return whether other processes train the same model."""
+    return _is_grouped() and dist.get_world_size() > 1
+
+
 def sum_over_ranks(tensor: Tensor) -> Tensor:
     """Return the sum over all processes, the same bits in each; the tensor may be overwritten.
 
     All processes must call it, in one order; in a lone process it does nothing.
     """
-    if not _is_several():
+    if not is_several():
         return tensor
     total = tensor.contiguous()
     dist.all_reduce(total)
     return total
+
+
+def mean_over_ranks(tensor: Tensor) -> Tensor:
+    """Return the mean over all processes, as :func:`sum_over_ranks` does the sum."""
+    return sum_over_ranks(tensor) / dist.get_world_size() if is_several() else tensor
 
 
 def of_first_rank(tensor: Tensor) -> Tensor:
@@ -28,7 +38,7 @@ def of_first_rank(tensor: Tensor) -> Tensor:
 
     All processes must call it, in one order and with one shape; in a lone process it does nothing.
     """
-    if not _is_several():
+    if not is_several():
         return tensor
     values = tensor.contiguous()
     dist.broadcast(values, src=0)
@@ -78,7 +88,3 @@ def sharded_with_root(model: nn.Module, names: Sequence[str]) -> str | None:
 
 def _is_grouped() -> bool:
     return dist.is_available() and dist.is_initialized()
-
-
-def _is_several() -> bool:
-    return _is_grouped() and dist.get_world_size() > 1

@@ -381,6 +381,7 @@ class Session:
 
         Raises:
             ConfigError: a predicate in ``sites``, which no file can hold.
+            UnsupportedError: parameters are sharded.
             OSError: the disk is full; what was there before survives.
         """
         from leantune.core.state import save_session

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from leantune.core.config import MethodConfig
+from leantune.core.ranks import is_sharded
 from leantune.core.registry import config_from_dict
-from leantune.errors import ConfigError
+from leantune.errors import ConfigError, UnsupportedError
 
 if TYPE_CHECKING:
     from leantune.core.session import Session
@@ -151,6 +152,13 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def save_session(session: "Session", folder: Path) -> None:
     """Write one session's folder: see :meth:`Session.save`."""
     recipe = recipe_to_dict(session.methods, session.seed)
+    sharded = [n for n, p in trained_parameters(session.model).items() if is_sharded(p)]
+    if sharded:
+        raise UnsupportedError(
+            f"session.save: parameters must be whole, got {sharded[0]} in shards ({len(sharded)} "
+            "such); in all processes call session.merge() and gather the plain model's state with "
+            "torch.distributed.checkpoint.state_dict.get_model_state_dict"
+        )
     with atomic_folder(folder) as fresh:
         write_atomic(fresh / RECIPE_FILE, json.dumps(recipe, indent=2) + "\n")
         save_tensors(fresh / WEIGHTS_FILE, trained_parameters(session.model))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from leantune.core.calibration import run_batches, spread_rows
+from leantune.core.ranks import of_first_rank
 from leantune.core.session import Session
 from leantune.errors import ConfigError
 from leantune.methods.routed_ffn import maths
@@ -61,15 +62,20 @@ def _thin(x: Tensor, hidden: Tensor, mask: Tensor | None) -> tuple[Tensor, Tenso
 def _fit(layer: RoutedMLP, x: Tensor, hidden: Tensor) -> None:
     """Group units by activations (s, F), then regress the groups' norms on inputs (s, d_model)."""
     hidden = hidden.float()
+    # Processes that were shown other rows follow the first one.
     if layer.units is not None:
-        hidden = hidden[:, split(layer, hidden.abs().t())]
+        order = of_first_rank(_order(layer, hidden.abs().t()))
+        layer.units.reorder(order)
+        hidden = hidden[:, order]
     norms = hidden.unflatten(1, (layer.config.num_groups, -1)).norm(dim=-1)
-    layer.set_router(*maths.fit_router(x, norms, _RIDGE, _SPREAD))
+    layer.set_router(*map(of_first_rank, maths.fit_router(x, norms, _RIDGE, _SPREAD)))
 
 
-def split(layer: RoutedMLP, features: Tensor) -> Tensor:
-    """Group a layer's hidden units by their features (F, any); return the order applied, (F,)."""
+def split(layer: RoutedMLP, features: Tensor) -> None:
+    """Group a layer's hidden units by their features (F, any)."""
     assert layer.units is not None
-    order = balanced_groups(features, layer.config.num_groups, layer.uniform(len(features)))
-    layer.units.reorder(order)
-    return order
+    layer.units.reorder(_order(layer, features))
+
+
+def _order(layer: RoutedMLP, features: Tensor) -> Tensor:
+    return balanced_groups(features, layer.config.num_groups, layer.uniform(len(features)))

@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from leantune.core.ranks import is_sharded, of_first_rank, sharded_with_root, sum_over_ranks
+from leantune.core.ranks import (
+    is_several,
+    is_sharded,
+    of_first_rank,
+    sharded_with_root,
+    sum_over_ranks,
+)
 from leantune.core.session import Session
 from leantune.core.sites import Site
 from leantune.core.swap import Swap, swap, with_rule
@@ -85,6 +91,11 @@ class Conversion:
         if self.config.selection != "step":
             self._refuse_gathered()
             self.update()
+        elif is_several():
+            raise UnsupportedError(
+                "SparseGrad: selection must be 'fixed', 'refreshed' or 'block' in several "
+                "processes, which cannot share sparse gradients, got 'step'"
+            )
 
     def _refuse_gathered(self) -> None:
         whole = [layer.name for layer in self.layers if not is_sharded(layer.module.weight)]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from leantune.core.ranks import is_several, mean_over_ranks, of_first_rank
 from leantune.core.session import Session
 from leantune.core.sites import Site
 from leantune.errors import ConfigError, UnsupportedError
@@ -44,10 +45,11 @@ class Run:
     num_forwards: int = 0
     collected: dict[str, list[list[Tensor]]] | None = None
 
-    def count(self, model: nn.Module, args: Any) -> None:
-        """Count a training forward: a hook of the model."""
-        if model.training and torch.is_grad_enabled():
-            self.num_forwards += 1
+    @property
+    def has_moved(self) -> bool:
+        """Whether the last training forward moved codebooks."""
+        config, now = self.config, self.num_forwards
+        return config.pq_loss == "none" and now > 0 and _is_due(now, config.refresh_steps)
 
 
 class KeyChoice(nn.Module):
@@ -164,6 +166,7 @@ class KeyChoice(nn.Module):
         is_new = self.training and now != self.last_forward
         with autocast_off(q):
             if not self.is_ready:
+                self._refuse_late_start()
                 self.start(self._vectors(q, k, view))
             elif config.pq_loss == "none" and is_new and _is_due(now, config.refresh_steps):
                 pairs = zip(self._vectors(q, k, view), self.codebooks, strict=True)
@@ -173,6 +176,15 @@ class KeyChoice(nn.Module):
                 self._add_loss(q, k, is_new)
         if self.training:
             self.last_forward = now
+
+    def _refuse_late_start(self) -> None:
+        # A short batch runs dense: not all processes may come here in one forward.
+        if is_several():
+            raise ConfigError(
+                "SPTAttention: codebooks must be calibrated before several processes run the "
+                f"model, got none at {self.name}; call session.calibrate(batches) in all of them "
+                "(the trainer callback does so by itself)"
+            )
 
     @torch.no_grad()
     def start(self, vectors: list[Tensor]) -> None:
@@ -198,8 +210,13 @@ class KeyChoice(nn.Module):
                 seed=seed,
                 stream=self.stream + i,
             )
-            self.codebooks[i].copy_(book)
+            self.codebooks[i].copy_(of_first_rank(book))
         self.is_ready = True
+
+    @torch.no_grad()
+    def agree(self) -> None:
+        """Give all processes one codebook after each has moved its own."""
+        self.codebooks.copy_(mean_over_ranks(self.codebooks))
 
     def _add_loss(self, q: Tensor, k: Tensor, is_new: bool) -> None:
         session, config = self.run.session, self.run.config

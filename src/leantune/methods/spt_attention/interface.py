@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from leantune.core.calibration import run_batches
+from leantune.core.ranks import is_several
 from leantune.core.session import Session
 from leantune.core.sites import Site
 from leantune.errors import UnsupportedError
@@ -41,6 +42,19 @@ class Attached:
         # A model that is read in another process finds its attention there.
         register_interface()
 
+    def begin(self, model: nn.Module, args: Any) -> None:
+        """Count a training forward, after processes agree on codebooks that the last one moved.
+
+        Not inside that one: there one process may run dense where another does not, and a block
+        that checkpointing recomputes must find the codebooks as they were.
+        """
+        if not (model.training and torch.is_grad_enabled()):
+            return
+        if self.run.has_moved and is_several():
+            for _, choice in self.choices:
+                choice.agree()
+        self.run.num_forwards += 1
+
     def undo(self) -> None:
         for module, _ in self.choices:
             delattr(module, _CHILD)
@@ -59,7 +73,7 @@ def attach(
     register_interface()
     run = Run(session, config)
     change = Attached(run, [])
-    change.handle = model.register_forward_pre_hook(run.count)
+    change.handle = model.register_forward_pre_hook(change.begin)
     for site in sites:
         choice = KeyChoice(site, _shape(model, site, config), run).train(site.module.training)
         site.module.add_module(_CHILD, choice)
