@@ -4,7 +4,7 @@ Legend: d_out and d_in the sides of a weight, r_out and r_in those of the leadin
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,14 @@ from leantune.core.swap import Swap, swap, with_rule
 from leantune.errors import ConfigError, SiteError
 from leantune.measure import calibration_step
 from leantune.methods.sparse_grad import maths
-from leantune.methods.sparse_grad.layer import Bases, Collect, Layer, RotatedLinear, not_calibrated
+from leantune.methods.sparse_grad.layer import (
+    Bases,
+    Collect,
+    Layer,
+    RotatedLinear,
+    not_calibrated,
+)
+from leantune.methods.sparse_grad.warm_up import WarmUp
 
 if TYPE_CHECKING:
     from leantune.methods.sparse_grad import SparseGrad
@@ -133,7 +140,8 @@ class Conversion:
         return self.layers[0].bases is not None
 
     def calibrate(self, batches: list[Any]) -> None:
-        """Find bases and masks from the gradients of ``batches``; no parameter moves."""
+        """Find bases and masks from the gradients of ``batches``; no parameter moves unless the
+        config asks for it, and then on the first of the two passes over them."""
         grams: dict[str, tuple[Tensor, Tensor]] = {}
         largest: dict[str, Tensor] = {}
         moments: dict[str, Tensor] = {}
@@ -153,7 +161,13 @@ class Conversion:
             total = moments.setdefault(layer.name, torch.zeros_like(grad, dtype=q_out.dtype))
             maths.accumulate_second_moment(total, grad, q_out, q_in, normalize)
 
-        self._show(batches, add_gram)
+        rate = self.config.calibration_learning_rate
+        if rate:
+            warm_up = WarmUp(self.session.model, self.layers, rate)
+            self._show(batches, warm_up.watching(add_gram), warm_up.step)
+            warm_up.end()
+        else:
+            self._show(batches, add_gram)
         self._check_gradients(largest)
         bases = {
             group: Bases(maths.basis(gram_out), maths.basis(gram_in))
@@ -178,7 +192,9 @@ class Conversion:
                 layer.use(whole, maths.top_entries(moment, layer.num_entries))
         self._name_mask()
 
-    def _show(self, batches: list[Any], collect: Collect) -> None:
+    def _show(
+        self, batches: list[Any], collect: Collect, step: Callable[[], None] | None = None
+    ) -> None:
         """Run exact forwards and backwards, and hand every layer's weight gradient over."""
         waiting = [n for c in _conversions(self.session) for n in c.layers if n.bases is None]
         for layer in (*waiting, *self.layers):
@@ -186,7 +202,7 @@ class Conversion:
         try:
             for batch in batches:
                 with self.session.exact():
-                    calibration_step("SparseGrad", self.session.model, batch)
+                    calibration_step("SparseGrad", self.session.model, batch, step)
         finally:
             for layer in (*waiting, *self.layers):
                 layer.collect = None
@@ -213,6 +229,8 @@ class Conversion:
             if owner == layer.name:
                 out[f"{owner}:q_out"], out[f"{owner}:q_in"] = layer.bases.q_out, layer.bases.q_in
             out[f"{layer.name}:basis"] = torch.tensor([n.name for n in self.layers].index(owner))
+            if layer.start is not None:
+                out[f"{layer.name}:start"] = layer.start
             if layer.indices is not None:
                 out[f"{layer.name}:indices"] = layer.indices
             if layer.history is not None:
@@ -242,6 +260,7 @@ class Conversion:
             expected = layer.module.trained.numel() if indices is None else len(indices)
             self._check_numbers(layer, bases[owner], expected)
             layer.use(bases[owner], None if indices is None else indices.to(device))
+            layer.start_from(state.get(f"{layer.name}:start"))
             if f"{layer.name}:dropped" in state:
                 layer.history = state[f"{layer.name}:dropped"], state[f"{layer.name}:reached"]
                 layer.num_refreshes = int(state[f"{layer.name}:refreshes"])

@@ -62,6 +62,7 @@ class Layer:
         self.indices: Tensor | None = None
         self.lines: maths.Support | None = None
         self.collect: Collect | None = None
+        self.start: Tensor | None = None
         self.scores: Tensor | None = None
         self.wants_scores = False
         self.history: tuple[Tensor, Tensor] | None = None
@@ -112,6 +113,8 @@ class Layer:
         if self.bases is None:
             raise not_calibrated()
         self._had_backward = True
+        if self.config.skip_zero_rows:
+            factors = [_without_zero_rows(f) for f in factors]
         if self.config.selection == "step":
             return self._top(grad_weight(factors))
         values = [self._values(f.left, f.right, f.scale) for f in factors]
@@ -157,6 +160,20 @@ class Layer:
         if not self._is_current(trained, applied):
             self._add((trained - applied).flatten(), self.indices)
             applied.copy_(trained)
+
+    def start_from(self, weight: Tensor | None) -> None:
+        """Take the dense weight that training began with, where calibration had moved it.
+
+        A weight that has taken a change already comes from a checkpoint and is left alone.
+        """
+        self.start = weight
+        if weight is None:
+            return
+        module = self.module
+        has_refreshed = self.config.selection == "refreshed" and bool(module.refreshes)
+        if not (has_refreshed or bool(module.applied.any())):
+            with torch.no_grad():
+                module.weight.copy_(weight)
 
     def _is_current(self, trained: Tensor, applied: Tensor) -> bool:
         if trained.device.type == "cpu":
@@ -271,6 +288,12 @@ class RotatedLinear(StoredConv1D):
         x = x @ q_in.to(x.dtype)
         y = linear(x, trained.detach(), None, store, draw, trained, layer)
         return F.linear(y, q_out.to(y.dtype), self.bias)
+
+
+def _without_zero_rows(factors: Factors) -> Factors:
+    left, right, scale = factors
+    rows = left.any(1).nonzero().squeeze(1)
+    return Factors(left.index_select(0, rows), right.index_select(0, rows), scale)
 
 
 def not_calibrated() -> ConfigError:
