@@ -1,7 +1,8 @@
 """What every quality bench shares: MiniLM on GLUE tasks, same seeds and steps for all recipes.
 
 Embeddings are frozen in every recipe, which spares most of the optimiser's time on a CPU; the
-encoder and the head train in full, or as the recipe says.
+encoder and the head train in full, or as the recipe says. The pooler counts as part of the head:
+this checkpoint was trained without it, and behind a frozen one LoRA learns nothing on STS-B.
 """
 
 import random
@@ -50,6 +51,8 @@ class Run:
     seed: int
     rate: float
     num_calibration: int = 0
+    is_rest_trained: bool = False
+    """Whether LoRA leaves everything but the weights it adapts trainable, as other methods do."""
 
 
 def by_cost(settings: Sequence[Setting]) -> list[Setting]:
@@ -222,6 +225,8 @@ def measure(run: Run, encoded: Encoded) -> dict[str, Any]:
             start = time.process_time()
             session.calibrate([usable(batch) for batch in shown])
             calibration_seconds = time.process_time() - start
+    if any(isinstance(m, lt.LoRA) for m in run.recipe):
+        _train_beside_lora(model, run.is_rest_trained)
     saved = lt.ledger(model, usable(next(encoded.batches(seed * 1000)))).activations
     trained = [p for p in model.parameters() if p.requires_grad]
     # torch's fused optimiser takes no sparse gradients, and torch clips none.
@@ -272,6 +277,14 @@ def measure(run: Run, encoded: Encoded) -> dict[str, Any]:
         "cpu_seconds": round(seconds, 1),
         "calibration_cpu_seconds": round(calibration_seconds, 1),
     }
+
+
+def _train_beside_lora(model: torch.nn.Module, is_rest_trained: bool) -> None:
+    for name, parameter in model.named_parameters():
+        is_adapted = name.endswith("base_layer.weight") or ".original_module." in name
+        is_rest = not (is_adapted or name.startswith("bert.embeddings."))
+        if name.startswith("bert.pooler.") or (is_rest_trained and is_rest):
+            parameter.requires_grad_(True)
 
 
 @torch.no_grad()

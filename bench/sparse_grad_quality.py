@@ -54,7 +54,7 @@ def main(worker: int = 0, num_workers: int = 1) -> None:
             for seed in missing:
                 assert encoded is not None
                 rate = best_rate(setting.task, name)
-                run = Run(setting, name, RECIPES[name], seed, rate, NUM_CALIBRATION)
+                run = Run(setting, name, RECIPES[name], seed, rate, NUM_CALIBRATION, is_rest_trained=True)
                 quality.append(RESULT, quality.measure(run, encoded))
     print(summary())
 
@@ -84,7 +84,7 @@ def _search(setting: Setting, name: str) -> None:
         return
     encoded = _held_out(setting)
     for rate in rates:
-        run = Run(encoded.setting, name, RECIPES[name], SEARCH_SEED, rate, NUM_CALIBRATION)
+        run = Run(encoded.setting, name, RECIPES[name], SEARCH_SEED, rate, NUM_CALIBRATION, True)
         row: dict[str, Any] = quality.measure(run, encoded)
         quality.append(SEARCH, row)
 
