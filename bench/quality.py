@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice, product
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -39,6 +39,7 @@ class Setting:
     learning_rate: float = 1e-4
     lora_learning_rate: float = 1e-3
     max_length: int = 128
+    pooling: Literal["first", "mean"] = "first"
 
 
 @dataclass(frozen=True)
@@ -209,7 +210,7 @@ def measure(run: Run, encoded: Encoded) -> dict[str, Any]:
     setting, seed = run.setting, run.seed
     random.seed(seed)
     np.random.seed(seed)
-    model, _ = minilm(encoded.data.num_labels, seed=seed)
+    model, _ = minilm(encoded.data.num_labels, seed, setting.pooling)
     model.get_submodule("bert.embeddings").requires_grad_(False)
     session = lt.apply(model, *run.recipe, seed=seed) if run.recipe else None
     calibration_seconds = 0.0

@@ -21,9 +21,9 @@ NUM_CALIBRATION = 10
 MLP = ("intermediate.dense", "re:layer\\.\\d+\\.output\\.dense")
 
 SETTINGS = (
-    Setting("sst2", 2500, 1, lora_learning_rate=3e-4),
-    Setting("cola", 8000, 1, batch_size=8, lora_learning_rate=3e-4),
-    Setting("stsb", 2000, 2, batch_size=8, lora_learning_rate=3e-4),
+    Setting("sst2", 2500, 1, lora_learning_rate=3e-4, pooling="mean"),
+    Setting("cola", 4000, 2, batch_size=8, lora_learning_rate=3e-4, pooling="mean"),
+    Setting("stsb", 2000, 1, batch_size=8, lora_learning_rate=3e-4, pooling="mean"),
 )
 RATE_FROM = {"sst2": "sst2", "stsb": "stsb", "cola": "stsb"}
 """Task -> the one whose search it takes the rate from."""
