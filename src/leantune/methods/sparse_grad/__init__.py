@@ -13,6 +13,7 @@ from leantune.core.sites import Site
 from leantune.errors import ConfigError
 from leantune.methods.sparse_grad import maths
 from leantune.methods.sparse_grad.conversion import attach, calibrate, on_step
+from leantune.methods.sparse_grad.figures import figures
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,5 +119,6 @@ register(
         on_step=on_step,
         calibrate=calibrate,
         num_calibration_batches=lambda config: config.num_calibration_steps,
+        figures=figures,
     )
 )

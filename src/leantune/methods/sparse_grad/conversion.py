@@ -30,13 +30,16 @@ if TYPE_CHECKING:
     from leantune.methods.sparse_grad import SparseGrad
 
 
+Grams = dict[str, tuple[Tensor, Tensor]]
+
+
 class Conversion:
     """All layers that one config converted: a reversible change, and the state that it carries."""
 
     def __init__(self, session: Session, sites: list[Site], config: "SparseGrad") -> None:
         self.session, self.config = session, config
         self.name = f"sparse_grad.{sites[0].name}"
-        self.layers = [Layer(site, _group(site, config), config) for site in sites]
+        self.layers = [Layer(site, config) for site in sites]
         self.swaps: list[Swap] = []
         self.flags: list[tuple[nn.Parameter, bool]] = []
         self.mask_id: str | None = None
@@ -142,17 +145,13 @@ class Conversion:
     def calibrate(self, batches: list[Any]) -> None:
         """Find bases and masks from the gradients of ``batches``; no parameter moves unless the
         config asks for it, and then on the first of the two passes over them."""
-        grams: dict[str, tuple[Tensor, Tensor]] = {}
+        grams: Grams = {}
         largest: dict[str, Tensor] = {}
         moments: dict[str, Tensor] = {}
         normalize = self.config.normalize
 
         def add_gram(layer: Layer, grad: Tensor) -> None:
-            dtype = torch.promote_types(grad.dtype, torch.float32)
-            if layer.group not in grams:
-                out, inn = (torch.zeros(d, d, dtype=dtype, device=grad.device) for d in layer.shape)
-                grams[layer.group] = out, inn
-            maths.accumulate_grams(*grams[layer.group], grad, normalize)
+            add_to_grams(grams, layer.group, grad, normalize)
             top = grad.abs().amax()
             largest[layer.name] = torch.maximum(largest.get(layer.name, top), top)
 
@@ -164,18 +163,15 @@ class Conversion:
         rate = self.config.calibration_learning_rate
         if rate:
             warm_up = WarmUp(self.session.model, self.layers, rate)
-            self._show(batches, warm_up.watching(add_gram), warm_up.step)
+            self.show(batches, warm_up.watching(add_gram), warm_up.step)
             warm_up.end()
         else:
-            self._show(batches, add_gram)
+            self.show(batches, add_gram)
         self._check_gradients(largest)
-        bases = {
-            group: Bases(maths.basis(gram_out), maths.basis(gram_in))
-            for group, (gram_out, gram_in) in grams.items()
-        }
+        bases = bases_of(grams)
         is_block = self.config.selection == "block"
         if self.config.selection in ("fixed", "refreshed") or self.config.num_outliers:
-            self._show(batches, add_moment)
+            self.show(batches, add_moment)
         thin: dict[Any, Bases] = {}
         for layer in self.layers:
             whole, moment = bases[layer.group], moments.get(layer.name)
@@ -192,11 +188,15 @@ class Conversion:
                 layer.use(whole, maths.top_entries(moment, layer.num_entries))
         self._name_mask()
 
-    def _show(
+    def show(
         self, batches: list[Any], collect: Collect, step: Callable[[], None] | None = None
     ) -> None:
-        """Run exact forwards and backwards, and hand every layer's weight gradient over."""
-        waiting = [n for c in _conversions(self.session) for n in c.layers if n.bases is None]
+        """Run exact forwards and backwards, and hand every layer's weight gradient over.
+
+        Gradients are (d_out, d_in) of the plain weight. No trace is left but what ``step`` does,
+        which is called after each batch while the gradients are there.
+        """
+        waiting = [n for c in conversions(self.session) for n in c.layers if n.bases is None]
         for layer in (*waiting, *self.layers):
             layer.collect = collect if layer in self.layers else _ignore
         try:
@@ -275,6 +275,20 @@ class Conversion:
             raise _other_model(f"{num_entries} entries for the {wanted} of {layer.name}")
 
 
+def add_to_grams(grams: Grams, key: str, grad: Tensor, normalize: bool) -> None:
+    """Add one gradient (d_out, d_in) to the two Gram matrices under ``key``, made where missing."""
+    dtype = torch.promote_types(grad.dtype, torch.float32)
+    if key not in grams:
+        gram_out, gram_in = (torch.zeros(d, d, dtype=dtype, device=grad.device) for d in grad.shape)
+        grams[key] = gram_out, gram_in
+    maths.accumulate_grams(*grams[key], grad, normalize)
+
+
+def bases_of(grams: Grams) -> dict[str, Bases]:
+    """Return the complete bases of each pair of Gram matrices."""
+    return {key: Bases(maths.basis(out), maths.basis(inn)) for key, (out, inn) in grams.items()}
+
+
 def _ignore(layer: Layer, grad: Tensor) -> None:
     """Stand by while another config's layers are calibrated."""
 
@@ -284,13 +298,6 @@ def _other_model(got: str) -> ConfigError:
         f"SparseGrad: state must belong to this model and recipe, got {got}; load it onto the "
         "model that it was calibrated on, or calibrate anew"
     )
-
-
-def _group(site: Site, config: "SparseGrad") -> str:
-    """Name those that share a basis: linears of one part and shape, or the linear alone."""
-    if config.basis == "layer":
-        return site.name
-    return f"{site.part} {tuple(site.module.weight.shape)}"  # type: ignore[union-attr]
 
 
 def _thin(bases: Bases, r_out: int, r_in: int) -> Bases:
@@ -335,13 +342,14 @@ def attach(
     return Conversion(session, sites, config)
 
 
-def _conversions(session: Session) -> list[Conversion]:
+def conversions(session: Session) -> list[Conversion]:
+    """Return the conversions of a session, one for each config of this method."""
     return [change for change in session.changes if isinstance(change, Conversion)]
 
 
 def on_step(session: Session, step: int) -> None:
     """Let every conversion exchange its entries where it is time."""
-    for change in _conversions(session):
+    for change in conversions(session):
         change.on_step(step)
 
 
@@ -351,7 +359,7 @@ def calibrate(session: Session, batches: Iterable[Any]) -> None:
     Raises:
         ConfigError: no batches, or a layer whose gradient is zero or not finite.
     """
-    waiting = [change for change in _conversions(session) if not change.is_calibrated]
+    waiting = [change for change in conversions(session) if not change.is_calibrated]
     if not waiting:
         return
     shown = list(islice(batches, max(c.config.num_calibration_steps for c in waiting)))

@@ -48,10 +48,13 @@ class Layer:
     out right.
     """
 
-    def __init__(self, site: Site, group: str, config: "SparseGrad") -> None:
+    def __init__(self, site: Site, config: "SparseGrad") -> None:
         weight = site.module.weight
         assert isinstance(weight, Tensor)
-        self.name, self.group, self.config = site.name, group, config
+        self.name, self.config = site.name, config
+        self.kind = f"{site.part} {tuple(weight.shape)}"
+        # Those that share a basis: linears of one part and shape, or the linear alone.
+        self.group = self.name if config.basis == "layer" else self.kind
         self.is_transposed = type(site.module).__name__.endswith("Conv1D")
         d_out, d_in = weight.shape[::-1] if self.is_transposed else weight.shape
         self.shape = (d_out, d_in)
@@ -99,7 +102,7 @@ class Layer:
 
     def project(self, rows: Tensor) -> Tensor:
         """Return what backward needs of input rows: all of them, or their part in the block."""
-        if self.width is None:
+        if self.width is None or self.collect is not None:
             return rows
         assert self.bases is not None
         return rows @ self.bases.on(rows)[1].to(rows.dtype)
@@ -108,7 +111,7 @@ class Layer:
         """Return the gradient of ``trained``; only what is selected is formed, where that pays."""
         trained = self.module.trained
         if self.collect is not None:
-            self.collect(self, grad_weight(factors))
+            self.collect(self, self._plain(grad_weight(factors)))
             return torch.zeros_like(trained)
         if self.bases is None:
             raise not_calibrated()
@@ -119,6 +122,13 @@ class Layer:
             return self._top(grad_weight(factors))
         values = [self._values(f.left, f.right, f.scale) for f in factors]
         return torch.stack(values).sum(0).view(trained.shape)
+
+    def _plain(self, grad: Tensor) -> Tensor:
+        if self.config.selection != "step" or self.bases is None:
+            return grad
+        # This linear multiplies by the rotated weight.
+        q_out, q_in = self.bases.on(grad)
+        return maths.rotate(grad, q_out.mT, q_in.mT)
 
     def _values(self, left: Tensor, right: Tensor, scale: Tensor | None) -> Tensor:
         assert self.bases is not None
