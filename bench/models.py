@@ -1,7 +1,7 @@
 """The models that are measured: real MiniLM, and block stacks of standard shapes."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -82,11 +82,38 @@ class LlamaBlocks(nn.Module):
         return self.model(input_ids=input_ids).last_hidden_state.float().square().mean()
 
 
-def minilm(num_labels: int = 2, seed: int = 0) -> tuple[nn.Module, Any]:
-    """Return the real pre-trained MiniLM, its head drawn from ``seed``, and its tokenizer."""
+class MeanPooler(nn.Module):
+    """The mean over a sequence's real tokens, which is how MiniLM was trained to sum up a text."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.mask: Tensor | None = None
+        model.register_forward_pre_hook(self._see, with_kwargs=True)
+
+    def _see(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self.mask = kwargs["attention_mask"]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (b, d) of the last hidden states (b, t, d)."""
+        assert self.mask is not None
+        weight = self.mask.to(x.dtype)
+        return torch.einsum("btd,bt->bd", x, weight / weight.sum(1, keepdim=True))
+
+
+def minilm(
+    num_labels: int = 2, seed: int = 0, pooling: Literal["first", "mean"] = "first"
+) -> tuple[nn.Module, Any]:
+    """Return the real pre-trained MiniLM, its head drawn from ``seed``, and its tokenizer.
+
+    Args:
+        pooling: what the head sees: BERT's pooler over the first token, which this checkpoint was
+            not trained with, or the mean over tokens, from which it learns several times faster.
+    """
     path = demo_model_path()
     torch.manual_seed(seed)
-    model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=num_labels)
+    model: Any = AutoModelForSequenceClassification.from_pretrained(path, num_labels=num_labels)
+    if pooling == "mean":
+        model.bert.pooler = MeanPooler(model.bert)
     return model, AutoTokenizer.from_pretrained(path)
 
 

@@ -1,7 +1,8 @@
 """What every quality bench shares: MiniLM on GLUE tasks, same seeds and steps for all recipes.
 
 Embeddings are frozen in every recipe, which spares most of the optimiser's time on a CPU; the
-encoder and the head train in full, or as the recipe says.
+encoder and the head train in full, or as the recipe says. The pooler counts as part of the head:
+this checkpoint was trained without it, and behind a frozen one LoRA learns nothing on STS-B.
 """
 
 import random
@@ -10,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice, product
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -38,6 +39,7 @@ class Setting:
     learning_rate: float = 1e-4
     lora_learning_rate: float = 1e-3
     max_length: int = 128
+    pooling: Literal["first", "mean"] = "first"
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,8 @@ class Run:
     seed: int
     rate: float
     num_calibration: int = 0
+    is_rest_trained: bool = False
+    """Whether LoRA leaves everything but the weights it adapts trainable, as other methods do."""
 
 
 def by_cost(settings: Sequence[Setting]) -> list[Setting]:
@@ -206,7 +210,7 @@ def measure(run: Run, encoded: Encoded) -> dict[str, Any]:
     setting, seed = run.setting, run.seed
     random.seed(seed)
     np.random.seed(seed)
-    model, _ = minilm(encoded.data.num_labels, seed=seed)
+    model, _ = minilm(encoded.data.num_labels, seed, setting.pooling)
     model.get_submodule("bert.embeddings").requires_grad_(False)
     session = lt.apply(model, *run.recipe, seed=seed) if run.recipe else None
     calibration_seconds = 0.0
@@ -222,6 +226,8 @@ def measure(run: Run, encoded: Encoded) -> dict[str, Any]:
             start = time.process_time()
             session.calibrate([usable(batch) for batch in shown])
             calibration_seconds = time.process_time() - start
+    if any(isinstance(m, lt.LoRA) for m in run.recipe):
+        _train_beside_lora(model, run.is_rest_trained)
     saved = lt.ledger(model, usable(next(encoded.batches(seed * 1000)))).activations
     trained = [p for p in model.parameters() if p.requires_grad]
     # torch's fused optimiser takes no sparse gradients, and torch clips none.
@@ -272,6 +278,14 @@ def measure(run: Run, encoded: Encoded) -> dict[str, Any]:
         "cpu_seconds": round(seconds, 1),
         "calibration_cpu_seconds": round(calibration_seconds, 1),
     }
+
+
+def _train_beside_lora(model: torch.nn.Module, is_rest_trained: bool) -> None:
+    for name, parameter in model.named_parameters():
+        is_adapted = name.endswith("base_layer.weight") or ".original_module." in name
+        is_rest = not (is_adapted or name.startswith("bert.embeddings."))
+        if name.startswith("bert.pooler.") or (is_rest_trained and is_rest):
+            parameter.requires_grad_(True)
 
 
 @torch.no_grad()

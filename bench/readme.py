@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from bench import rows, wta_crs_quality
+from bench import rows, sparse_grad_quality, spt_language, spt_quality, wta_crs_quality
 from leantune.core.state import write_atomic
 
 ROOT = Path(__file__).parents[1]
@@ -147,6 +147,9 @@ _TABLES: dict[str, Callable[[], Any]] = {
     "variance": variance,
     "quality": wta_crs_quality.summary,
     "sparse-grad": sparse_grad,
+    "sparse-grad-quality": sparse_grad_quality.summary,
+    "spt-quality": spt_quality.summary,
+    "spt-language": spt_language.summary,
     "energy": energy,
     "routed-ffn": routed_ffn,
     "attention": attention,

@@ -13,9 +13,9 @@ SEEDS = (0, 1, 2)
 NUM_CALIBRATION = 8
 
 SETTINGS = (
-    Setting("sst2", 3000, 1),
-    Setting("cola", 4000, 1, batch_size=8, lora_learning_rate=3e-4),
-    Setting("stsb", 2000, 1, batch_size=8, lora_learning_rate=3e-4),
+    Setting("sst2", 2500, 1, lora_learning_rate=3e-4, pooling="mean"),
+    Setting("cola", 4000, 2, batch_size=8, lora_learning_rate=3e-4, pooling="mean"),
+    Setting("stsb", 2000, 1, batch_size=8, lora_learning_rate=3e-4, pooling="mean"),
 )
 
 _LORA = lt.LoRA(rank=8)

@@ -458,6 +458,26 @@ def pickled(model: nn.Module) -> nn.Module:
     return torch.load(buffer, weights_only=False)
 
 
+@pytest.mark.parametrize(("method", "name"), [c for c in CASES if SPECS[c[0]].figures])
+def test_figures_are_finite_and_leave_no_trace(method: str, name: str) -> None:
+    models = [MODELS[name].build() for _ in range(2)]
+    session, _ = (convert(model, name, example(method), seed=5) for model in models)
+    shown, held_out = ([batch_of(name, s) for s in seeds] for seeds in ((90, 91), (92, 93)))
+    measure = SPECS[method].figures
+    assert measure is not None
+    stream = torch.random.get_rng_state()
+    found = measure(session, shown, held_out)
+    assert found and torch.equal(torch.random.get_rng_state(), stream)
+    assert all(p.grad is None for p in models[0].parameters())
+    for figure in found:
+        assert figure.title and figure.note.endswith(".") and figure.values
+        assert all(math.isfinite(value) for value in figure.values.values())
+    first, second = (step(model, batch_of(name)) for model in models)
+    assert same(first, second)
+    weights = (model.state_dict().values() for model in models)
+    assert all(torch.equal(x, y) for x, y in zip(*weights, strict=True))
+
+
 @pytest.mark.parametrize("way", [copy.deepcopy, pickled])
 @pytest.mark.parametrize(("method", "name"), ONE)
 def test_copies_train_independently(method: str, name: str, way) -> None:

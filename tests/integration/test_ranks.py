@@ -151,3 +151,8 @@ def test_a_sharded_session_is_not_saved(ranks: Ranks, tmp_path: Path) -> None:
 def test_sparse_gradients_are_refused(ranks: Ranks) -> None:
     with pytest.raises(AssertionError, match=r"selection must be 'fixed', .*got 'step'"):
         ranks.run(sparse_grad, "step", "ddp")
+
+
+def test_training_in_calibration_is_refused(ranks: Ranks) -> None:
+    with pytest.raises(AssertionError, match=r"calibration_learning_rate must be 0 .*got 0\.1"):
+        ranks.run(sparse_grad, "fixed", calibration_learning_rate=0.1)

@@ -22,6 +22,12 @@ from leantune.report.page import headline
 from leantune.report.plots import DARK, LIGHT, PLOTS, block_of, place_in_block, saved_table
 from leantune.report.results import results_from_dict
 
+FIGURE = {
+    "title": "Keys that are kept",
+    "note": "Share of all keys.",
+    "values": {"kept": 0.625, "left over": 12.345},
+}
+
 
 def make_metrics() -> dict[str, Any]:
     """Return what a run with ``compare="exact"`` writes, with the ledgers of a real step."""
@@ -249,6 +255,28 @@ def test_undefined_figures_are_drawn_and_written(folder: Path, metrics: dict[str
 
 
 @pytest.mark.usefixtures("one_plot")
+def test_a_methods_figures_are_drawn_and_said(folder: Path, metrics: dict[str, Any]) -> None:
+    shown = copy.deepcopy(metrics)
+    shown["runs"][1]["figures"] = [FIGURE, FIGURE | {"title": "Another <figure>"}]
+    (folder / "metrics.json").write_text(json.dumps(shown))
+    text = write_report(folder).read_text()
+    page = _Page(text)
+    assert page.open == [] and FIGURE["note"] in page.text and "Another <figure>" in page.text
+    assert "Another <figure>" not in text and "kept 0.625, left over 12.3" in text
+    names = {path.name.removesuffix(".png") for path in (folder / "plots").iterdir()}
+    figures = {"figure-1", "figure-1-dark", "figure-2", "figure-2-dark"}
+    assert names == {"loss", "loss-dark"} | figures
+    drawn = (folder / "plots" / "figure-1.png").read_bytes()
+    width, height = png_size(drawn)
+    assert width > 1000 and height > 200
+    # The bars follow the numbers.
+    shown["runs"][1]["figures"][0] = FIGURE | {"values": {"kept": 0.1, "left over": 12.345}}
+    (folder / "metrics.json").write_text(json.dumps(shown))
+    write_report(folder)
+    assert (folder / "plots" / "figure-1.png").read_bytes() != drawn
+
+
+@pytest.mark.usefixtures("one_plot")
 def test_names_cannot_inject_markup(folder: Path, metrics: dict[str, Any]) -> None:
     evil = {**metrics, "model": "<script>alert(1)</script>"}
     (folder / "metrics.json").write_text(json.dumps(evil))
@@ -296,6 +324,16 @@ def _edit(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
         (_edit(lambda d: d["runs"][0].update(train_loss=[[1]])), "train_loss must be a list of"),
         (_edit(lambda d: d["runs"][0].update(step_time_ratio_spread=[1])), "spread must be a pair"),
         (_edit(lambda d: d["runs"][1]["ledger"].pop("entries")), "entries must be list"),
+        (_edit(lambda d: d["runs"][1].update(figures=[3])), "figures must be a list of mappings"),
+        (
+            _edit(lambda d: d["runs"][1].update(figures=[FIGURE | {"values": {}}])),
+            "values must be a mapping of at least one label to a number",
+        ),
+        (
+            _edit(lambda d: d["runs"][1].update(figures=[FIGURE | {"values": {"a": "1"}}])),
+            "values must be a mapping of at least one label to a number",
+        ),
+        (_edit(lambda d: d["runs"][1].update(figures=[FIGURE | {"note": 1}])), "note must be str"),
         (_edit(lambda d: d["runs"][1]["ledger"]["entries"][0].pop("kind")), "kind must be str"),
     ],
 )

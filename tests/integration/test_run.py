@@ -15,6 +15,9 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 import leantune as lt
+from leantune.core import registry
+from leantune.core.registry import Figure
+from leantune.report import write_report
 from leantune.train.models import load_model
 from leantune.train.run import RunConfig, RunResult, VariantResult, run
 
@@ -400,3 +403,66 @@ def test_a_new_head_comes_from_the_seed_alone(base: dict[str, Any]) -> None:
     heads = [load_model(base["model"], data, seed=seed)[0].classifier.weight for seed in (0, 0, 1)]
     assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+SPARSE = lt.SparseGrad(density=0.1, num_calibration_steps=2)
+
+
+def test_a_methods_figures_are_in_metrics_and_report(base: dict[str, Any]) -> None:
+    base = {**base, "methods": [SPARSE, lt.WTACRS(min_rows=2)], "compare": "exact", "max_steps": 2}
+    result = run(RunConfig(**base))
+    output = Path(base["output"])
+    data = json.loads((output / "metrics.json").read_text())
+    assert RunResult.from_dict(data) == result
+    exact, method = data["runs"]
+    (figure,) = method["figures"]
+    assert exact["figures"] == [] and figure.keys() == {"title", "note", "values"}
+    assert list(figure["values"]) == ["original", "one-sided", "right, shared", "right, per layer"]
+    assert all(0 < value <= 1 for value in figure["values"].values())
+    # 40 rows in batches of 8: two to calibrate on, three are left.
+    assert figure["note"].endswith("not seen in calibration: 3.")
+    page = write_report(output).read_text()
+    assert figure["title"] in page and "right, per layer " in page
+    assert (output / "plots" / "figure-1.png").is_file()
+    # Files of older versions have no figures.
+    for entry in data["runs"]:
+        del entry["figures"]
+    assert RunResult.from_dict(data).runs[1].figures == []
+    (output / "metrics.json").write_text(json.dumps(data))
+    assert figure["title"] not in write_report(output).read_text()
+    assert not (output / "plots" / "figure-1.png").exists()
+
+
+def test_figures_leave_no_trace_in_training_and_survive_a_stop(
+    base: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = {**base, "methods": [SPARSE]}
+    whole = run(RunConfig(**{**base, "output": base["output"] + "-whole"}))
+    with pytest.raises(KeyboardInterrupt):
+        run(RunConfig(**base), callbacks=[Interrupt(3, name="sparse_grad")])
+    spec = lt.methods()["sparse_grad"]
+    with monkeypatch.context() as patch:
+        # What is resumed measures nothing, and a run without them trains the same bits.
+        patch.setitem(registry._METHODS, "sparse_grad", dataclasses.replace(spec, figures=None))
+        resumed = run(RunConfig(**base, resume=True))
+        without = run(RunConfig(**{**base, "output": base["output"] + "-without"}))
+    assert resumed.runs[0].figures == whole.runs[0].figures != []
+    assert without.runs[0].figures == []
+    assert without.runs[0].train_loss == whole.runs[0].train_loss
+    for end in ("", "-without"):
+        assert same(saved_weights(base["output"] + end), saved_weights(base["output"] + "-whole"))
+
+
+def test_a_figure_without_a_finite_number_is_left_out(
+    base: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def figures(session: lt.Session, calibration: list, held_out: list) -> list[Figure]:
+        # 40 rows are five batches: calibration saw all, so the others are validation rows.
+        assert len(calibration) == 5 and len(held_out) == 2
+        return [Figure(t, "note", {"a": v}) for t, v in (("good", 2.0), ("bad", math.nan))]
+
+    spec = dataclasses.replace(lt.methods()["sparse_grad"], figures=figures)
+    monkeypatch.setitem(registry._METHODS, "sparse_grad", spec)
+    options = {"methods": [dataclasses.replace(SPARSE, num_calibration_steps=30)], "max_steps": 1}
+    (variant,) = run(RunConfig(**{**base, **options})).runs
+    assert variant.figures == [{"title": "good", "note": "note", "values": {"a": 2.0}}]

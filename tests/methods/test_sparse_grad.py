@@ -13,12 +13,15 @@ from stats import mean_check
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import BertConfig, BertForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
 import leantune as lt
 from leantune.errors import ConfigError, SiteError
+from leantune.methods.sparse_grad import layer as layer_module
 from leantune.methods.sparse_grad.conversion import Conversion
 from leantune.methods.sparse_grad.layer import Layer
+from leantune.ops.stores import Factors
 
 # torch's own warning about its own sparse tensors.
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")
@@ -26,6 +29,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarn
 D_OUT, D_IN, NUM_ROWS = 24, 16, 10
 SELECTIONS = ["fixed", "refreshed", "block", "step"]
 DENSE = ["fixed", "refreshed", "block"]
+SMALL_BERT = BertConfig(
+    vocab_size=99,
+    hidden_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=32,
+    max_position_embeddings=32,
+)
 
 
 class One(nn.Module):
@@ -103,6 +114,39 @@ def test_at_full_density_everything_is_the_plain_linears(selection: str, conv: b
         torch.testing.assert_close(model.get_parameter(name).grad, wanted[name])
     # The released code rotates the bias's gradient: that must not pass.
     assert not torch.allclose(q_out.t() @ model.up.bias.grad, wanted["up.bias"])
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_rows_without_a_gradient_can_be_skipped(
+    selection: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Padding has none; in the last block of a classifier only the first token has one."""
+    left: list[int] = []
+    skipping = layer_module._without_zero_rows
+
+    def counted(factors: Factors) -> Factors:
+        kept = skipping(factors)
+        left.append(len(kept.left))
+        return kept
+
+    monkeypatch.setattr(layer_module, "_without_zero_rows", counted)
+    mask = torch.arange(12) < torch.tensor([[5], [9]])
+    ids = torch.arange(24).view(2, 12)
+    batch = {"input_ids": ids, "attention_mask": mask.long(), "labels": torch.tensor([0, 1])}
+    grads: list[list[Tensor]] = []
+    for skip in (False, True):
+        torch.manual_seed(0)
+        model = BertForSequenceClassification(SMALL_BERT).double()
+        config = lt.SparseGrad(selection=selection, density=0.1, skip_zero_rows=skip)
+        session = lt.apply(model, config)
+        session.calibrate([batch])
+        torch.manual_seed(1)  # dropout
+        model(**batch).loss.backward()
+        (change,) = (c for c in session.changes if isinstance(c, Conversion))
+        grads.append([n.module.trained.grad.to_dense() for n in change.layers])
+    assert left == [2, 2, 14, 14]  # down and up of the last block, then of the first
+    for ours, wanted in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-10, atol=1e-14)
 
 
 @pytest.mark.parametrize("selection", SELECTIONS)
@@ -416,6 +460,40 @@ def test_calibration_leaves_no_trace_and_sees_only_what_it_was_told() -> None:
     assert model.first[0].weight.grad is marked and bool((marked == 1).all())
     assert model.up.trained.grad is None
     assert all(torch.equal(v, values[n]) for n, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("conv", [False, True])
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_training_during_calibration_is_plain_training(
+    selection: str, conv: bool, tmp_path
+) -> None:
+    """The released habit: whole-model AdamW on the batches shown, which a saved session keeps."""
+    plain = build(conv=conv)
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=0.05, weight_decay=0.0)
+    for seed in (100, 101, 102):
+        optimizer.zero_grad()
+        plain(rows(seed)).backward()
+        optimizer.step()
+    model = build(conv=conv)
+    session = convert(model, selection=selection, calibration_learning_rate=0.05)
+    torch.testing.assert_close(dense_weight(model), dense_weight(plain))
+    torch.testing.assert_close(model.first.weight, plain.first.weight)
+    torch.testing.assert_close(model(rows(1)), plain(rows(1)))
+    assert not torch.allclose(model.first.weight, build(conv=conv).first.weight)
+    assert all(p.grad is None for p in model.parameters())
+
+    optimizer = session.optimizer(torch.optim.AdamW, lr=0.05)
+    model(rows(2)).backward()
+    optimizer.step()
+    session.save(tmp_path / "saved")
+    other = build(conv=conv)
+    lt.load(other, tmp_path / "saved")
+    torch.testing.assert_close(dense_weight(other), dense_weight(model))
+    # As a trainer resumes, the model's own file first: what it holds is not taken back.
+    again = lt.apply(build(seed=1, conv=conv), *session.methods)
+    again.model.load_state_dict(model.state_dict())
+    again.load_state_dict(session.state_dict())
+    assert torch.equal(dense_weight(again.model), dense_weight(model))
 
 
 def test_bases_and_mask_come_from_the_mean_over_batches_and_layers() -> None:

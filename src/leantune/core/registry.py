@@ -30,6 +30,21 @@ class Change(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Figure:
+    """A few numbers of one kind about a method, for people to compare.
+
+    Args:
+        title: of a few words.
+        note: a sentence or two: what the numbers are, and what they were measured on.
+        values: label -> finite number, in the order to be shown.
+    """
+
+    title: str
+    note: str
+    values: Mapping[str, float]
+
+
 @dataclass(frozen=True, kw_only=True)
 class MethodSpec:
     """What one method is; registering it is enough to be tested, saved, listed and offered.
@@ -57,6 +72,11 @@ class MethodSpec:
         on_step: (session, step) -> None, called once per optimiser step.
         calibrate: (session, batches) -> None, called by ``session.calibrate``.
         num_calibration_batches: (config) -> how many batches the trainer callback calibrates on.
+        figures: (session, calibration, held_out) -> what a run's report shows of the method,
+            measured once, after calibration and before step 1. Both are lists of batches: those
+            that the method calibrated on (it may have taken fewer), and others, at least one.
+            Called once however many configs of the method there are; leaves no trace, as
+            ``measure.calibration_step`` does.
     """
 
     config: type[MethodConfig]
@@ -76,6 +96,7 @@ class MethodSpec:
     on_step: "Callable[[Session, int], None] | None" = None
     calibrate: "Callable[[Session, Any], None] | None" = None
     num_calibration_batches: Callable[[Any], int] = lambda config: 8
+    figures: "Callable[[Session, list[Any], list[Any]], Sequence[Figure]] | None" = None
 
     def __post_init__(self) -> None:
         ways = [w for w in (self.stores, self.build, self.attach) if w is not None]

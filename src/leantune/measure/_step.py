@@ -135,7 +135,9 @@ def _describe(value: Any) -> str:
     return type(value).__name__
 
 
-def calibration_step(who: str, model: nn.Module, batch: Batch) -> None:
+def calibration_step(
+    who: str, model: nn.Module, batch: Batch, on_gradients: Callable[[], None] | None = None
+) -> None:
     """Run one forward and backward in training mode and leave no trace of it.
 
     Training flags, gradients, buffers, generator states and the session of a converted model are
@@ -145,6 +147,7 @@ def calibration_step(who: str, model: nn.Module, batch: Batch) -> None:
         who: speaks in error messages.
         model: on a real device.
         batch: keyword arguments, positional arguments or the only argument of the model.
+        on_gradients: called while the gradients are there.
 
     Raises:
         ConfigError: the batch is empty, or the output has no differentiable tensor.
@@ -154,3 +157,5 @@ def calibration_step(who: str, model: nn.Module, batch: Batch) -> None:
         model.train()
         _, loss = step.forward()
         loss.backward()
+        if on_gradients is not None:
+            on_gradients()

@@ -13,7 +13,10 @@ from leantune.report.plots import (
     LIGHT,
     PLOTS,
     block_of,
+    figures_of,
+    format_number,
     place_in_block,
+    plot_figure,
     round_bytes,
     saved_table,
 )
@@ -141,7 +144,22 @@ def _draw(results: Results) -> dict[str, tuple[bytes, bytes]]:
         light, dark = plot(results, LIGHT), plot(results, DARK)
         if light is not None and dark is not None:
             images[name] = (light, dark)
+    for name, (run, figure) in figures_of(results).items():
+        light, dark = (plot_figure(results, run, figure, theme) for theme in (LIGHT, DARK))
+        images[name] = (light, dark)
     return images
+
+
+def _figures(results: Results) -> dict[str, dict[str, str]]:
+    """Return title and note of each figure, and its numbers in words for who cannot see it."""
+    return {
+        name: {
+            "title": figure.title,
+            "note": figure.note,
+            "numbers": ", ".join(f"{k} {format_number(v)}" for k, v in figure.values.items()),
+        }
+        for name, (_, figure) in figures_of(results).items()
+    }
 
 
 def _cards(results: Results) -> list[dict[str, str]]:
@@ -222,6 +240,7 @@ def _render(
             name: {"light": _data_uri(light), "dark": _data_uri(dark)}
             for name, (light, dark) in images.items()
         },
+        figures=_figures(results),
         tables={table["plot"]: table["rows"] for table in _saved_rows(results)},
         has_ratio=len(results.runs) == 2 and results.runs[0].name == EXACT,
         recipe=_recipe_rows(recipe),

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from leantune.measure import format_bytes
-from leantune.report.results import EXACT, Results, RunRecord
+from leantune.report.results import EXACT, FigureRecord, Results, RunRecord
 
 _DPI = 160
 _CURVE_INCHES = (5.4, 3.1)
@@ -132,6 +132,30 @@ PLOTS: Mapping[str, Callable[[Results, Theme], bytes | None]] = {
 """File name -> function that draws it, or returns None where the run has nothing to show."""
 
 
+def figures_of(results: Results) -> dict[str, tuple[RunRecord, FigureRecord]]:
+    """Return file name -> a figure that a run's methods measured, and that run."""
+    found = [(run, figure) for run in results.runs for figure in run.figures]
+    return {f"figure-{number}": pair for number, pair in enumerate(found, start=1)}
+
+
+def plot_figure(results: Results, run: RunRecord, figure: FigureRecord, theme: Theme) -> bytes:
+    """Draw one method's figure as horizontal bars from top to bottom, each with its number."""
+    height = 0.9 + 0.3 * len(figure.values)
+    canvas, axes = _canvas((_BARS_WIDTH_INCHES, height), theme)
+    colour = theme.colour(results, run)
+    places = range(len(figure.values))
+    bars = axes.barh(places, list(figure.values.values()), 0.7, color=colour, label=run.name)
+    labels = [format_number(value) for value in figure.values.values()]
+    axes.bar_label(bars, labels, padding=3, fontsize=7.5, color=theme.muted)
+    _finish_bars(axes, list(figure.values), theme)
+    return _finish(canvas, axes, theme)
+
+
+def format_number(value: float) -> str:
+    """Return a figure with three significant digits."""
+    return f"{value:.3g}"
+
+
 def block_of(module: str) -> str:
     """Return the block that a module lies in: ``encoder.layer.3`` of ``encoder.layer.3.output``.
 
@@ -189,15 +213,8 @@ def _plot_bars(
         bars = axes.barh(places, values, height=thick * 0.88, color=colour, label=run.name)
         labels = [format_bytes(round_bytes(sizes[number])) for sizes in rows.values()]
         axes.bar_label(bars, labels, padding=3, fontsize=7.5, color=theme.muted)
-    axes.set_yticks(range(len(rows)), list(rows))
-    axes.invert_yaxis()
-    axes.set_ylim(len(rows) - 0.4, -0.6)
-    axes.margins(x=0.12)
     axes.set_xlabel(f"saved for backward ({unit})", color=theme.muted)
-    axes.grid(axis="x", color=theme.grid, linewidth=0.8)
-    axes.tick_params(axis="y", labelcolor=theme.ink, length=0)
-    axes.spines["left"].set_visible(True)
-    axes.spines["bottom"].set_visible(False)
+    _finish_bars(axes, list(rows), theme)
     return _finish(figure, axes, theme)
 
 
@@ -249,6 +266,17 @@ def _finish_curves(figure: Figure, axes: Axes, theme: Theme) -> bytes:
     axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
     axes.grid(axis="y", color=theme.grid, linewidth=0.8)
     return _finish(figure, axes, theme)
+
+
+def _finish_bars(axes: Axes, names: list[str], theme: Theme) -> None:
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.margins(x=0.12)
+    axes.grid(axis="x", color=theme.grid, linewidth=0.8)
+    axes.tick_params(axis="y", labelcolor=theme.ink, length=0)
+    axes.spines["left"].set_visible(True)
+    axes.spines["bottom"].set_visible(False)
 
 
 def _finish(figure: Figure, axes: Axes, theme: Theme) -> bytes:

@@ -14,6 +14,21 @@ EXACT = "exact"
 
 
 @dataclass(frozen=True, kw_only=True)
+class FigureRecord:
+    """A few numbers that a method measured of itself, to be drawn as bars.
+
+    Args:
+        title: of a few words.
+        note: what the numbers are.
+        values: label -> number, from top to bottom; at least one.
+    """
+
+    title: str
+    note: str
+    values: Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunRecord:
     """One training run of a folder.
 
@@ -31,6 +46,7 @@ class RunRecord:
         step_time_ratio: over the exact model's time in the same rounds.
         step_time_ratio_spread: (low, high) of that ratio.
         ledger: ``leantune.measure.Ledger.to_dict()`` of one training step.
+        figures: of the methods; none in files of older versions.
     """
 
     name: str
@@ -47,6 +63,7 @@ class RunRecord:
     step_time_ratio: float | None
     step_time_ratio_spread: tuple[float, float] | None
     ledger: Mapping[str, Any] | None
+    figures: tuple[FigureRecord, ...] = ()
 
     def saved(self, key: Callable[[Mapping[str, Any]], str]) -> dict[str, int]:
         """Return bytes of activations summed by ``key(entry)``, in the order of the forward."""
@@ -226,6 +243,18 @@ def _run(read: _Reader, data: Any) -> RunRecord:
         step_time_ratio=read.get(data, "step_time_ratio", _NUMBER, nullable=True),
         step_time_ratio_spread=None if spread is None else (spread[0], spread[1]),
         ledger=ledger,
+        figures=tuple(_figure(read, f) for f in read.get(data, "figures", (list,), True) or ()),
+    )
+
+
+def _figure(read: _Reader, data: Any) -> FigureRecord:
+    if not isinstance(data, Mapping):
+        raise read.error("figures", "a list of mappings", data)
+    values = read.get(data, "values", (Mapping,))
+    if not values or not all(map(_is_number, values.values())):
+        raise read.error("figures: values", "a mapping of at least one label to a number", values)
+    return FigureRecord(
+        title=read.get(data, "title", (str,)), note=read.get(data, "note", (str,)), values=values
     )
 
 

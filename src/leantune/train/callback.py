@@ -4,24 +4,23 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any, Self
 
 import torch
-from accelerate.utils import send_to_device
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import Subset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from leantune.core import registry
 from leantune.core.session import Session
 from leantune.core.state import load_tensors, save_tensors, trained_parameters
 from leantune.errors import ConfigError, UnsupportedError
+from leantune.train.batches import calibration_batches, cuda_devices, num_calibration_batches
 from leantune.train.sample_ids import SAMPLE_ID
 
 SESSION_FILE = "leantune_session.safetensors"
@@ -181,19 +180,12 @@ class SessionCallback(TrainerCallback):
         self.session.load_state_dict(load_tensors(path))
 
     def _calibrate(self, args: TrainingArguments, loader: Any) -> None:
-        specs = [(registry.get(config.method), config) for config in self.session.methods]
-        wanted = [s.num_calibration_batches(c) for s, c in specs if s.calibrate is not None]
-        if loader is None or not wanted:
+        num = num_calibration_batches(self.session)
+        if loader is None or not num:
             return
-        device, num = args.device, max(wanted)
-        devices = [device] if device.type == "cuda" else []
         # Neither the order of the samples nor dropout may depend on calibration.
-        with torch.random.fork_rng(devices=devices):
-            batches = (
-                send_to_device(batch, device)
-                for batch, _ in zip(_spread(loader, args, num), range(num), strict=False)
-            )
-            self.session.calibrate(batches)
+        with torch.random.fork_rng(devices=cuda_devices(args)):
+            self.session.calibrate(calibration_batches(loader, args, num))
 
     def _add_loss(self, model: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> Any:
         if not (model.training and torch.is_grad_enabled()):
@@ -256,20 +248,6 @@ def _count_samples(dataset: Any) -> int | None:
     if SAMPLE_ID in (getattr(dataset, "column_names", None) or ()):
         return max(dataset.with_format(None)[SAMPLE_ID], default=-1) + 1
     return len(dataset) if dataset is not None and has_length(dataset) else None
-
-
-def _spread(loader: Any, args: TrainingArguments, num_batches: int) -> Iterable[Any]:
-    """Load batches of rows that are evenly spread over the data set, in a fixed order."""
-    dataset: Any = loader.dataset
-    size = args.per_device_train_batch_size
-    rows = _evenly(dataset, size * num_batches) if has_length(dataset) else None
-    return DataLoader(dataset, size, sampler=rows, collate_fn=loader.collate_fn)  # type: ignore[arg-type]
-
-
-def _evenly(dataset: Sized, num_rows: int) -> list[int]:
-    total = len(dataset)
-    wanted = min(total, num_rows)
-    return [i * total // wanted for i in range(wanted)]
 
 
 class StopOnInterrupt(TrainerCallback):

@@ -28,6 +28,8 @@ class VariantResult:
         step_time_ratio: over the exact model's, interleaved in one run; None without comparison.
         step_time_ratio_spread: 20th and 80th percentile over the rounds.
         ledger: ``leantune.ledger`` on the first batch, as a dictionary.
+        figures: what the methods show of themselves after calibration: title, note and values of
+            each; empty in files of runs that measured none.
     """
 
     name: str
@@ -45,6 +47,7 @@ class VariantResult:
     step_time_ratio: float | None
     step_time_ratio_spread: list[float] | None
     ledger: dict[str, Any] = field(repr=False)
+    figures: list[dict[str, Any]] = field(default_factory=list, repr=False)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """One training run: from a recipe to a folder with the model, its figures and its checkpoints."""
 
-import dataclasses
 import gc
 import importlib.metadata
 import json
@@ -8,7 +7,7 @@ import math
 import platform
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,6 +104,7 @@ class _Workshop:
         """Load the model anew, convert it unless it is the exact one, and make its trainer."""
         import transformers
 
+        from leantune.train.arguments import training_arguments
         from leantune.train.metrics import compute_metrics_fn
         from leantune.train.models import load_model
         from leantune.train.sample_ids import with_sample_ids
@@ -125,7 +125,7 @@ class _Workshop:
         is_language_model = self.data.task.kind == "causal_lm"
         trainer = transformers.Trainer(
             model,
-            _arguments(config, name, folder),
+            training_arguments(config, name, folder),
             # Blocks of a language model are of equal length: nothing to pad.
             data_collator=transformers.default_data_collator
             if is_language_model
@@ -175,6 +175,7 @@ class _Workshop:
         import transformers
 
         from leantune.train.callback import StopOnInterrupt, Stopwatch
+        from leantune.train.figures import FiguresCallback
 
         kept = folder / RESULT_FILE
         if self.config.resume and name != last and kept.is_file():
@@ -183,6 +184,8 @@ class _Workshop:
         stop, stopwatch = StopOnInterrupt(), Stopwatch()
         trainer.add_callback(stop)
         trainer.add_callback(stopwatch)
+        figures = FiguresCallback(session, self.validation_rows)
+        trainer.add_callback(figures)
         checkpoint = last_checkpoint(folder, session is not None) if self.config.resume else None
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
@@ -190,8 +193,11 @@ class _Workshop:
         transformers.set_seed(self.config.seed)
         with stop:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+        peak = None
+        if torch.cuda.is_available():
+            peak = max(figures.peak_bytes, torch.cuda.max_memory_allocated())
         result = self._variant(name, trainer, measured, stopwatch.seconds, peak)
+        result = replace(result, figures=figures.figures)
         write_atomic(kept, json.dumps(vars(result)) + "\n")
         if name == last:
             self._save(trainer.model, session)
@@ -329,57 +335,6 @@ def _load_data(config: RunConfig) -> "TaskData":
         config.data,
         max_train=config.max_train,
         max_validation=config.max_validation,
-    )
-
-
-def _arguments(config: RunConfig, name: str, folder: Path) -> Any:
-    from transformers import TrainingArguments
-
-    def every(steps: int | None) -> tuple[str, int]:
-        return ("epoch", 500) if steps is None else ("steps", steps)
-
-    constant = "constant_with_warmup" if config.warmup_ratio else "constant"
-    names = {spec.name for spec in dataclasses.fields(TrainingArguments)}
-    # The older name is deprecated since the newer one exists (transformers 5.23).
-    checkpointing = next(
-        n for n in ("activation_checkpointing", "gradient_checkpointing") if n in names
-    )
-    eval_strategy, eval_steps = every(config.eval_steps)
-    save_strategy, save_steps = every(config.save_steps)
-    options: dict[str, Any] = {checkpointing: config.gradient_checkpointing}
-    return TrainingArguments(
-        output_dir=str(folder),
-        run_name=name,
-        num_train_epochs=config.epochs,
-        max_steps=-1 if config.max_steps is None else config.max_steps,
-        per_device_train_batch_size=config.batch_size,
-        per_device_eval_batch_size=config.eval_batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        learning_rate=config.learning_rate,
-        weight_decay=config.weight_decay,
-        warmup_steps=config.warmup_ratio,
-        lr_scheduler_type=constant if config.schedule == "constant" else config.schedule,
-        max_grad_norm=config.max_grad_norm,
-        bf16=config.precision == "bf16",
-        fp16=config.precision == "fp16",
-        seed=config.seed,
-        data_seed=config.seed,
-        # A share of the run: about a hundred points of the loss curve.
-        logging_steps=0.01,
-        eval_strategy=eval_strategy,
-        eval_steps=eval_steps,
-        save_strategy=save_strategy,
-        save_steps=save_steps,
-        # The one before serves where the last was cut off by a crash.
-        save_total_limit=2,
-        remove_unused_columns=False,
-        label_names=["labels"],
-        include_num_input_tokens_seen="non_padding",
-        dataloader_pin_memory=torch.cuda.is_available(),
-        use_cpu=not torch.cuda.is_available(),
-        report_to="none",
-        disable_tqdm=True,
-        **options,
     )
 
 

@@ -13,6 +13,7 @@ from leantune.core.sites import Site
 from leantune.errors import ConfigError
 from leantune.methods.sparse_grad import maths
 from leantune.methods.sparse_grad.conversion import attach, calibrate, on_step
+from leantune.methods.sparse_grad.figures import figures
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,9 +21,9 @@ class SparseGrad(MethodConfig):
     """Train ``density`` of each MLP weight's entries, in a basis where its gradient is sparse.
 
     The bases are found from the gradients of a few batches, which ``session.calibrate`` or the
-    trainer callback shows; weights do not move meanwhile. The selected entries of a layer are one
-    ordinary parameter, so gradients and optimiser state have their size; forward and input gradient
-    stay the plain linear's. Everything else trains as it did before.
+    trainer callback shows; weights do not move meanwhile unless asked to. The selected entries of a
+    layer are one ordinary parameter, so gradients and optimiser state have their size; forward and
+    input gradient stay the plain linear's. Everything else trains as it did before.
     """
 
     method: ClassVar[str] = "sparse_grad"
@@ -44,6 +45,12 @@ class SparseGrad(MethodConfig):
         "layer_type", help="who shares a basis: all layers of one type, as in the paper, or nobody"
     )
     num_calibration_steps: int = option(30, ge=1, help="batches that the bases are found from")
+    calibration_learning_rate: float = option(
+        0.0,
+        ge=0,
+        help="train the whole model meanwhile with AdamW at this rate, as the released code does; "
+        "0: no weight moves",
+    )
     normalize: bool = option(
         False, help="count every layer's and batch's gradient alike in the bases, whatever its size"
     )
@@ -52,6 +59,11 @@ class SparseGrad(MethodConfig):
     )
     refresh_ratio: float = option(
         0.2, gt=0, le=1, help="share of the entries exchanged (selection='refreshed')"
+    )
+    skip_zero_rows: bool = option(
+        False,
+        help="leave rows without an output gradient (padding; all but the first token in the last "
+        "block of a classifier) out of the weight's gradient; waits for the device at each layer",
     )
     bias_correction: Literal["global", "per_entry"] = option(
         "global",
@@ -107,5 +119,6 @@ register(
         on_step=on_step,
         calibrate=calibrate,
         num_calibration_batches=lambda config: config.num_calibration_steps,
+        figures=figures,
     )
 )

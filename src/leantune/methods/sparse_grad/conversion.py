@@ -4,7 +4,7 @@ Legend: d_out and d_in the sides of a weight, r_out and r_in those of the leadin
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -24,10 +24,20 @@ from leantune.core.swap import Swap, swap, with_rule
 from leantune.errors import ConfigError, SiteError, UnsupportedError
 from leantune.measure import calibration_step
 from leantune.methods.sparse_grad import maths
-from leantune.methods.sparse_grad.layer import Bases, Collect, Layer, RotatedLinear, not_calibrated
+from leantune.methods.sparse_grad.layer import (
+    Bases,
+    Collect,
+    Layer,
+    RotatedLinear,
+    not_calibrated,
+)
+from leantune.methods.sparse_grad.warm_up import WarmUp
 
 if TYPE_CHECKING:
     from leantune.methods.sparse_grad import SparseGrad
+
+
+Grams = dict[str, tuple[Tensor, Tensor]]
 
 
 class Conversion:
@@ -36,7 +46,7 @@ class Conversion:
     def __init__(self, session: Session, sites: list[Site], config: "SparseGrad") -> None:
         self.session, self.config = session, config
         self.name = f"sparse_grad.{sites[0].name}"
-        self.layers = [Layer(site, _group(site, config), config) for site in sites]
+        self.layers = [Layer(site, config) for site in sites]
         self.swaps: list[Swap] = []
         self.flags: list[bool] = []
         self.mask_id: str | None = None
@@ -160,18 +170,15 @@ class Conversion:
         return self.layers[0].bases is not None
 
     def calibrate(self, batches: list[Any]) -> None:
-        """Find bases and masks from the gradients of ``batches``; no parameter moves."""
-        grams: dict[str, tuple[Tensor, Tensor]] = {}
+        """Find bases and masks from the gradients of ``batches``; no parameter moves unless the
+        config asks for it, and then on the first of the two passes over them."""
+        grams: Grams = {}
         largest: dict[str, Tensor] = {}
         moments: dict[str, Tensor] = {}
         normalize = self.config.normalize
 
         def add_gram(layer: Layer, grad: Tensor) -> None:
-            dtype = torch.promote_types(grad.dtype, torch.float32)
-            if layer.group not in grams:
-                out, inn = (torch.zeros(d, d, dtype=dtype, device=grad.device) for d in layer.shape)
-                grams[layer.group] = out, inn
-            maths.accumulate_grams(*grams[layer.group], grad, normalize)
+            add_to_grams(grams, layer.group, grad, normalize)
             top = grad.abs().amax()
             largest[layer.name] = torch.maximum(largest.get(layer.name, top), top)
 
@@ -180,16 +187,28 @@ class Conversion:
             total = moments.setdefault(layer.name, torch.zeros_like(grad, dtype=q_out.dtype))
             maths.accumulate_second_moment(total, grad, q_out, q_in, normalize)
 
-        self._show(batches, add_gram)
+        rate = self.config.calibration_learning_rate
+        if rate and is_several():
+            raise UnsupportedError(
+                "SparseGrad: calibration_learning_rate must be 0 in several processes, which would "
+                f"each move the model by their own batches, got {rate:g}; train some steps before "
+                "lt.apply instead"
+            )
+        if rate:
+            warm_up = WarmUp(self.session.model, self.layers, rate)
+            self.show(batches, warm_up.watching(add_gram), warm_up.step)
+            warm_up.end()
+        else:
+            self.show(batches, add_gram)
         self._check_gradients(largest)
         # Processes count as one: sums go by the order of layers, which is the same in all.
-        bases = {
-            group: Bases(*(of_first_rank(maths.basis(sum_over_ranks(g))) for g in grams[group]))
-            for group in dict.fromkeys(layer.group for layer in self.layers)
-        }
+        groups = dict.fromkeys(layer.group for layer in self.layers)
+        bases = bases_of({g: tuple(map(sum_over_ranks, grams[g])) for g in groups})  # type: ignore[misc]
+        for pair in bases.values():
+            pair.q_out, pair.q_in = of_first_rank(pair.q_out), of_first_rank(pair.q_in)
         is_block = self.config.selection == "block"
         if self.config.selection in ("fixed", "refreshed") or self.config.num_outliers:
-            self._show(batches, add_moment)
+            self.show(batches, add_moment)
             moments = {n.name: sum_over_ranks(moments[n.name]) for n in self.layers}
         thin: dict[Any, Bases] = {}
         for layer in self.layers:
@@ -207,15 +226,21 @@ class Conversion:
                 layer.use(whole, maths.top_entries(moment, layer.num_entries))
         self._name_mask()
 
-    def _show(self, batches: list[Any], collect: Collect) -> None:
-        """Run exact forwards and backwards, and hand every layer's weight gradient over."""
-        waiting = [n for c in _conversions(self.session) for n in c.layers if n.bases is None]
+    def show(
+        self, batches: list[Any], collect: Collect, step: Callable[[], None] | None = None
+    ) -> None:
+        """Run exact forwards and backwards, and hand every layer's weight gradient over.
+
+        Gradients are (d_out, d_in) of the plain weight. No trace is left but what ``step`` does,
+        which is called after each batch while the gradients are there.
+        """
+        waiting = [n for c in conversions(self.session) for n in c.layers if n.bases is None]
         for layer in (*waiting, *self.layers):
             layer.collect = collect if layer in self.layers else _ignore
         try:
             for batch in batches:
                 with self.session.exact():
-                    calibration_step("SparseGrad", self.session.model, batch)
+                    calibration_step("SparseGrad", self.session.model, batch, step)
         finally:
             for layer in (*waiting, *self.layers):
                 layer.collect = None
@@ -245,6 +270,8 @@ class Conversion:
             if owner == layer.name:
                 out[f"{owner}:q_out"], out[f"{owner}:q_in"] = layer.bases.q_out, layer.bases.q_in
             out[f"{layer.name}:basis"] = torch.tensor([n.name for n in self.layers].index(owner))
+            if layer.start is not None:
+                out[f"{layer.name}:start"] = layer.start
             if layer.indices is not None:
                 out[f"{layer.name}:indices"] = layer.indices
             if layer.history is not None:
@@ -274,6 +301,7 @@ class Conversion:
             expected = layer.module.trained.numel() if indices is None else len(indices)
             self._check_numbers(layer, bases[owner], expected)
             layer.use(bases[owner], None if indices is None else indices.to(device))
+            layer.start_from(state.get(f"{layer.name}:start"))
             if f"{layer.name}:dropped" in state:
                 layer.history = state[f"{layer.name}:dropped"], state[f"{layer.name}:reached"]
                 layer.num_refreshes = int(state[f"{layer.name}:refreshes"])
@@ -288,6 +316,20 @@ class Conversion:
             raise _other_model(f"{num_entries} entries for the {wanted} of {layer.name}")
 
 
+def add_to_grams(grams: Grams, key: str, grad: Tensor, normalize: bool) -> None:
+    """Add one gradient (d_out, d_in) to the two Gram matrices under ``key``, made where missing."""
+    dtype = torch.promote_types(grad.dtype, torch.float32)
+    if key not in grams:
+        gram_out, gram_in = (torch.zeros(d, d, dtype=dtype, device=grad.device) for d in grad.shape)
+        grams[key] = gram_out, gram_in
+    maths.accumulate_grams(*grams[key], grad, normalize)
+
+
+def bases_of(grams: Grams) -> dict[str, Bases]:
+    """Return the complete bases of each pair of Gram matrices."""
+    return {key: Bases(maths.basis(out), maths.basis(inn)) for key, (out, inn) in grams.items()}
+
+
 def _ignore(layer: Layer, grad: Tensor) -> None:
     """Stand by while another config's layers are calibrated."""
 
@@ -297,13 +339,6 @@ def _other_model(got: str) -> ConfigError:
         f"SparseGrad: state must belong to this model and recipe, got {got}; load it onto the "
         "model that it was calibrated on, or calibrate anew"
     )
-
-
-def _group(site: Site, config: "SparseGrad") -> str:
-    """Name those that share a basis: linears of one part and shape, or the linear alone."""
-    if config.basis == "layer":
-        return site.name
-    return f"{site.part} {tuple(site.module.weight.shape)}"  # type: ignore[union-attr]
 
 
 def _thin(bases: Bases, r_out: int, r_in: int) -> Bases:
@@ -348,13 +383,14 @@ def attach(
     return Conversion(session, sites, config)
 
 
-def _conversions(session: Session) -> list[Conversion]:
+def conversions(session: Session) -> list[Conversion]:
+    """Return the conversions of a session, one for each config of this method."""
     return [change for change in session.changes if isinstance(change, Conversion)]
 
 
 def on_step(session: Session, step: int) -> None:
     """Let every conversion exchange its entries where it is time."""
-    for change in _conversions(session):
+    for change in conversions(session):
         change.on_step(step)
 
 
@@ -364,7 +400,7 @@ def calibrate(session: Session, batches: Iterable[Any]) -> None:
     Raises:
         ConfigError: no batches, or a layer whose gradient is zero or not finite.
     """
-    waiting = [change for change in _conversions(session) if not change.is_calibrated]
+    waiting = [change for change in conversions(session) if not change.is_calibrated]
     if not waiting:
         return
     shown = list(islice(batches, max(c.config.num_calibration_steps for c in waiting)))

@@ -49,10 +49,13 @@ class Layer:
     out right.
     """
 
-    def __init__(self, site: Site, group: str, config: "SparseGrad") -> None:
+    def __init__(self, site: Site, config: "SparseGrad") -> None:
         weight = site.module.weight
         assert isinstance(weight, Tensor)
-        self.name, self.group, self.config = site.name, group, config
+        self.name, self.config = site.name, config
+        self.kind = f"{site.part} {tuple(weight.shape)}"
+        # Those that share a basis: linears of one part and shape, or the linear alone.
+        self.group = self.name if config.basis == "layer" else self.kind
         self.is_transposed = type(site.module).__name__.endswith("Conv1D")
         d_out, d_in = weight.shape[::-1] if self.is_transposed else weight.shape
         self.shape = (d_out, d_in)
@@ -63,6 +66,7 @@ class Layer:
         self.indices: Tensor | None = None
         self.lines: maths.Support | None = None
         self.collect: Collect | None = None
+        self.start: Tensor | None = None
         self.scores: Tensor | None = None
         self.wants_scores = False
         self.history: tuple[Tensor, Tensor] | None = None
@@ -99,7 +103,7 @@ class Layer:
 
     def project(self, rows: Tensor) -> Tensor:
         """Return what backward needs of input rows: all of them, or their part in the block."""
-        if self.width is None:
+        if self.width is None or self.collect is not None:
             return rows
         assert self.bases is not None
         return rows @ self.bases.on(rows)[1].to(rows.dtype)
@@ -108,15 +112,24 @@ class Layer:
         """Return the gradient of ``trained``; only what is selected is formed, where that pays."""
         trained = self.module.trained
         if self.collect is not None:
-            self.collect(self, grad_weight(factors))
+            self.collect(self, self._plain(grad_weight(factors)))
             return torch.zeros_like(trained)
         if self.bases is None:
             raise not_calibrated()
         self._had_backward = True
+        if self.config.skip_zero_rows:
+            factors = [_without_zero_rows(f) for f in factors]
         if self.config.selection == "step":
             return self._top(grad_weight(factors))
         values = [self._values(f.left, f.right, f.scale) for f in factors]
         return torch.stack(values).sum(0).view(trained.shape)
+
+    def _plain(self, grad: Tensor) -> Tensor:
+        if self.config.selection != "step" or self.bases is None:
+            return grad
+        # This linear multiplies by the rotated weight.
+        q_out, q_in = self.bases.on(grad)
+        return maths.rotate(grad, q_out.mT, q_in.mT)
 
     def _values(self, left: Tensor, right: Tensor, scale: Tensor | None) -> Tensor:
         assert self.bases is not None
@@ -158,6 +171,20 @@ class Layer:
         if not self._is_current(trained, applied):
             self._add(whole(trained - applied).flatten(), self.indices)
             applied.copy_(trained)
+
+    def start_from(self, weight: Tensor | None) -> None:
+        """Take the dense weight that training began with, where calibration had moved it.
+
+        A weight that has taken a change already comes from a checkpoint and is left alone.
+        """
+        self.start = weight
+        if weight is None:
+            return
+        module = self.module
+        has_refreshed = self.config.selection == "refreshed" and bool(whole(module.refreshes))
+        if not (has_refreshed or bool(whole(module.applied).any())):
+            with torch.no_grad():
+                module.weight.copy_(share_of(weight.to(module.weight.device), module.weight))
 
     def _is_current(self, trained: Tensor, applied: Tensor) -> bool:
         if trained.device.type == "cpu" and not is_sharded(trained):
@@ -278,6 +305,12 @@ class RotatedLinear(StoredConv1D):
         x = x @ q_in.to(x.dtype)
         y = linear(x, trained.detach(), None, store, draw, trained, layer)
         return F.linear(y, q_out.to(y.dtype), self.bias)
+
+
+def _without_zero_rows(factors: Factors) -> Factors:
+    left, right, scale = factors
+    rows = left.any(1).nonzero().squeeze(1)
+    return Factors(left.index_select(0, rows), right.index_select(0, rows), scale)
 
 
 def not_calibrated() -> ConfigError:
