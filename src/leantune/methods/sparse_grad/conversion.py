@@ -29,7 +29,9 @@ from leantune.methods.sparse_grad.layer import (
     Collect,
     Layer,
     RotatedLinear,
+    leading,
     not_calibrated,
+    with_outliers,
 )
 from leantune.methods.sparse_grad.warm_up import WarmUp
 
@@ -215,13 +217,13 @@ class Conversion:
             whole, moment = bases[layer.group], moments.get(layer.name)
             if is_block and moment is None:
                 key = layer.group, layer.block
-                thin[key] = thin.get(key) or _thin(whole, *layer.block)
+                thin[key] = thin.get(key) or leading(whole, *layer.block)
                 layer.use(thin[key], None)
             elif moment is None:
                 layer.use(whole, None)
                 layer.rotate_weight()
             elif is_block:
-                layer.use(*_with_outliers(whole, layer.block, moment, self.config.num_outliers))
+                layer.use(*with_outliers(whole, layer.block, moment, self.config.num_outliers))
             else:
                 layer.use(whole, maths.top_entries(moment, layer.num_entries))
         self._name_mask()
@@ -339,32 +341,6 @@ def _other_model(got: str) -> ConfigError:
         f"SparseGrad: state must belong to this model and recipe, got {got}; load it onto the "
         "model that it was calibrated on, or calibrate anew"
     )
-
-
-def _thin(bases: Bases, r_out: int, r_in: int) -> Bases:
-    """Return the leading vectors in half precision: any basis gives exact gradients in itself."""
-    leading = (bases.q_out[:, :r_out], bases.q_in[:, :r_in])
-    return Bases(*(q if q.dtype == torch.float64 else q.half() for q in map(_own, leading)))
-
-
-def _own(q: Tensor) -> Tensor:
-    return q.clone(memory_format=torch.contiguous_format)
-
-
-def _with_outliers(
-    bases: Bases, block: tuple[int, int], moment: Tensor, num_outliers: int
-) -> tuple[Bases, Tensor]:
-    """Return the vectors that the block and its outliers need, and the entries among them."""
-    (r_out, r_in), (d_out, d_in) = block, moment.shape
-    chosen = maths.outliers(moment, r_out, r_in, num_outliers).long()
-    rows = torch.cat((torch.arange(r_out, device=chosen.device), chosen // d_in)).unique()
-    columns = torch.cat((torch.arange(r_in, device=chosen.device), chosen % d_in)).unique()
-    is_used = torch.zeros(d_out, d_in, dtype=torch.bool, device=chosen.device)
-    is_used[:r_out, :r_in] = True
-    is_used.view(-1)[chosen] = True
-    indices = is_used[rows][:, columns].flatten().nonzero().squeeze(1)
-    used = (bases.q_out[:, rows], bases.q_in[:, columns])
-    return Bases(*(q if q.dtype == torch.float64 else q.half() for q in map(_own, used))), indices
 
 
 def attach(

@@ -40,6 +40,31 @@ class Bases:
         return self.q_out.to(dtype), self.q_in.to(dtype)
 
 
+def leading(bases: Bases, r_out: int, r_in: int) -> Bases:
+    """Return the leading vectors in half precision: any basis gives exact gradients in itself."""
+    return _thin(bases.q_out[:, :r_out], bases.q_in[:, :r_in])
+
+
+def _thin(*vectors: Tensor) -> Bases:
+    owned = (q.clone(memory_format=torch.contiguous_format) for q in vectors)
+    return Bases(*(q if q.dtype == torch.float64 else q.half() for q in owned))
+
+
+def with_outliers(
+    bases: Bases, block: tuple[int, int], moment: Tensor, num_outliers: int
+) -> tuple[Bases, Tensor]:
+    """Return the vectors that the block and its outliers need, and the entries among them."""
+    (r_out, r_in), (d_out, d_in) = block, moment.shape
+    chosen = maths.outliers(moment, r_out, r_in, num_outliers).long()
+    rows = torch.cat((torch.arange(r_out, device=chosen.device), chosen // d_in)).unique()
+    columns = torch.cat((torch.arange(r_in, device=chosen.device), chosen % d_in)).unique()
+    is_used = torch.zeros(d_out, d_in, dtype=torch.bool, device=chosen.device)
+    is_used[:r_out, :r_in] = True
+    is_used.view(-1)[chosen] = True
+    indices = is_used[rows][:, columns].flatten().nonzero().squeeze(1)
+    return _thin(bases.q_out[:, rows], bases.q_in[:, columns]), indices
+
+
 class Layer:
     """The gradient rule of one linear, and the hand that brings its dense weight up to date.
 
