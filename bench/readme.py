@@ -56,27 +56,32 @@ def _spread(row: dict[str, Any]) -> str:
 
 
 def sparse_grad() -> str:
-    """Return step time and bytes of SparseGrad and its rivals."""
+    """Return one table per case: step time and bytes of SparseGrad and its rivals."""
     found = rows.read("sparse_grad_speed")
-    heads = {
-        "variant": "",
-        "time": "step time",
-        "bytes": "gradients, state, bases, indices: MLP weights of 12 layers",
-        "fewer": "times fewer than AdamW",
-        "saved": "saved for backward",
-    }
-    lines = [
-        {
-            "variant": r["variant"],
-            "time": _spread(r),
-            "bytes": f"{r['mlp_bytes'] / 2**20:.1f} MiB",
-            "fewer": f"{r['fewer']:.1f}",
-            "saved": f"{r['saved_mib']:.0f} MiB",
+    parts = []
+    for case in dict.fromkeys(r["case"] for r in found):
+        of_case = [r for r in found if r["case"] == case]
+        num_layers, device = of_case[0]["num_layers"], of_case[0]["device"]
+        heads = {
+            "variant": "",
+            "time": "step time",
+            "bytes": f"gradients, state, bases, indices: MLP weights of {num_layers} layers",
+            "fewer": "times fewer than AdamW",
+            "saved": "saved for backward",
         }
-        for r in found
-    ]
-    case, device = found[0]["case"], found[0]["device"]
-    return f"{case} tokens, forward + backward + optimiser, {device}:\n\n{rows.table(lines, heads)}"
+        lines = [
+            {
+                "variant": r["variant"],
+                "time": _spread(r),
+                "bytes": f"{r['mlp_bytes'] / 2**20:.1f} MiB",
+                "fewer": f"{r['fewer']:.1f}",
+                "saved": f"{r['saved_mib']:.0f} MiB",
+            }
+            for r in of_case
+        ]
+        title = f"{case} tokens, forward + backward + optimiser, {device}"
+        parts.append(f"{title}:\n\n{rows.table(lines, heads)}")
+    return "\n\n".join(parts)
 
 
 def energy() -> str:

@@ -1,6 +1,7 @@
 """Step time and bytes of SparseGrad beside its rivals, interleaved in one run, steps included."""
 
 import copy
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -11,51 +12,13 @@ from torch import Tensor, nn
 
 import leantune as lt
 from bench.cases import run_cases, timing_row
-from bench.models import BertBlocks
+from bench.models import BertBlocks, LlamaBlocks
 from leantune.core.config import MethodConfig
 from leantune.measure import compare_steps
 
 RESULT = "sparse_grad_speed"
-MLP = ["intermediate.dense", "re:layer\\.\\d+\\.output\\.dense"]
-LORA_RANK = 7
-"""The paper's: 26,880 numbers a matrix, against 23,593 entries at a density of 1 %."""
-
-VARIANTS: dict[str, tuple[MethodConfig, ...]] = {
-    "full fine-tuning": (),
-    "LoRA 7 on the MLP": (lt.LoRA(rank=LORA_RANK, sites=tuple(MLP)),),
-    "SparseGrad, fixed": (lt.SparseGrad(),),
-    "SparseGrad, block": (lt.SparseGrad(selection="block"),),
-    "SparseGrad, block + WTA-CRS 0.1": (
-        lt.SparseGrad(selection="block"),
-        lt.WTACRS(keep_ratio=0.1),
-    ),
-    "SparseGrad, the paper's form": (lt.SparseGrad(selection="step"),),
-    "meProp, unified 4 %": (lt.MeProp(sites=tuple(MLP)),),
-    "top-k of dW 1 %": (lt.MeProp(sites=tuple(MLP), variant="weight", keep_ratio=0.01),),
-}
-
-
-@dataclass(frozen=True)
-class Case:
-    """One stack of RoBERTa-base-shaped blocks and a batch of ``num_tokens`` tokens."""
-
-    name: str
-    num_layers: int
-    shape: tuple[int, int]
-    dtype: torch.dtype
-    needs_gpu: bool
-
-    def batch(self, device: torch.device, seed: int = 0) -> Tensor:
-        """Return (b, t, 768) rows whose features differ in size, as activations do."""
-        rng = torch.Generator().manual_seed(seed)
-        x = torch.randn(*self.shape, 768, generator=rng) * torch.logspace(0, -1.5, 768)
-        return x.to(device, self.dtype)
-
-
-CASES = (
-    Case("RoBERTa-base block x 4, 32 x 128", 4, (32, 128), torch.float32, needs_gpu=False),
-    Case("RoBERTa-base block x 12, 64 x 512, bf16", 12, (64, 512), torch.bfloat16, needs_gpu=True),
-)
+GALORE = "GaLore 128"
+"""Its projections are refreshed every 200 steps, which none of the timed steps is."""
 
 
 class Blocks(BertBlocks):
@@ -64,6 +27,117 @@ class Blocks(BertBlocks):
     def forward(self, x: Tensor) -> Tensor:
         """Return a () loss whose gradient differs from row to row."""
         return (self.encoder(x).last_hidden_state - x.roll(1, 1)).square().mean()
+
+
+@dataclass(frozen=True)
+class Case:
+    """A stack of blocks, a batch, and which of its linears are the MLP's.
+
+    Args:
+        name: of the table.
+        model: a new stack.
+        batch: (device, seed) -> its input.
+        dtype: of weights and of the stack's floating input.
+        mlp: name patterns of the linears that SparseGrad and its rivals act on.
+        lora_rank: about as many numbers as SparseGrad's entries, or the usual choice.
+        num_layers: of the stack.
+        whole_layers: of the model that bytes are counted for; shared bases count once.
+        needs_gpu: whether it is left out without an NVIDIA GPU.
+    """
+
+    name: str
+    model: Callable[[], nn.Module]
+    batch: Callable[[torch.device, int], Tensor]
+    dtype: torch.dtype
+    mlp: tuple[str, ...]
+    lora_rank: int
+    num_layers: int
+    whole_layers: int
+    needs_gpu: bool
+
+    def variants(self) -> dict[str, tuple[MethodConfig, ...]]:
+        """Return name -> recipe of everything that is timed, full fine-tuning first."""
+        block = lt.SparseGrad(selection="block")
+        found: dict[str, tuple[MethodConfig, ...]] = {
+            FULL: (),
+            self.lora: (lt.LoRA(rank=self.lora_rank, sites=self.mlp),),
+            "SparseGrad, fixed": (lt.SparseGrad(),),
+            "SparseGrad, block": (block,),
+            "SparseGrad, block + WTA-CRS 0.1": (block, lt.WTACRS(keep_ratio=0.1)),
+            "SparseGrad, the paper's form": (lt.SparseGrad(selection="step"),),
+            "meProp, unified 4 %": (lt.MeProp(sites=self.mlp),),
+            "top-k of dW 1 %": (lt.MeProp(sites=self.mlp, variant="weight", keep_ratio=0.01),),
+        }
+        if self.needs_gpu and _has_galore():
+            found[GALORE] = ()
+        return found
+
+    @property
+    def lora(self) -> str:
+        return f"LoRA {self.lora_rank} on the MLP"
+
+    def is_mlp_weight(self, name: str) -> bool:
+        """Whether a parameter's name is that of an MLP linear's own weight."""
+        parts = ("intermediate.dense", "output.dense", "gate_proj", "up_proj", "down_proj")
+        return "attention" not in name and name.endswith("weight") and any(p in name for p in parts)
+
+
+FULL = "full fine-tuning"
+_BERT_MLP = ("intermediate.dense", "re:layer\\.\\d+\\.output\\.dense")
+
+
+def _rows(shape: tuple[int, int], dtype: torch.dtype) -> Callable[[torch.device, int], Tensor]:
+    """Return what makes (b, t, 768) rows whose features differ in size, as activations do."""
+
+    def batch(device: torch.device, seed: int) -> Tensor:
+        rng = torch.Generator().manual_seed(seed)
+        x = torch.randn(*shape, 768, generator=rng) * torch.logspace(0, -1.5, 768)
+        return x.to(device, dtype)
+
+    return batch
+
+
+def _ids(device: torch.device, seed: int) -> Tensor:
+    rng = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 1024, (4, 2048), generator=rng).to(device)
+
+
+CASES = (
+    Case(
+        "RoBERTa-base block x 4, 32 x 128",
+        lambda: Blocks(4),
+        _rows((32, 128), torch.float32),
+        torch.float32,
+        _BERT_MLP,
+        # The paper's: 26,880 numbers a matrix, against 23,593 entries at a density of 1 %.
+        lora_rank=7,
+        num_layers=4,
+        whole_layers=12,
+        needs_gpu=False,
+    ),
+    Case(
+        "RoBERTa-base block x 12, 64 x 512, bf16",
+        lambda: Blocks(12),
+        _rows((64, 512), torch.bfloat16),
+        torch.bfloat16,
+        _BERT_MLP,
+        lora_rank=7,
+        num_layers=12,
+        whole_layers=12,
+        needs_gpu=True,
+    ),
+    Case(
+        "Llama-1B x 16, 4 x 2048, bf16",
+        LlamaBlocks,
+        _ids,
+        torch.bfloat16,
+        ("gate_proj", "up_proj", "down_proj"),
+        lora_rank=16,
+        num_layers=16,
+        whole_layers=16,
+        needs_gpu=True,
+    ),
+)
 
 
 def main(num_rounds: int = 5) -> None:
@@ -77,7 +151,7 @@ _COLUMNS = {
     "ratio_p20": "p20",
     "ratio_p80": "p80",
     "median_ms": "ms",
-    "mlp_bytes": "MLP bytes, 12 layers",
+    "mlp_bytes": "MLP bytes, all layers",
     "copy_bytes": "and copies",
     "fewer": "times fewer than AdamW",
     "to_lora": "to LoRA",
@@ -89,33 +163,34 @@ _COLUMNS = {
 def _measure(case: Case, device: torch.device, num_rounds: int) -> list[dict[str, Any]]:
     """Time forward, backward and optimiser step of every variant in turn; count its bytes."""
     torch.manual_seed(0)
-    base = Blocks(case.num_layers).to(device, case.dtype).train()
+    base = case.model().to(device, case.dtype).train()
     steps: dict[str, Callable[[], None]] = {}
     bytes_of: dict[str, int] = {}
     copies: dict[str, int] = {}
     saved: dict[str, int] = {}
-    for name, methods in VARIANTS.items():
+    for name, methods in case.variants().items():
         model = copy.deepcopy(base)
         session = lt.apply(model, *methods) if methods else None
         # Beside LoRA everything else trains, too, as in the paper.
         for n, p in model.named_parameters():
             stands_in = n.endswith((".trained", ".applied", ".refreshes"))
-            if session is not None and not stands_in and not _is_mlp_weight(n):
+            if session is not None and not stands_in and not case.is_mlp_weight(n):
                 p.requires_grad_(True)
         if session is not None:
             session.calibrate([case.batch(device, seed) for seed in range(1, 4)])
-        optimizer = _optimizer(model, session)
-        steps[name] = _step(model, optimizer, case.batch(device))
+        optimizer = _galore(case, model) if name == GALORE else _optimizer(model, session)
+        steps[name] = _step(model, optimizer, case.batch(device, 0))
         steps[name]()
-        bytes_of[name] = _mlp_bytes(model, optimizer, session, case.num_layers)
+        bytes_of[name] = _mlp_bytes(case, model, optimizer, session)
         applied = [p for n, p in model.named_parameters() if n.endswith(".applied")]
-        copies[name] = sum(map(_num_bytes, applied)) * 12 // case.num_layers
-        saved[name] = lt.ledger(model, (case.batch(device),)).activations
-    stats = compare_steps(steps, reference="full fine-tuning", rounds=num_rounds)
-    full, lora = bytes_of["full fine-tuning"], bytes_of["LoRA 7 on the MLP"]
+        copies[name] = sum(map(_num_bytes, applied)) * case.whole_layers // case.num_layers
+        saved[name] = lt.ledger(model, (case.batch(device, 0),)).activations
+    stats = compare_steps(steps, reference=FULL, rounds=num_rounds)
+    full, lora = bytes_of[FULL], bytes_of[case.lora]
     return [
         {
             **timing_row(case, name, s, saved[name]),
+            "num_layers": case.whole_layers,
             "mlp_bytes": bytes_of[name],
             "copy_bytes": copies[name],
             "fewer": round(full / bytes_of[name], 2),
@@ -141,25 +216,39 @@ def _step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Tensor) -> 
     return step
 
 
-def _is_mlp_weight(name: str) -> bool:
-    is_mlp = "attention" not in name and ("intermediate.dense" in name or "output.dense" in name)
-    return is_mlp and name.endswith("weight")
+def _has_galore() -> bool:
+    missing = [n for n in ("galore_torch", "bitsandbytes") if importlib.util.find_spec(n) is None]
+    if missing:
+        print(f"{GALORE}: left out, pip install {' '.join(missing).replace('_', '-')} for it")
+    return not missing
+
+
+def _galore(case: Case, model: nn.Module) -> torch.optim.Optimizer:
+    """Return GaLore's own AdamW, its usual settings on the MLP weights, plain on the others."""
+    from galore_torch import GaLoreAdamW  # type: ignore[import-not-found]
+
+    mlp = [p for n, p in model.named_parameters() if case.is_mlp_weight(n)]
+    others = [p for n, p in model.named_parameters() if not case.is_mlp_weight(n)]
+    projected = {"params": mlp, "rank": 128, "update_proj_gap": 200, "scale": 0.25}
+    groups = [{"params": others}, {**projected, "proj_type": "std"}]
+    return GaLoreAdamW(groups, lr=1e-5, no_deprecation_warning=True)
 
 
 def _mlp_bytes(
-    model: nn.Module, optimizer: torch.optim.Optimizer, session: lt.Session | None, num_layers: int
+    case: Case, model: nn.Module, optimizer: torch.optim.Optimizer, session: lt.Session | None
 ) -> int:
-    """Return gradients + optimiser state + bases + indices of the MLP weights, for 12 layers.
+    """Return gradients + optimiser state + bases + indices of the MLP weights, for all layers.
 
     Shared bases are counted once, whatever the number of layers; everything else per layer. What is
     trained (LoRA's factors, the entries) and SparseGrad's copy of it are weights, and not in here.
     """
     per_layer = 0
     for name, p in model.named_parameters():
-        is_ours = _is_mlp_weight(name) or ".lora_" in name or name.endswith(".trained")
+        is_ours = case.is_mlp_weight(name) or ".lora_" in name or name.endswith(".trained")
         if not is_ours or p.grad is None:
             continue
-        tensors = [p.grad, *optimizer.state.get(p, {}).values()]
+        state = optimizer.state.get(p, {})
+        tensors = [p.grad, *state.values(), getattr(state.get("projector"), "ortho_matrix", None)]
         per_layer += sum(_num_bytes(t) for t in tensors if isinstance(t, Tensor))
     shared = 0
     for key, value in session.state_dict().items() if session is not None else ():
@@ -167,7 +256,7 @@ def _mlp_bytes(
             shared += _num_bytes(value)
         elif key.endswith(":indices"):
             per_layer += _num_bytes(value)
-    return shared + per_layer * 12 // num_layers
+    return shared + per_layer * case.whole_layers // case.num_layers
 
 
 def _num_bytes(t: Tensor) -> int:
