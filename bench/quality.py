@@ -25,6 +25,7 @@ from leantune.train.data import Table
 from leantune.train.metrics import compute
 
 Recipe = tuple[MethodConfig, ...]
+NO_ROWS = "Not measured yet."
 HEADS = {"sst2": "SST-2 accuracy", "cola": "CoLA Matthews", "stsb": "STS-B Pearson"}
 
 
@@ -112,7 +113,7 @@ def table(
     reference: str,
     columns: Mapping[str, str] | None = None,
 ) -> str:
-    """Return mean, spread and difference to ``reference`` of each recipe, as Markdown.
+    """Return mean, spread and difference to ``reference`` of each measured recipe, as Markdown.
 
     Args:
         columns: further row keys, taken from an SST-2 row, each with its heading.
@@ -134,7 +135,10 @@ def table(
                 first = ours[min(ours)]
                 line["saved"] = f"{first['saved_bytes'] / 2**20:.1f}"
                 line.update({k: first.get(k) for k in columns or {}})
-        lines.append(line)
+        if "seeds" in line:
+            lines.append(line)
+    if not lines:
+        return NO_ROWS
     heads = {"recipe": "recipe"} | {s.task: HEADS[s.task] for s in settings}
     heads |= {"saved": "saved MiB (an SST-2 batch)", **(columns or {}), "seeds": "seeds"}
     return rows.table(lines, heads)

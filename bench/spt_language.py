@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import leantune as lt
 from bench import rows
-from bench.quality import Recipe
+from bench.quality import NO_ROWS, Recipe
 
 RESULT = "spt_language"
 SEEDS = (0, 1, 2)
@@ -57,6 +57,8 @@ def main(worker: int = 0, num_workers: int = 1) -> None:
 def summary() -> str:
     """Return mean and spread of each recipe, as Markdown."""
     found = rows.read(RESULT)
+    if not found:
+        return NO_ROWS
 
     def cell(task: str, name: str, key: str) -> str:
         values = [r[key] for r in found if (r["task"], r["recipe"]) == (task, name)]
