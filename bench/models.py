@@ -107,7 +107,7 @@ def minilm(
 
     Args:
         pooling: what the head sees: BERT's pooler over the first token, which this checkpoint was
-            not trained with, or the mean over tokens, from which it learns several times faster.
+            not trained with, or the mean over tokens, which it was.
     """
     path = demo_model_path()
     torch.manual_seed(seed)

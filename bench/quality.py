@@ -2,7 +2,7 @@
 
 Embeddings are frozen in every recipe, which spares most of the optimiser's time on a CPU; the
 encoder and the head train in full, or as the recipe says. The pooler counts as part of the head:
-this checkpoint was trained without it, and behind a frozen one LoRA learns nothing on STS-B.
+this checkpoint was trained without it, so that LoRA, which freezes it, could not use it as it is.
 """
 
 import random

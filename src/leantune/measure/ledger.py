@@ -242,7 +242,7 @@ def _meta_state(optimizer: torch.optim.Optimizer) -> tuple[dict[int, Tensor], An
     try:
         copy = deepcopy(optimizer, dict(twins))
         copy.step()
-    except (RuntimeError, NotImplementedError, TypeError, AttributeError) as error:
+    except (RuntimeError, TypeError, AttributeError) as error:
         raise UnsupportedError(
             f"ledger: optimizer must have state, or be one whose state can be forecast, got "
             f"{type(optimizer).__name__} before its first step ({error}); take one step first, "
