@@ -298,6 +298,13 @@ class StopOnInterrupt(TrainerCallback):
             control.should_save = True
 
 
+def kept_attributes(callback: TrainerCallback, state: TrainerState) -> Mapping[str, Any]:
+    """Return what a resumed run's checkpoint keeps of a callback; {} where training starts."""
+    kept: Any = state.stateful_callbacks
+    entry = kept.get(type(callback).__name__) if isinstance(kept, dict) else None
+    return entry["attributes"] if state.global_step > 0 and entry is not None else {}
+
+
 class Stopwatch(TrainerCallback, ExportableState):
     """Sum up the seconds spent in optimiser steps, over all parts of a resumed run.
 
@@ -316,10 +323,7 @@ class Stopwatch(TrainerCallback, ExportableState):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        kept: Any = state.stateful_callbacks
-        kept = kept.get(type(self).__name__) if isinstance(kept, dict) else None
-        if state.global_step > 0 and kept is not None:
-            self.seconds = float(kept["attributes"]["seconds"])
+        self.seconds = float(kept_attributes(self, state).get("seconds", self.seconds))
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         self._started = time.perf_counter()

@@ -16,6 +16,7 @@ from leantune.train.batches import (
     held_out_batches,
     num_calibration_batches,
 )
+from leantune.train.callback import kept_attributes
 
 NUM_HELD_OUT = 4
 
@@ -55,10 +56,7 @@ class FiguresCallback(TrainerCallback, ExportableState):
         **kwargs: Any,
     ) -> None:
         if state.global_step > 0:
-            kept: Any = state.stateful_callbacks
-            kept = kept.get(type(self).__name__) if isinstance(kept, dict) else None
-            if kept is not None:
-                self.figures = kept["attributes"]["figures"]
+            self.figures = kept_attributes(self, state).get("figures", self.figures)
             return
         on_gpu = torch.cuda.is_available()
         self.peak_bytes = torch.cuda.max_memory_allocated() if on_gpu else 0
