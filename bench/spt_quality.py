@@ -15,7 +15,7 @@ NUM_CALIBRATION = 8
 SETTINGS = (
     Setting("sst2", 2500, 1, lora_learning_rate=3e-4, pooling="mean"),
     Setting("cola", 4000, 2, batch_size=8, lora_learning_rate=3e-4, pooling="mean"),
-    Setting("stsb", 2000, 1, batch_size=8, lora_learning_rate=3e-4, pooling="mean"),
+    Setting("stsb", 2000, 2, batch_size=8, lora_learning_rate=3e-4, pooling="mean"),
 )
 
 _LORA = lt.LoRA(rank=8)
