@@ -1,7 +1,8 @@
 """Quality of sparse attention and routed FFNs: LoRA on GLUE tasks, all rows from one command.
 
-Under the paper's settings (an eighth of the keys, two of four groups) and softer ones. GLUE rows
-are short: at least four keys are kept, so that attention is sparse there at all.
+Under the paper's settings (an eighth of the keys, two of four groups of hidden units as they lie)
+and softer ones. GLUE rows are short: at least four keys are kept, so that attention is sparse there
+at all.
 """
 
 import leantune as lt
@@ -19,17 +20,23 @@ SETTINGS = (
 )
 
 _LORA = lt.LoRA(rank=8)
+_SPLIT = "coactivation"
 RECIPES: dict[str, Recipe] = {
     "LoRA": (_LORA,),
-    "LoRA + routed 2 of 4": (_LORA, lt.RoutedFFN()),
-    "LoRA + routed 3 of 4": (_LORA, lt.RoutedFFN(num_active=3)),
+    "LoRA + routed 2 of 4": (_LORA, lt.RoutedFFN(split="contiguous")),
+    "LoRA + routed 2 of 4, coactivation": (_LORA, lt.RoutedFFN(split=_SPLIT)),
+    "LoRA + routed 3 of 4, coactivation": (_LORA, lt.RoutedFFN(num_active=3, split=_SPLIT)),
     "LoRA + SPT 1/8": (_LORA, lt.SPTAttention(min_keys=4)),
     "LoRA + SPT 1/2": (_LORA, lt.SPTAttention(keep_ratio=0.5, min_keys=4)),
-    "LoRA + SPT 1/8 + routed 2 of 4": (_LORA, lt.SPTAttention(min_keys=4), lt.RoutedFFN()),
-    "LoRA + SPT 1/2 + routed 3 of 4": (
+    "LoRA + SPT 1/8 + routed 2 of 4": (
+        _LORA,
+        lt.SPTAttention(min_keys=4),
+        lt.RoutedFFN(split="contiguous"),
+    ),
+    "LoRA + SPT 1/2 + routed 3 of 4, coactivation": (
         _LORA,
         lt.SPTAttention(keep_ratio=0.5, min_keys=4),
-        lt.RoutedFFN(num_active=3),
+        lt.RoutedFFN(num_active=3, split=_SPLIT),
     ),
 }
 
