@@ -20,6 +20,9 @@ from bench.rows import GLUE
 from leantune.train.data import Table, TaskData, load_task
 from leantune.train.demo import demo_model_path
 
+BERT_MLP = ("intermediate.dense", "re:layer\\.\\d+\\.output\\.dense")
+"""Name patterns of a BERT encoder's MLP linears."""
+
 
 class BertBlocks(nn.Module):
     """A stack of BERT-base blocks without embeddings; (b, t, 768) -> a () loss."""

@@ -11,6 +11,7 @@ from itertools import product
 
 import leantune as lt
 from bench import quality, rows
+from bench.models import BERT_MLP
 from bench.quality import Encoded, Recipe, Run, Setting
 
 RESULT = "sparse_grad_quality"
@@ -18,7 +19,6 @@ SEARCH = "sparse_grad_search"
 SEEDS = (0, 1, 2)
 SEARCH_SEED = 100
 NUM_CALIBRATION = 10
-MLP = ("intermediate.dense", "re:layer\\.\\d+\\.output\\.dense")
 
 SETTINGS = (
     Setting("sst2", 2500, 1, lora_learning_rate=3e-4, pooling="mean"),
@@ -32,9 +32,9 @@ FACTORS = (0.5, 1.0, 3.0)
 
 RECIPES: dict[str, Recipe] = {
     "full fine-tuning": (),
-    "LoRA 7": (lt.LoRA(rank=7, sites=MLP),),
-    "meProp, unified 4 %": (lt.MeProp(sites=MLP),),
-    "top-k of dW 1 %": (lt.MeProp(sites=MLP, variant="weight", keep_ratio=0.01),),
+    "LoRA 7": (lt.LoRA(rank=7, sites=BERT_MLP),),
+    "meProp, unified 4 %": (lt.MeProp(sites=BERT_MLP),),
+    "top-k of dW 1 %": (lt.MeProp(sites=BERT_MLP, variant="weight", keep_ratio=0.01),),
     "SparseGrad, fixed": (lt.SparseGrad(),),
     "SparseGrad, refreshed": (lt.SparseGrad(selection="refreshed", refresh_steps=50),),
     "SparseGrad, block": (lt.SparseGrad(selection="block"),),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import leantune as lt
 from bench.cases import run_cases, timing_row
-from bench.models import BertBlocks, LlamaBlocks
+from bench.models import BERT_MLP, BertBlocks, LlamaBlocks
 from leantune.core.config import MethodConfig
 from leantune.measure import compare_steps
 
@@ -76,14 +76,8 @@ class Case:
     def lora(self) -> str:
         return f"LoRA {self.lora_rank} on the MLP"
 
-    def is_mlp_weight(self, name: str) -> bool:
-        """Whether a parameter's name is that of an MLP linear's own weight."""
-        parts = ("intermediate.dense", "output.dense", "gate_proj", "up_proj", "down_proj")
-        return "attention" not in name and name.endswith("weight") and any(p in name for p in parts)
-
 
 FULL = "full fine-tuning"
-_BERT_MLP = ("intermediate.dense", "re:layer\\.\\d+\\.output\\.dense")
 
 
 def _rows(shape: tuple[int, int], dtype: torch.dtype) -> Callable[[torch.device, int], Tensor]:
@@ -107,7 +101,7 @@ _ROBERTA = Case(
     lambda: Blocks(4),
     _rows((32, 128), torch.float32),
     torch.float32,
-    _BERT_MLP,
+    BERT_MLP,
     # The paper's: 26,880 numbers a matrix, against 23,593 entries at a density of 1 %.
     lora_rank=7,
     num_layers=4,
@@ -174,7 +168,7 @@ def _measure(case: Case, device: torch.device, num_rounds: int) -> list[dict[str
         # Beside LoRA everything else trains, too, as in the paper.
         for n, p in model.named_parameters():
             stands_in = n.endswith((".trained", ".applied", ".refreshes"))
-            if session is not None and not stands_in and not case.is_mlp_weight(n):
+            if session is not None and not stands_in and not _is_mlp_weight(n):
                 p.requires_grad_(True)
         if session is not None:
             session.calibrate([case.batch(device, seed) for seed in range(1, 4)])
@@ -216,6 +210,12 @@ def _step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Tensor) -> 
     return step
 
 
+def _is_mlp_weight(name: str) -> bool:
+    """Whether a parameter's name is that of an MLP linear's own weight."""
+    parts = ("intermediate.dense", "output.dense", "gate_proj", "up_proj", "down_proj")
+    return "attention" not in name and name.endswith("weight") and any(p in name for p in parts)
+
+
 def _has_galore() -> bool:
     missing = [n for n in ("galore_torch", "bitsandbytes") if importlib.util.find_spec(n) is None]
     if missing:
@@ -227,8 +227,8 @@ def _galore(case: Case, model: nn.Module) -> torch.optim.Optimizer:
     """Return GaLore's own AdamW, its usual settings on the MLP weights, plain on the others."""
     from galore_torch import GaLoreAdamW  # type: ignore[import-not-found]
 
-    mlp = [p for n, p in model.named_parameters() if case.is_mlp_weight(n)]
-    others = [p for n, p in model.named_parameters() if not case.is_mlp_weight(n)]
+    mlp = [p for n, p in model.named_parameters() if _is_mlp_weight(n)]
+    others = [p for n, p in model.named_parameters() if not _is_mlp_weight(n)]
     projected = {"params": mlp, "rank": 128, "update_proj_gap": 200, "scale": 0.25}
     groups = [{"params": others}, {**projected, "proj_type": "std"}]
     return GaLoreAdamW(groups, lr=1e-5, no_deprecation_warning=True)
@@ -244,7 +244,7 @@ def _mlp_bytes(
     """
     per_layer = 0
     for name, p in model.named_parameters():
-        is_ours = case.is_mlp_weight(name) or ".lora_" in name or name.endswith(".trained")
+        is_ours = _is_mlp_weight(name) or ".lora_" in name or name.endswith(".trained")
         if not is_ours or p.grad is None:
             continue
         state = optimizer.state.get(p, {})

@@ -20,24 +20,19 @@ SETTINGS = (
 )
 
 _LORA = lt.LoRA(rank=8)
-_SPLIT = "coactivation"
+_SPT = lt.SPTAttention(min_keys=4)
+_SPT_SOFT = lt.SPTAttention(keep_ratio=0.5, min_keys=4)
+_ROUTED = lt.RoutedFFN(split="contiguous")
+_ROUTED_SOFT = lt.RoutedFFN(num_active=3, split="coactivation")
 RECIPES: dict[str, Recipe] = {
     "LoRA": (_LORA,),
-    "LoRA + routed 2 of 4": (_LORA, lt.RoutedFFN(split="contiguous")),
-    "LoRA + routed 2 of 4, coactivation": (_LORA, lt.RoutedFFN(split=_SPLIT)),
-    "LoRA + routed 3 of 4, coactivation": (_LORA, lt.RoutedFFN(num_active=3, split=_SPLIT)),
-    "LoRA + SPT 1/8": (_LORA, lt.SPTAttention(min_keys=4)),
-    "LoRA + SPT 1/2": (_LORA, lt.SPTAttention(keep_ratio=0.5, min_keys=4)),
-    "LoRA + SPT 1/8 + routed 2 of 4": (
-        _LORA,
-        lt.SPTAttention(min_keys=4),
-        lt.RoutedFFN(split="contiguous"),
-    ),
-    "LoRA + SPT 1/2 + routed 3 of 4, coactivation": (
-        _LORA,
-        lt.SPTAttention(keep_ratio=0.5, min_keys=4),
-        lt.RoutedFFN(num_active=3, split=_SPLIT),
-    ),
+    "LoRA + routed 2 of 4": (_LORA, _ROUTED),
+    "LoRA + routed 2 of 4, coactivation": (_LORA, lt.RoutedFFN(split="coactivation")),
+    "LoRA + routed 3 of 4, coactivation": (_LORA, _ROUTED_SOFT),
+    "LoRA + SPT 1/8": (_LORA, _SPT),
+    "LoRA + SPT 1/2": (_LORA, _SPT_SOFT),
+    "LoRA + SPT 1/8 + routed 2 of 4": (_LORA, _SPT, _ROUTED),
+    "LoRA + SPT 1/2 + routed 3 of 4, coactivation": (_LORA, _SPT_SOFT, _ROUTED_SOFT),
 }
 
 
