@@ -1,12 +1,14 @@
 """The view of a linear: the same tensors and the same product for every kind of layer."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 import leantune as lt
 from leantune.core.swap import with_rule, with_store
-from leantune.core.views import LinearView, linear_view, slices
+from leantune.core.views import LinearView, linear_view, parameters_along, slices
 from leantune.errors import UnsupportedError
 from leantune.ops.stores import Draw, ExactStore, Factors, grad_weight
 
@@ -133,14 +135,18 @@ def test_disabled_and_merged_adapters() -> None:
     torch.testing.assert_close(through_view(linear_view(layer), x), adapted)
     layer.enable_adapters(False)
     torch.testing.assert_close(through_view(linear_view(layer), x), base)
-    assert len(linear_view(layer, every_adapter=True).factors) == 1
 
 
-def test_rows_and_columns_that_belong_to_features() -> None:
-    view = linear_view(lora(nn.Linear(4, 6)))
-    assert all(t.shape[dim] == 6 for t, dim in view.tensors_along(0))
-    assert all(t.shape[dim] == 4 for t, dim in view.tensors_along(1))
-    assert [len(view.tensors_along(dim)) for dim in (0, 1)] == [3, 2]
+@pytest.mark.parametrize("build", [lambda: nn.Linear(4, 6), conv1d])
+def test_rows_and_columns_that_belong_to_features(build: Callable[[], nn.Module]) -> None:
+    """Of merged and disabled adapters as well: they come back."""
+    layer = lora(build())
+    layer.merge()
+    layer.enable_adapters(False)
+    for dim, width, num in ((0, 6, 3), (1, 4, 2)):
+        found = list(parameters_along(layer, dim))
+        assert len(found) == num
+        assert all(p is layer.get_parameter(n) and p.shape[d] == width for n, p, d in found)
 
 
 def test_what_a_rule_trains_is_not_divisible() -> None:

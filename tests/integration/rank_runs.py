@@ -169,6 +169,24 @@ def calibrated_start(
     return {"first": first, "last": {**values(session), **session.state_dict()}}
 
 
+def sharded_order() -> dict[str, dict[str, Tensor]]:
+    """Reorder hidden units, shard the model and load its own state; return it before and after.
+
+    Under FSDP2 the session's order is taken on once more, by a state that has another.
+    """
+    model = MODELS["llama"].build()
+    session = lt.apply(model, lt.RoutedFFN(split="coactivation"), seed=3)
+    first = session.state_dict()
+    session.calibrate([batch("llama", 100)])
+    shard(model, "llama")
+    session.load_state_dict(first)
+    before = {n: whole(p).detach().clone() for n, p in model.named_parameters()}
+    state = model.state_dict()
+    model.load_state_dict(state)
+    after = {n: whole(p).detach() for n, p in model.named_parameters()}
+    return {"state": values(session), "before": before, "after": after}
+
+
 def save_sharded(folder: str) -> None:
     model = MODELS["bert"].build()
     session = lt.apply(model, lt.SparseGrad())

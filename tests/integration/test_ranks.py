@@ -6,7 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from integration.rank_runs import calibrated_start, forward_uncalibrated, save_sharded, sparse_grad
+from integration.rank_runs import (
+    calibrated_start,
+    forward_uncalibrated,
+    save_sharded,
+    sharded_order,
+    sparse_grad,
+)
+from models import MODELS
 from ranks import Ranks
 from torch import distributed as dist
 
@@ -135,6 +142,15 @@ def test_codebooks_start_and_move_alike(ranks: Ranks, rows: str) -> None:
 def test_routers_and_groups_start_alike(ranks: Ranks, split: str) -> None:
     method = lt.RoutedFFN(num_groups=4, num_active=2, split=split)
     assert moved(both(ranks, calibrated_start, method, "own"), "router.weight")
+
+
+def test_sharded_state_keeps_the_original_order_of_units(ranks: Ranks) -> None:
+    got = both(ranks, sharded_order)
+    plain = MODELS["llama"].build().state_dict()
+    assert all(torch.equal(got["state"][name], value) for name, value in plain.items())
+    assert agree(got["before"], got["after"])
+    moved = "model.layers.0.mlp.up_proj.weight"
+    assert not torch.equal(got["before"][moved], plain[moved])
 
 
 def test_codebooks_must_be_calibrated_first(ranks: Ranks) -> None:

@@ -15,6 +15,7 @@ from torch.autograd.gradcheck import GradcheckError
 
 import leantune as lt
 from leantune.core.sites import find_sites
+from leantune.core.state import trained_weights
 from leantune.core.swap import StoredLinear
 from leantune.core.views import linear_view
 from leantune.errors import ConfigError, SiteError, UnsupportedError
@@ -554,10 +555,8 @@ def test_order_of_units_survives_both_ways_of_resuming(with_lora: bool, order: s
     model(**tiny.batch()).loss.backward()
     optimizer.step()
     state = {k: v.clone() for k, v in session.state_dict().items()}
-    if with_lora:
-        weights = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
-    else:
-        weights = {n: v.clone() for n, v in model.state_dict().items()}
+    weights = trained_weights(model) if with_lora else model.state_dict()
+    weights = {n: v.clone() for n, v in weights.items()}
     wanted = model.eval()(**tiny.batch(5)).logits
     other = tiny.build()
     again = lt.apply(other, *methods)
@@ -571,6 +570,49 @@ def test_order_of_units_survives_both_ways_of_resuming(with_lora: bool, order: s
     bad = {**state, "units.model.layers.0.mlp/permutation": torch.zeros(32, dtype=torch.int64)}
     with pytest.raises(ConfigError, match="permutation must be an order of 32 hidden units"):
         again.load_state_dict(bad)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_state_dict_keeps_the_original_order(name: str) -> None:
+    plain, model, session = plain_and_grouped(name)
+    session.calibrate([MODELS[name].batch(3)])
+    names = {id(module): n for n, module in model.named_modules()}
+    state, parameters = model.state_dict(), dict(model.named_parameters())
+    moved = []
+    for site, layer in zip(
+        [s for s in find_sites(plain) if s.role == "mlp"], layers_of(model), strict=True
+    ):
+        for part in layer._names.keys() & {"up", "gate", "down"}:
+            for tail, wanted in site.modules[part].named_parameters():
+                key = f"{names[id(layer._part(part))]}.{tail}"
+                assert torch.equal(state[key], wanted)
+                moved += [] if torch.equal(parameters[key], wanted) else [key]
+    assert len(moved) >= 2 * len(layers_of(model))
+    before = copy.deepcopy(model)
+    model.load_state_dict(before.state_dict())
+    pairs = zip(model.parameters(), before.parameters(), strict=True)
+    assert all(torch.equal(p, q) for p, q in pairs)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        model.load_state_dict({moved[0]: state[moved[0]].repeat(2, 2)}, strict=False)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_adapter_suits_the_plain_model_by_peft_alone(name: str, tmp_path: Path) -> None:
+    tiny = MODELS[name]
+    model = tiny.build()
+    options: dict[str, Any] = {"num_active": 4, "gate": "none", "split": "coactivation"}
+    session = lt.apply(model, lora_for(name), lt.RoutedFFN(**options))
+    session.calibrate([tiny.batch(3)])
+    optimizer = session.optimizer(torch.optim.SGD, lr=0.3)
+    for _ in range(2):
+        model(**tiny.batch()).loss.backward()
+        optimizer.step()
+    model.save_pretrained(tmp_path / "adapter")
+    plain = tiny.build()
+    wanted = model.eval()(**tiny.batch(5)).logits
+    assert not torch.allclose(plain.eval()(**tiny.batch(5)).logits, wanted, atol=1e-4)
+    plain.load_adapter(tmp_path / "adapter")
+    torch.testing.assert_close(plain.eval()(**tiny.batch(5)).logits, wanted)
 
 
 def test_saved_folder_holds_the_router_and_comes_back(tmp_path: Path) -> None:

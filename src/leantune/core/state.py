@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -144,15 +143,20 @@ def recipe_from_dict(data: Any) -> tuple[tuple[MethodConfig, ...], int]:
     return tuple(config_from_dict(m) for m in data["methods"]), seed
 
 
-def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters that train, by name: what a saved session holds of the weights."""
-    return {n: p for n, p in model.named_parameters() if p.requires_grad}
+def trained_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Return what trains, by name, as the model's ``state_dict`` has it: a session's saved weights.
+
+    (A module may keep its weights in another order than its ``state_dict``.)
+    """
+    state = model.state_dict()
+    return {n: state[n] for n, p in model.named_parameters() if p.requires_grad}
 
 
 def save_session(session: "Session", folder: Path) -> None:
     """Write one session's folder: see :meth:`Session.save`."""
     recipe = recipe_to_dict(session.methods, session.seed)
-    sharded = [n for n, p in trained_parameters(session.model).items() if is_sharded(p)]
+    weights = trained_weights(session.model)
+    sharded = [name for name, value in weights.items() if is_sharded(value)]
     if sharded:
         raise UnsupportedError(
             f"session.save: parameters must be whole, got {sharded[0]} in shards ({len(sharded)} "
@@ -161,7 +165,7 @@ def save_session(session: "Session", folder: Path) -> None:
         )
     with atomic_folder(folder) as fresh:
         write_atomic(fresh / RECIPE_FILE, json.dumps(recipe, indent=2) + "\n")
-        save_tensors(fresh / WEIGHTS_FILE, trained_parameters(session.model))
+        save_tensors(fresh / WEIGHTS_FILE, weights)
         save_tensors(fresh / STATE_FILE, session.state_dict())
 
 
@@ -191,7 +195,7 @@ def load_weights(model: nn.Module, folder: Path) -> None:
         ConfigError: names or shapes differ from the model's.
     """
     saved = load_tensors(folder / WEIGHTS_FILE)
-    wanted = trained_parameters(model)
+    wanted = {n: p for n, p in model.named_parameters() if p.requires_grad}
     lost = sorted(set(wanted) ^ set(saved))
     if lost:
         where = "the file" if lost[0] in wanted else "the model"
@@ -206,6 +210,4 @@ def load_weights(model: nn.Module, folder: Path) -> None:
                 f"load: {name} must have shape {tuple(wanted[name].shape)}, got "
                 f"{tuple(value.shape)}; load onto the base model that was saved from"
             )
-    with torch.no_grad():
-        for name, value in saved.items():
-            wanted[name].copy_(value)
+    model.load_state_dict(saved, strict=False)

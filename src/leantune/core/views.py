@@ -6,7 +6,7 @@ around any of them, so that a method on a whole MLP or attention needs no case o
 Legend: n rows (all leading dimensions), d_in, d_out, r rank of the factors.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -79,14 +79,6 @@ class LinearView:
         is_whole = self.rule is not None or self.cut is not None
         return not is_whole and all(v.is_divisible for v in inner)
 
-    def tensors_along(self, dim: int) -> list[tuple[Tensor, int]]:
-        """List what has the output (0) or input (1) features along a dimension, and which."""
-        if dim == 1:
-            return [(self.weight, 1), *((f.a.weight, 1) for f in self.factors)]
-        views = [self, *(f.b for f in self.factors)]
-        biases = [v.bias for v in views if v.bias is not None]
-        return [(v.weight, 0) for v in views] + [(bias, 0) for bias in biases]
-
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return ``x weight^T + bias`` for a slice of this linear's weight, through its store.
 
@@ -104,19 +96,15 @@ class LinearView:
         return linear(x, weight, bias, self.store, draw)
 
 
-def linear_view(module: nn.Module, *, every_adapter: bool = False) -> LinearView:
+def linear_view(module: nn.Module) -> LinearView:
     """View a linear as it computes now: with its active adapters, through its store if it trains.
-
-    Args:
-        module: a linear of any supported kind.
-        every_adapter: list inactive and merged adapters as well.
 
     Raises:
         UnsupportedError: another kind of module, or an adapter that is no plain LoRA.
     """
     if hasattr(module, "base_layer"):
-        base = linear_view(module.base_layer, every_adapter=every_adapter)  # type: ignore[arg-type]
-        return replace(base, factors=(*base.factors, *_factors(module, every_adapter)))
+        base = linear_view(module.base_layer)  # type: ignore[arg-type]
+        return replace(base, factors=(*base.factors, *_factors(module)))
     if not is_linear(module):
         raise UnsupportedError(
             f"linear must be nn.Linear, Conv1D or a LoRA layer around one, got {_kind(module)}"
@@ -127,6 +115,26 @@ def linear_view(module: nn.Module, *, every_adapter: bool = False) -> LinearView
         return LinearView(weight, layer.bias)
     draws = layer.draws if layer.training else None
     return LinearView(weight, layer.bias, (), layer.store, draws, layer.rule, layer.cut)
+
+
+def parameters_along(module: nn.Module, dim: int) -> Iterator[tuple[str, nn.Parameter, int]]:
+    """Yield what has a linear's output (0) or input (1) features, of every adapter, active or not.
+
+    Yields:
+        Name inside ``module``, parameter, and the parameter's dimension that has them.
+    """
+    layer: Any = module
+    if hasattr(module, "base_layer"):
+        side = "lora_A" if dim == 1 else "lora_B"
+        inner = {"base_layer": layer.base_layer}
+        inner |= {f"{side}.{name}": factor for name, factor in getattr(layer, side).items()}
+        for name, linear in inner.items():
+            for tail, parameter, along in parameters_along(linear, dim):
+                yield f"{name}.{tail}", parameter, along
+        return
+    yield "weight", layer.weight, dim if isinstance(layer, nn.Linear) else 1 - dim
+    if dim == 0 and layer.bias is not None:
+        yield "bias", layer.bias, 0
 
 
 Product = Callable[[Tensor], Tensor]
@@ -168,16 +176,15 @@ def slices(view: LinearView, dim: int, divide: Divide, multiply: Multiply) -> li
     return [Slice(base, tuple(a[i] for a in adapters)) for i, base in enumerate(bases)]
 
 
-def _factors(layer: Any, every_adapter: bool) -> Iterable[LowRank]:
+def _factors(layer: Any) -> Iterable[LowRank]:
     """List the LoRA adapters of a PEFT layer, which is known by its attributes alone."""
     if not hasattr(layer, "lora_A"):
         raise UnsupportedError(f"adapter must be plain LoRA, got {_kind(layer)}")
-    if layer.disable_adapters and layer.merged and not every_adapter:
+    if layer.disable_adapters and layer.merged:
         layer.unmerge()
-    if (layer.disable_adapters or layer.merged) and not every_adapter:
+    if layer.disable_adapters or layer.merged:
         return ()
-    wanted = layer.lora_A if every_adapter else layer.active_adapters
-    names = [name for name in wanted if name in layer.lora_A]
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
     variants = [name for name in names if name in getattr(layer, "lora_variant", {})]
     if variants:
         kind = type(layer.lora_variant[variants[0]]).__name__

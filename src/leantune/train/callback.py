@@ -18,7 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from leantune.core.session import Session
-from leantune.core.state import load_tensors, save_tensors, trained_parameters
+from leantune.core.state import load_tensors, save_tensors, trained_weights
 from leantune.errors import ConfigError, UnsupportedError
 from leantune.train.batches import calibration_batches, cuda_devices, num_calibration_batches
 from leantune.train.sample_ids import SAMPLE_ID
@@ -125,7 +125,7 @@ class SessionCallback(TrainerCallback):
         # from; it loads what it finds under this name.
         if state.is_world_process_zero and getattr(model, "_hf_peft_config_loaded", False):
             assert model is not None
-            save_tensors(folder / SAFE_WEIGHTS_NAME, trained_parameters(model))
+            save_tensors(folder / SAFE_WEIGHTS_NAME, trained_weights(model))
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         self._drop_hook()

@@ -74,8 +74,9 @@ class RoutedMLP(nn.Module):
         start = self.uniform(self.router.weight.numel()).view_as(self.router.weight)
         scale = _FRESH_SPREAD * (12 / d_model) ** 0.5
         self.set_router((start - 0.5) * scale, start.new_zeros(config.num_groups))
+        linears = {part: self._names[part] for part in _LINEARS if part in self._names}
         is_reordered = config.split == "coactivation"
-        self.units = HiddenUnits(site, self, session) if is_reordered else None
+        self.units = HiddenUnits(site, self, linears, session) if is_reordered else None
         self.train(site.module.training)
 
     def forward(self, x: Tensor) -> Tensor:
