@@ -34,7 +34,7 @@ RECIPES: dict[str, Recipe] = {
     "SPT 1/4": (lt.SPTAttention(keep_ratio=0.25, min_keys=4),),
     "SPT 1/8 + routed 2 of 4": (lt.SPTAttention(min_keys=4), lt.RoutedFFN()),
 }
-_LENGTH, _BATCH, _STEPS, _RATE = 256, 8, 200, 2e-3
+_LENGTH, _BATCH, _STEPS, _RATE = 256, 8, 600, 2e-3
 _COPIED, _FILLER, _SYMBOLS = 16, 32, 64
 
 

@@ -28,6 +28,10 @@ RECIPES: dict[str, Recipe] = {
     "LoRA": (_LORA,),
     "LoRA + routed 2 of 4": (_LORA, _ROUTED),
     "LoRA + routed 2 of 4, coactivation": (_LORA, lt.RoutedFFN(split="coactivation")),
+    "LoRA + routed 2 of 4, coactivation, all but the last two layers": (
+        _LORA,
+        lt.RoutedFFN(split="coactivation", sites=["layer.[0-3].*"]),
+    ),
     "LoRA + routed 3 of 4, coactivation": (_LORA, _ROUTED_SOFT),
     "LoRA + SPT 1/8": (_LORA, _SPT),
     "LoRA + SPT 1/2": (_LORA, _SPT_SOFT),
