@@ -129,7 +129,8 @@ def table(
             )
             if not ours:
                 continue
-            line[setting.task] = _cell(ours, base, name == reference)
+            values, others = ({s: 100 * r["metric"] for s, r in x.items()} for x in (ours, base))
+            line[setting.task] = cell(values, None if name == reference else others)
             line["seeds"] = min(line.get("seeds", len(seeds)), len(ours))
             if setting.task == "sst2":
                 first = ours[min(ours)]
@@ -144,20 +145,18 @@ def table(
     return rows.table(lines, heads)
 
 
-def _cell(
-    ours: Mapping[int, dict[str, Any]], base: Mapping[int, dict[str, Any]], is_reference: bool
-) -> str:
-    values = [100 * r["metric"] for r in ours.values()]
-    spread = f" ± {stdev(values):.1f}" if len(values) > 1 else ""
-    cell = f"{fmean(values):.1f}{spread}"
-    both = sorted(set(ours) & set(base))
-    if is_reference or not both:
-        return cell
-    change = [100 * (ours[s]["metric"] - base[s]["metric"]) for s in both]
-    cell += f" ({fmean(change):+.1f}"
+def cell(values: Mapping[int, float], base: Mapping[int, float] | None, digits: int = 1) -> str:
+    """Return mean and spread of what seeds gave, with the paired difference to ``base``."""
+    several = list(values.values())
+    spread = f" ± {stdev(several):.{digits}f}" if len(several) > 1 else ""
+    text = f"{fmean(several):.{digits}f}{spread}"
+    change = [value - base[seed] for seed, value in values.items() if base and seed in base]
+    if not change:
+        return text
+    text += f" ({fmean(change):+.{digits}f}"
     if len(change) > 1:
-        cell += f", s.e. {stdev(change) / len(change) ** 0.5:.1f}"
-    return cell + ")"
+        text += f", s.e. {stdev(change) / len(change) ** 0.5:.{digits}f}"
+    return text + ")"
 
 
 class Encoded:

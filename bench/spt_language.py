@@ -10,7 +10,6 @@ import math
 import pydoc_data.topics
 import time
 from itertools import product
-from statistics import fmean, stdev
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import leantune as lt
-from bench import rows
+from bench import quality, rows
 from bench.quality import NO_ROWS, Recipe
 
 RESULT = "spt_language"
@@ -55,17 +54,18 @@ def main(worker: int = 0, num_workers: int = 1) -> None:
 
 
 def summary() -> str:
-    """Return mean and spread of each recipe, as Markdown."""
+    """Return mean and spread of each recipe, bits with the difference to dense, as Markdown."""
     found = rows.read(RESULT)
     if not found:
         return NO_ROWS
 
     def cell(task: str, name: str, key: str) -> str:
-        values = [r[key] for r in found if (r["task"], r["recipe"]) == (task, name)]
-        if not values:
-            return ""
-        spread = f" ± {stdev(values):.3f}" if len(values) > 1 else ""
-        return f"{fmean(values):.3f}{spread}"
+        values, base = (
+            {r["seed"]: r[key] for r in found if (r["task"], r["recipe"]) == (task, n)}
+            for n in (name, "dense")
+        )
+        is_compared = task == "bytes" and name != "dense"
+        return quality.cell(values, base if is_compared else None, 3) if values else ""
 
     lines = [
         {
