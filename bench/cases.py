@@ -10,7 +10,7 @@ from leantune.measure import StepStats
 
 
 class Case(Protocol):
-    """One model shape and batch; ``needs_gpu`` cases are left out where there is none."""
+    """One model shape and batch, for a GPU or for CPUs: no row replaces one of the other kind."""
 
     @property
     def name(self) -> str: ...
@@ -29,7 +29,7 @@ def run_cases(
     columns: Mapping[str, str],
     note: Callable[[C], str] = lambda case: "",
 ) -> None:
-    """Measure every case that this machine can run, print tables, write the rows.
+    """Measure every case that is for this machine, print tables, write the rows case by case.
 
     Args:
         result: name of the result file; rows of other cases stay in it.
@@ -38,17 +38,15 @@ def run_cases(
         columns: of the printed table, key -> heading.
         note: (case) -> text below its table.
     """
-    found: list[dict[str, Any]] = []
     has_gpu = torch.cuda.is_available()
     for case in cases:
-        if case.needs_gpu and not has_gpu:
-            print(f"{case.name}: left out, no NVIDIA GPU here")
+        if case.needs_gpu != has_gpu:
+            where = "an NVIDIA GPU" if case.needs_gpu else "a machine without one"
+            print(f"{case.name}: left out, it is for {where}")
             continue
         measured = measure(case, torch.device("cuda" if has_gpu else "cpu"))
-        found += measured
         print(f"\n{case.name}\n\n{rows.table(measured, dict(columns))}\n{note(case)}", flush=True)
-    kept = [r for r in rows.read(result) if r["case"] not in {f["case"] for f in found}]
-    rows.write(result, kept + found)
+        rows.replace(result, "case", case.name, measured)
 
 
 def timing_row(case: Case, variant: str, stats: StepStats, saved_bytes: int) -> dict[str, Any]:

@@ -105,13 +105,13 @@ def routed_ffn() -> str:
 def attention() -> str:
     """Return time and bytes of sparse attention relative to SDPA, by length."""
     found = rows.read("spt_attention_speed")
-    lengths = list(dict.fromkeys(r["n"] for r in found))
+    cases = list(dict.fromkeys(r["case"] for r in found))
     cell = {
-        (r["variant"], r["n"]): f"{r['ratio']:.2f}, {r['attention_mib']:.0f} MiB" for r in found
+        (r["variant"], r["case"]): f"{r['ratio']:.2f}, {r['attention_mib']:.0f} MiB" for r in found
     }
     variants = dict.fromkeys(r["variant"] for r in found)
-    lines = [{"variant": v, **{str(n): cell.get((v, n)) for n in lengths}} for v in variants]
-    return rows.table(lines, {"variant": ""} | {str(n): f"n = {n}" for n in lengths})
+    lines = [{"variant": v, **{c: cell.get((v, c)) for c in cases}} for v in variants]
+    return rows.table(lines, {"variant": ""} | {c: c for c in cases})
 
 
 def recall() -> str:

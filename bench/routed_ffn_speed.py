@@ -57,7 +57,7 @@ class OPTFFN(nn.Module):
 
 @dataclass(frozen=True)
 class Case:
-    """One FFN; ``needs_gpu`` cases are left out where there is none."""
+    """One FFN; see :class:`bench.cases.Case`."""
 
     name: str
     model: Callable[[], nn.Module]

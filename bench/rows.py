@@ -58,9 +58,21 @@ def append(name: str, row: dict[str, Any]) -> None:
 
 def write(name: str, rows: list[dict[str, Any]]) -> None:
     """Replace one result file by ``rows``, each with the environment."""
+    _write(name, [row | environment() for row in rows])
+
+
+def _write(name: str, rows: list[dict[str, Any]]) -> None:
     RESULTS.mkdir(exist_ok=True)
-    lines = [json.dumps(row | environment()) for row in rows]
-    write_atomic(RESULTS / f"{name}.jsonl", "\n".join(lines) + "\n")
+    write_atomic(RESULTS / f"{name}.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows))
+
+
+def replace(name: str, key: str, value: Any, rows: list[dict[str, Any]]) -> None:
+    """Put rows in the place of those that have this value, or at the end; others stay."""
+    old = read(name)
+    first = next((i for i, row in enumerate(old) if row[key] == value), len(old))
+    others = [row for row in old if row[key] != value]
+    fresh = [row | environment() for row in rows]
+    _write(name, [*others[:first], *fresh, *others[first:]])
 
 
 def table(rows: list[dict[str, Any]], columns: dict[str, str]) -> str:

@@ -42,7 +42,7 @@ class Case:
         lora_rank: about as many numbers as SparseGrad's entries, or the usual choice.
         num_layers: of the stack.
         whole_layers: of the model that bytes are counted for; shared bases count once.
-        needs_gpu: whether it is left out without an NVIDIA GPU.
+        needs_gpu: whether it is for an NVIDIA GPU, and for CPUs otherwise.
     """
 
     name: str

@@ -3,6 +3,8 @@
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaModel
 
 import leantune as lt
 from bench import rows
+from bench.cases import run_cases, timing_row
 from bench.models import glue, minilm
 from leantune.core.config import MethodConfig
 from leantune.measure import compare_steps, ledger, peak_memory
@@ -24,7 +27,6 @@ from leantune.ops.sparse_parts import unpack_bits
 SPEED = "spt_attention_speed"
 RECALL = "spt_attention_recall"
 
-LENGTHS = (1024, 4096, 8192)
 _HEADS, _WIDTH = 2, 64
 _SPARSE = {
     "SPT 1/8, adc": lt.SPTAttention(),
@@ -32,6 +34,33 @@ _SPARSE = {
     "SPT 128 keys": lt.SPTAttention(num_keys=128),
     "SPT 1/8, blocks": lt.SPTAttention(granularity="block"),
 }
+
+
+# What stores queries times keys, or goes through all pairs, is left out of longer sequences.
+_LONGEST = {
+    "eager": 2**14,
+    "SDPA with a mask": 2**15,
+    "SPT 1/8, adc": 2**15,
+    "SPT 1/8, match": 2**15,
+    "SPT 128 keys": 2**15,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sequences of ``n`` tokens; in bfloat16 on a GPU. See :class:`bench.cases.Case`."""
+
+    n: int
+    needs_gpu: bool = False
+
+    @property
+    def name(self) -> str:
+        """The length, and where."""
+        return f"{'GPU, ' if self.needs_gpu else ''}n = {self.n}"
+
+
+_CPU, _GPU = (2**10, 2**12, 2**13, 2**14), (2**13, 2**15, 2**17)
+CASES = [*map(Case, _CPU), *(Case(n, needs_gpu=True) for n in _GPU)]
 
 
 class Attention(nn.Module):
@@ -48,7 +77,7 @@ class Attention(nn.Module):
             intermediate_size=_WIDTH,
             num_hidden_layers=1,
             num_attention_heads=_HEADS,
-            max_position_embeddings=2**15,
+            max_position_embeddings=2**17,
             attn_implementation=how,
             use_cache=False,
         )
@@ -60,16 +89,9 @@ class Attention(nn.Module):
         return out.last_hidden_state.square().mean()
 
 
-def speed(lengths: tuple[int, ...] = LENGTHS, num_rounds: int = 5) -> None:
+def speed(num_rounds: int = 5) -> None:
     """Measure forward and backward of one layer at every length, write the rows, print tables."""
-    found: list[dict[str, Any]] = []
-    for n in lengths:
-        measured = _measure(n, num_rounds)
-        found += measured
-        print(f"\nn = {n}, {_HEADS} heads of width {_WIDTH}, causal\n")
-        print(rows.table(measured, _SPEED_COLUMNS))
-    kept = [r for r in rows.read(SPEED) if r["n"] not in lengths]
-    rows.write(SPEED, kept + found)
+    run_cases(SPEED, CASES, partial(_measure, num_rounds=num_rounds), _SPEED_COLUMNS)
 
 
 _SPEED_COLUMNS = {
@@ -84,12 +106,12 @@ _SPEED_COLUMNS = {
 }
 
 
-def _measure(n: int, num_rounds: int) -> list[dict[str, Any]]:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def _measure(case: Case, device: torch.device, num_rounds: int) -> list[dict[str, Any]]:
     torch.manual_seed(0)
-    base = {how: Attention(how).to(device).train() for how in ("sdpa", "eager")}
+    n, dtype = case.n, torch.bfloat16 if case.needs_gpu else torch.float32
+    base = {how: Attention(how).to(device, dtype).train() for how in ("sdpa", "eager")}
     base["eager"].load_state_dict(base["sdpa"].state_dict())
-    x = torch.randn(1, n, _HEADS * _WIDTH, device=device)
+    x = torch.randn(1, n, _HEADS * _WIDTH, device=device, dtype=dtype)
     padded = torch.ones(1, n, dtype=torch.long, device=device)
     padded[:, 0] = 0
     plain: dict[str, tuple[MethodConfig, ...]] = {"SDPA": (), "checkpointing": (lt.Checkpoint(),)}
@@ -101,6 +123,7 @@ def _measure(n: int, num_rounds: int) -> list[dict[str, Any]]:
             lt.apply(models[name], *methods)
     models["SDPA with a mask"], batches["SDPA with a mask"] = base["sdpa"], (x, padded)
     models["eager"], batches["eager"] = base["eager"], (x,)
+    models = {name: m for name, m in models.items() if n <= _LONGEST.get(name, n)}
 
     def step(name: str) -> None:
         models[name].zero_grad(set_to_none=True)
@@ -114,11 +137,8 @@ def _measure(n: int, num_rounds: int) -> list[dict[str, Any]]:
         attention = sum(v for k, v in book.by_kind(ledger="activations").items() if _is_ours(k))
         out.append(
             {
+                **timing_row(case, name, s, book.activations),
                 "n": n,
-                "variant": name,
-                **s.to_dict(),
-                "saved_bytes": book.activations,
-                "saved_mib": round(book.activations / 2**20, 2),
                 "attention_bytes": attention,
                 "attention_mib": round(attention / 2**20, 2),
                 "peak_mib": round(_peak(steps[name], device) / 2**20, 1),

@@ -33,7 +33,7 @@ VARIANTS: dict[str, tuple[MethodConfig, ...]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """One model shape and batch; ``needs_gpu`` cases are left out where there is none."""
+    """One model shape and batch; see :class:`bench.cases.Case`."""
 
     name: str
     model: Callable[[], nn.Module]
