@@ -591,6 +591,10 @@ def test_state_dict_keeps_the_original_order(name: str) -> None:
     model.load_state_dict(before.state_dict())
     pairs = zip(model.parameters(), before.parameters(), strict=True)
     assert all(torch.equal(p, q) for p, q in pairs)
+    _, other, _ = plain_and_grouped(name)  # not calibrated: other groups
+    other.load_state_dict(state)
+    batch = MODELS[name].batch(5)
+    assert torch.equal(other.eval()(**batch).logits, model.eval()(**batch).logits)
     with pytest.raises(RuntimeError, match="size mismatch"):
         model.load_state_dict({moved[0]: state[moved[0]].repeat(2, 2)}, strict=False)
 

@@ -21,8 +21,9 @@ class HiddenUnits:
     """The hidden units of one FFN, whose order is free: any is the same function.
 
     The module that computes the FFN gets a buffer ``permutation``, (F,): the original number of
-    each unit, which the session saves. The model's ``state_dict`` is in the original order and
-    loads in that order, so that its weights and adapters suit the plain model as they are.
+    each unit, which the session saves, too. Weights in the model's ``state_dict`` are in the
+    original order and load in that order, so that they and adapters suit the plain model as they
+    are.
 
     Args:
         site: the FFN.
@@ -50,7 +51,7 @@ class HiddenUnits:
                 )
         _, weight, dim = next(self._parameters())
         units = torch.arange(weight.shape[dim], device=weight.device)
-        holder.register_buffer("permutation", units, persistent=False)
+        holder.register_buffer("permutation", units)
         # (torch marks the hook, which a bound method does not allow.)
         holder.register_state_dict_post_hook(partial(self._to_original))
         holder.register_load_state_dict_pre_hook(self._from_original)
@@ -108,6 +109,9 @@ class HiddenUnits:
     def _from_original(
         self, holder: nn.Module, state: dict[str, Any], prefix: str, *_: Any
     ) -> None:
+        if f"{prefix}permutation" in state:
+            # A router knows the groups that it was saved with.
+            self.load_state_dict({"permutation": state[f"{prefix}permutation"]})
         self._reorder_entries(state, prefix, self.permutation)
 
     def _reorder_entries(self, state: dict[str, Any], prefix: str, order: Tensor) -> None:
