@@ -34,15 +34,11 @@ _SPARSE = {
     "SPT 128 keys": lt.SPTAttention(num_keys=128),
     "SPT 1/8, blocks": lt.SPTAttention(granularity="block"),
 }
-
-
 # What stores queries times keys, or goes through all pairs, is left out of longer sequences.
 _LONGEST = {
     "eager": 2**14,
     "SDPA with a mask": 2**15,
-    "SPT 1/8, adc": 2**15,
-    "SPT 1/8, match": 2**15,
-    "SPT 128 keys": 2**15,
+    **{name: 2**15 for name, method in _SPARSE.items() if method.granularity == "token"},
 }
 
 

@@ -585,7 +585,8 @@ def test_state_dict_keeps_the_original_order(name: str) -> None:
             for tail, wanted in site.modules[part].named_parameters():
                 key = f"{names[id(layer._part(part))]}.{tail}"
                 assert torch.equal(state[key], wanted)
-                moved += [] if torch.equal(parameters[key], wanted) else [key]
+                if not torch.equal(parameters[key], wanted):
+                    moved.append(key)
     assert len(moved) >= 2 * len(layers_of(model))
     before = copy.deepcopy(model)
     model.load_state_dict(before.state_dict())

@@ -146,17 +146,23 @@ def recipe_from_dict(data: Any) -> tuple[tuple[MethodConfig, ...], int]:
 def trained_weights(model: nn.Module) -> dict[str, Tensor]:
     """Return what trains, by name, as the model's ``state_dict`` has it: a session's saved weights.
 
-    (A module may keep its weights in another order than its ``state_dict``.)
+    A module may keep its weights in another order than its ``state_dict``. Of several processes all
+    must call it.
     """
     state = model.state_dict()
-    return {n: state[n] for n, p in model.named_parameters() if p.requires_grad}
+    return {name: state[name] for name in _trained_parameters(model)}
+
+
+def _trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {n: p for n, p in model.named_parameters() if p.requires_grad}
 
 
 def save_session(session: "Session", folder: Path) -> None:
     """Write one session's folder: see :meth:`Session.save`."""
     recipe = recipe_to_dict(session.methods, session.seed)
-    weights = trained_weights(session.model)
-    sharded = [name for name, value in weights.items() if is_sharded(value)]
+    trained = _trained_parameters(session.model)
+    # Asked of the parameters: a sharded model's state_dict may wait for the other processes.
+    sharded = [name for name, parameter in trained.items() if is_sharded(parameter)]
     if sharded:
         raise UnsupportedError(
             f"session.save: parameters must be whole, got {sharded[0]} in shards ({len(sharded)} "
@@ -165,7 +171,7 @@ def save_session(session: "Session", folder: Path) -> None:
         )
     with atomic_folder(folder) as fresh:
         write_atomic(fresh / RECIPE_FILE, json.dumps(recipe, indent=2) + "\n")
-        save_tensors(fresh / WEIGHTS_FILE, weights)
+        save_tensors(fresh / WEIGHTS_FILE, trained_weights(session.model))
         save_tensors(fresh / STATE_FILE, session.state_dict())
 
 
@@ -195,7 +201,7 @@ def load_weights(model: nn.Module, folder: Path) -> None:
         ConfigError: names or shapes differ from the model's.
     """
     saved = load_tensors(folder / WEIGHTS_FILE)
-    wanted = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    wanted = _trained_parameters(model)
     lost = sorted(set(wanted) ^ set(saved))
     if lost:
         where = "the file" if lost[0] in wanted else "the model"

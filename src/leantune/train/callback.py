@@ -123,9 +123,11 @@ class SessionCallback(TrainerCallback):
         save_tensors(folder / _file_name(args), self.session.state_dict())
         # Of an adapter that transformers injected the trainer saves a file that it cannot resume
         # from; it loads what it finds under this name.
-        if state.is_world_process_zero and getattr(model, "_hf_peft_config_loaded", False):
+        if getattr(model, "_hf_peft_config_loaded", False):
             assert model is not None
-            save_tensors(folder / SAFE_WEIGHTS_NAME, trained_weights(model))
+            weights = trained_weights(model)
+            if state.is_world_process_zero:
+                save_tensors(folder / SAFE_WEIGHTS_NAME, weights)
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         self._drop_hook()
