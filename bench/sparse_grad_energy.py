@@ -76,7 +76,7 @@ def _bases(
             if key not in grams:
                 d_out, d_in = grad.shape
                 grams[key] = torch.zeros(d_out, d_out), torch.zeros(d_in, d_in)
-            maths.accumulate_grams(*grams[key], grad, normalize=False)
+            maths.accumulate_grams(*grams[key], grad)
     found = {key: (maths.basis(out), maths.basis(inn)) for key, (out, inn) in grams.items()}
     random: dict[str, Pair] = {}
     for key, pair in found.items():
@@ -104,6 +104,14 @@ def _shares(
     sums: dict[str, list[float]] = {name: [] for name in bases}
     for layer, grad in _gradients(model, linears, shown):
         for name, pairs in bases.items():
-            share = maths.energy_share(maths.rotate(grad, *pairs[layer]), DENSITY)
+            share = _energy_share(maths.rotate(grad, *pairs[layer]), DENSITY)
             sums[name].append(share.item())
     return {name: sum(values) / len(values) for name, values in sums.items()}
+
+
+def _energy_share(matrix: Tensor, density: float) -> Tensor:
+    """Return the share of the squared Frobenius norm that the largest entries hold, a () tensor."""
+    # The ratio to the largest entry: squares neither overflow nor vanish.
+    energy = (matrix / matrix.abs().amax()).square().flatten()
+    k = max(1, round(density * energy.numel()))
+    return energy.topk(k, sorted=False).values.sum() / energy.sum()

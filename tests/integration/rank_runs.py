@@ -13,8 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 import leantune as lt
 from leantune.core.config import MethodConfig
 from leantune.core.ranks import is_sharded, rank, whole
-from leantune.methods.sparse_grad import layer as layer_module
-from leantune.methods.sparse_grad.conversion import Conversion
+from leantune.methods.sparse_grad.conversion import SparseGradConversion
 from leantune.methods.spt_attention import attention as attention_module
 
 NUM_STEPS = 5
@@ -71,7 +70,6 @@ def sparse_grad(
     calibrates: str = "before",
     rows: str = "same",
     dropout: float = 0.0,
-    is_summed: bool = True,
     end: str | None = None,
     optimizer_options: dict[str, Any] | None = None,
     num_micro_batches: int = 1,
@@ -83,12 +81,11 @@ def sparse_grad(
         how: None, "ddp", "fsdp" or "fsdp root".
         calibrates: "before" or "after" the model is wrapped.
         rows: what each process is shown: the "same" batches or its "own" part of them.
-        is_summed: False leaves out the sum of scores over ranks, the control.
         end: "merge" or "remove" before the values are read.
     """
     model = dropped_out(MODELS[kind].build().double(), dropout)
     torch.manual_seed(1000 + rank())
-    fields = {"density": 0.1, "refresh_steps": 2, "num_calibration_steps": 2, **options}
+    fields = {"density": 0.1, "num_calibration_batches": 2, **options}
     session = lt.apply(model, lt.SparseGrad(selection=selection, **fields), seed=3)
     shown = [batch(kind, seed) for seed in (100, 101)]
     shown = shown if rows == "same" else [part(b) for b in shown]
@@ -98,15 +95,10 @@ def sparse_grad(
     if calibrates == "after":
         session.calibrate(shown)
     (change,) = session.changes
-    assert isinstance(change, Conversion)
-    layers = change.layers
+    assert isinstance(change, SparseGradConversion)
     # A whole weight that the old module kept would undo what sharding saves.
-    assert how != "fsdp" or all(is_sharded(swap.old.weight) for swap in change.swaps)
-    first = [None if n.indices is None else n.indices.clone() for n in layers]
+    assert how != "fsdp" or all(is_sharded(linear.swap.old.weight) for linear in change.linears)
     optimizer = session.optimizer(torch.optim.AdamW, lr=0.02, **(optimizer_options or {}))
-    before = layer_module.sum_over_ranks
-    if not is_summed:
-        layer_module.sum_over_ranks = lambda tensor: tensor
     for step in range(NUM_STEPS):
         for i in range(num_micro_batches):
             loss = wrapped(**part(batch(kind, num_micro_batches * step + i))).loss
@@ -114,12 +106,10 @@ def sparse_grad(
         optimizer.step()
         optimizer.zero_grad()
         session.on_step()
-    layer_module.sum_over_ranks = before
     named = dict(model.named_parameters())
     return {
-        "bases": [n.bases.q_out for n in layers],
-        "first": first,
-        "masks": [n.indices for n in layers],
+        "bases": [rule.bases.q_out for rule in change.rules],
+        "masks": [rule.indices for rule in change.rules],
         "moments": {
             f"{name}:{key}": whole(value).detach()
             for name, p in named.items()

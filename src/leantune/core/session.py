@@ -12,7 +12,7 @@ from leantune.core import registry
 from leantune.core.batch import Batch
 from leantune.core.config import MethodConfig
 from leantune.core.generators import seeded_generators
-from leantune.core.optim import paired, refuse_dense
+from leantune.core.optim import paired
 from leantune.core.ranks import rank
 from leantune.core.registry import Change
 from leantune.errors import ConfigError, UnsupportedError
@@ -282,7 +282,6 @@ class Session:
         Raises:
             ConfigError: the optimiser cannot take the sparse gradients that a method gives.
         """
-        refuse_dense(optimizer, self.sparse_parameters)
         self.watched_optimizer = optimizer
 
     def trainer_callback(self, resume_from: str | Path | None = None):

@@ -1,0 +1,199 @@
+"""What one linear trains under SparseGrad, and the gradient of that.
+
+Legend: n rows, d_out and d_in the sides of a weight, r_out and r_in the basis vectors in use, k
+entries.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from leantune.core.session import Session
+from leantune.core.sites import Site
+from leantune.core.swap import StoredConv1D
+from leantune.errors import ConfigError
+from leantune.methods.sparse_grad import maths
+from leantune.ops.linear import linear
+from leantune.ops.stores import ExactStore, Factors, grad_weight
+
+if TYPE_CHECKING:
+    from leantune.methods.sparse_grad import SparseGrad
+
+Collect = Callable[["SubspaceRule", Tensor], None]
+
+
+@dataclass
+class Bases:
+    """Two bases as columns, (d_out, r_out) and (d_in, r_in); linears that share them share this."""
+
+    q_out: Tensor
+    q_in: Tensor
+
+    def to_device_of(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Move both to the device of ``like``, for good; return them in float32 or wider."""
+        if self.q_out.device != like.device:
+            self.q_out, self.q_in = self.q_out.to(like.device), self.q_in.to(like.device)
+        dtype = torch.promote_types(self.q_out.dtype, torch.float32)
+        return self.q_out.to(dtype), self.q_in.to(dtype)
+
+
+def leading_vectors(bases: Bases, r_out: int, r_in: int) -> Bases:
+    """Return the leading vectors in half precision: any basis gives exact gradients in itself."""
+    thin = (bases.q_out[:, :r_out], bases.q_in[:, :r_in])
+    owned = (q.clone(memory_format=torch.contiguous_format) for q in thin)
+    return Bases(*(q if q.dtype == torch.float64 else q.half() for q in owned))
+
+
+class SubspaceRule:
+    """Says which parameter one linear trains, and forms the gradient of that parameter.
+
+    Nothing here changes once the bases are set, but for ``collect``, which calibration hangs in and
+    takes out, and the number of backwards.
+
+    Attributes:
+        name: of the linear.
+        group: linears with the same group share their bases.
+        shape: (d_out, d_in) of the weight.
+        block: (r_out, r_in) of the leading block.
+        num_entries: how many entries train.
+        indices: (k,) which entries of the rotated gradient train; None for all of them, or for
+            the largest of each step.
+        module: the linear that the rule serves.
+        num_backwards: how often a gradient was formed.
+    """
+
+    def __init__(self, site: Site, config: "SparseGrad", runtime: Session) -> None:
+        weight = site.module.weight
+        assert isinstance(weight, Tensor)
+        self.name, self.selection, self.runtime = site.name, config.selection, runtime
+        kind = f"{site.part or 'linear'} {tuple(weight.shape)}"
+        self.group = site.name if config.basis == "layer" else kind
+        self.is_transposed = type(site.module).__name__.endswith("Conv1D")
+        d_out, d_in = weight.shape[::-1] if self.is_transposed else weight.shape
+        self.shape = (d_out, d_in)
+        self.num_entries = max(1, round(config.density * d_out * d_in))
+        self.block = maths.block_shape(self.shape, self.num_entries)
+        self.module: Any = None
+        self.bases: Bases | None = None
+        self.indices: Tensor | None = None
+        self.collect: Collect | None = None
+        self.num_backwards = 0
+        self._lines: maths.Support | None = None
+
+    @property
+    def width(self) -> int | None:
+        return None if self.bases is None or self.selection != "block" else self.block[1]
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The parameter that trains instead of the weight; sharding may replace the object."""
+        return self.module.trained
+
+    def make_parameter(self, weight: Tensor) -> nn.Parameter:
+        """Return the parameter's start: zeros, or the weight that is yet to be rotated."""
+        if self.selection == "step":
+            dense = weight.t() if self.is_transposed else weight
+            return nn.Parameter(dense.detach().clone(memory_format=torch.contiguous_format))
+        shape = self.block if self.selection == "block" else (self.num_entries,)
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        return nn.Parameter(torch.zeros(shape, dtype=dtype, device=weight.device))
+
+    def set_basis(self, bases: Bases, indices: Tensor | None) -> None:
+        """Train the entries ``indices`` (None: all) of the gradient in these bases."""
+        self.bases, self.indices = bases, indices
+        if indices is not None:
+            self._lines = maths.support(indices, (bases.q_out.shape[1], bases.q_in.shape[1]))
+
+    def project(self, rows: Tensor) -> Tensor:
+        """Return what the gradient needs of input rows: all of (n, d_in), or (n, r_in) of it."""
+        if self.selection != "block" or self.bases is None or self.collect is not None:
+            return rows
+        return rows @ self.bases.to_device_of(rows)[1].to(rows.dtype)
+
+    def grad(self, factors: Sequence[Factors]) -> Tensor:
+        """Return the parameter's gradient; the weight's own is not formed where that pays.
+
+        Raises:
+            ConfigError: there are no bases yet, and the gradient is not one of a calibration.
+        """
+        if self.collect is not None:
+            self.collect(self, self._unrotated(grad_weight(factors)))
+        elif self.bases is not None:
+            self.num_backwards += 1
+            if self.selection == "step":
+                return self._largest(grad_weight(factors))
+            values = [self._values(f.left, f.right, f.scale) for f in factors]
+            return torch.stack(values).sum(0).view(self.parameter.shape)
+        elif self.runtime.is_sampling:
+            raise not_calibrated()
+        # Exact gradients without bases are those that another conversion calibrates on.
+        return torch.zeros_like(self.parameter)
+
+    def change(self, values: Tensor) -> Tensor:
+        """Return the weight's change (d_out, d_in) by a change ``values`` of the parameter."""
+        assert self.bases is not None
+        q_out, q_in = self.bases.to_device_of(values)
+        if self.indices is None:
+            return q_out @ values.to(q_out.dtype) @ q_in.t()
+        assert self._lines is not None
+        return maths.rotate_back_sparse(self.indices, values, self._lines, q_out, q_in)
+
+    def _unrotated(self, grad: Tensor) -> Tensor:
+        if self.selection != "step" or self.bases is None:
+            return grad
+        # This linear multiplies by the rotated weight.
+        q_out, q_in = self.bases.to_device_of(grad)
+        return maths.rotate(grad, q_out.mT, q_in.mT)
+
+    def _values(self, left: Tensor, right: Tensor, scale: Tensor | None) -> Tensor:
+        assert self.bases is not None
+        q_out, q_in = self.bases.to_device_of(left)
+        if self.indices is None:
+            values = maths.grad_block(right, left, q_out)
+        else:
+            assert self._lines is not None
+            values = maths.selected_gradient(right, left, q_out, q_in, self.indices, self._lines)
+        return values if scale is None else values * scale
+
+    def _largest(self, grad: Tensor) -> Tensor:
+        """Return the largest entries of a rotated gradient as a sparse tensor."""
+        flat = maths.top_entries(grad, self.num_entries).long()
+        at = torch.stack((flat // self.shape[1], flat % self.shape[1]))
+        return torch.sparse_coo_tensor(
+            at, grad.flatten()[flat], self.shape, is_coalesced=True, check_invariants=False
+        )
+
+
+class RotatedLinear(StoredConv1D):
+    """The paper's form of a linear: ``((x Q_in) W~^T) Q_out^T + b``, whose rotated weight trains.
+
+    The class serves ``nn.Linear`` and ``Conv1D`` alike, since ``W~`` lies by output units.
+    """
+
+    rule: Any
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the plain linear's output, up to the rounding of two rotations."""
+        rule: SubspaceRule = self.rule
+        trained = self.trained
+        if rule.bases is None:
+            return linear(x, trained.detach(), self.bias, ExactStore(), None, trained, rule)
+        q_out, q_in = rule.bases.to_device_of(trained)
+        draw = self.draws.draw_for(trained) if self.training else None
+        store = ExactStore() if draw is None else self.store
+        x = x @ q_in.to(x.dtype)
+        y = linear(x, trained.detach(), None, store, draw, trained, rule)
+        return F.linear(y, q_out.to(y.dtype), self.bias)
+
+
+def not_calibrated() -> ConfigError:
+    """Return the error of a training step without bases."""
+    return ConfigError(
+        "SparseGrad: bases must be calibrated before training, got none; call "
+        "session.calibrate(batches) with a few training batches (the trainer callback does so by "
+        "itself), or load a session that was calibrated"
+    )
