@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from bench import rows
 from bench.models import batches, glue, minilm
-from leantune.core.sites import find_sites
+from leantune.core.discovery import find_sites
 from leantune.methods.sparse_grad import maths
 
 RESULT = "sparse_grad_energy"
@@ -35,7 +35,7 @@ def main(num_calibration: int = 30, num_held_out: int = 6, num_steps: int = 100)
         return [{k: v for k, v in next(stream).items() if k != "sample_id"} for _ in range(n)]
 
     calibration, held_out = take(num_calibration), take(num_held_out)
-    linears = {s.name: s for s in find_sites(model) if s.part in ("up", "gate", "down")}
+    linears = {s.name: s for s in find_sites(model) if s.part in ("mlp.up", "mlp.gate", "mlp.down")}
     bases = _bases(model, linears, calibration)
     found = [_row(0, _shares(model, linears, held_out, bases))]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0)

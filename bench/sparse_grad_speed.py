@@ -167,7 +167,7 @@ def _measure(case: Case, device: torch.device, num_rounds: int) -> list[dict[str
         session = lt.apply(model, *methods) if methods else None
         # Beside LoRA everything else trains, too, as in the paper.
         for n, p in model.named_parameters():
-            stands_in = n.endswith((".trained", ".merged_delta"))
+            stands_in = n.endswith((".delta", ".rotated_weight", ".merged_delta"))
             if session is not None and not stands_in and not _is_mlp_weight(n):
                 p.requires_grad_(True)
         if session is not None:
@@ -244,7 +244,9 @@ def _mlp_bytes(
     """
     per_layer = 0
     for name, p in model.named_parameters():
-        is_ours = _is_mlp_weight(name) or ".lora_" in name or name.endswith(".trained")
+        is_ours = (
+            _is_mlp_weight(name) or ".lora_" in name or name.endswith((".delta", ".rotated_weight"))
+        )
         if not is_ours or p.grad is None:
             continue
         state = optimizer.state.get(p, {})

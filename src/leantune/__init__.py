@@ -13,6 +13,7 @@ from leantune.methods import (
     Checkpoint,
     LoRA,
     MeProp,
+    SparseGrad,
 )
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "MeProp",
     "Session",
     "SiteError",
+    "SparseGrad",
     "UnsupportedError",
     "__version__",
     "apply",

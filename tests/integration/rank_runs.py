@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import leantune as lt
 from leantune.core.config import MethodConfig
-from leantune.core.ranks import is_sharded, rank, whole
+from leantune.core.distributed import full_tensor, is_sharded, rank
 from leantune.methods.sparse_grad.conversion import SparseGradConversion
 from leantune.methods.spt_attention import attention as attention_module
 
@@ -94,10 +94,10 @@ def sparse_grad(
     wrapped = wrap(model, kind, how)
     if calibrates == "after":
         session.calibrate(shown)
-    (change,) = session.changes
+    (change,) = session.conversions
     assert isinstance(change, SparseGradConversion)
     # A whole weight that the old module kept would undo what sharding saves.
-    assert how != "fsdp" or all(is_sharded(linear.swap.old.weight) for linear in change.linears)
+    assert how != "fsdp" or all(is_sharded(swap.old.weight) for swap in change.swaps)
     optimizer = session.optimizer(torch.optim.AdamW, lr=0.02, **(optimizer_options or {}))
     for step in range(NUM_STEPS):
         for i in range(num_micro_batches):
@@ -111,7 +111,7 @@ def sparse_grad(
         "bases": [rule.bases.q_out for rule in change.rules],
         "masks": [rule.indices for rule in change.rules],
         "moments": {
-            f"{name}:{key}": whole(value).detach()
+            f"{name}:{key}": full_tensor(value).detach()
             for name, p in named.items()
             for key, value in optimizer.state.get(p, {}).items()
         },
@@ -123,7 +123,7 @@ def values(session: lt.Session, end: str | None = None) -> dict[str, Tensor]:
     """Return the model's whole state, after ``session.merge()`` or ``remove()`` if ``end`` says."""
     if end is not None:
         getattr(session, end)()
-    return {n: whole(v).detach().clone() for n, v in session.model.state_dict().items()}
+    return {n: full_tensor(v).detach().clone() for n, v in session.model.state_dict().items()}
 
 
 def calibrated_start(
@@ -170,10 +170,10 @@ def sharded_order() -> dict[str, dict[str, Tensor]]:
     session.calibrate([batch("llama", 100)])
     shard(model, "llama")
     session.load_state_dict(first)
-    before = {n: whole(p).detach().clone() for n, p in model.named_parameters()}
+    before = {n: full_tensor(p).detach().clone() for n, p in model.named_parameters()}
     state = model.state_dict()
     model.load_state_dict(state)
-    after = {n: whole(p).detach() for n, p in model.named_parameters()}
+    after = {n: full_tensor(p).detach() for n, p in model.named_parameters()}
     return {"state": values(session), "before": before, "after": after}
 
 

@@ -60,7 +60,7 @@ def check_close(got: dict, wanted: dict) -> None:
 
 def check_trained(run: dict) -> None:
     """The control: entries have moved."""
-    moved = [v for n, v in run["values"].items() if n.endswith(".trained")]
+    moved = [v for n, v in run["values"].items() if n.endswith(".delta")]
     assert len(moved) == 4 and all(bool((v.abs() > 1e-3).any()) for v in moved)
 
 
@@ -105,7 +105,7 @@ def test_plain_modules_come_back_in_shards(ranks: Ranks, end: str) -> None:
     """The old module follows the weight into its shards, and holds no whole one meanwhile."""
     wanted = sparse_grad("fixed", end=end)["values"]
     got = both(ranks, sparse_grad, "fixed", "fsdp", end=end)["values"]
-    assert got.keys() == wanted.keys() and not any("trained" in name for name in got)
+    assert got.keys() == wanted.keys() and not any("delta" in name for name in got)
     for name, value in wanted.items():
         torch.testing.assert_close(got[name], value, rtol=1e-7, atol=1e-9, msg=name)
 

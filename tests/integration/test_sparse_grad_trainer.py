@@ -16,7 +16,7 @@ def train(folder: Path, selection: str, resume: Path | None = None, **options: A
     config = lt.SparseGrad(selection=selection, density=0.1, num_calibration_batches=3)
     session = lt.apply(bert(), config, seed=3)
     options = {"save_strategy": "steps", "save_steps": 1, **options}
-    trainer = make_trainer(session.model, folder, [session.trainer_callback()], **options)
+    trainer = make_trainer(session.model, folder, [lt.TrainerCallback(session)], **options)
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     # The last step has not reached the dense weights yet, unless a checkpoint followed it.
     session.model.state_dict()
@@ -31,7 +31,7 @@ def test_stopped_and_resumed_ends_with_the_same_bits(tmp_path: Path, selection: 
         got, resumed = train(tmp_path, selection, resume=checkpoint, save_strategy="no")
         assert same(got, expected), stop
         assert resumed.step == whole.step == 7
-    moved = [n for n in expected if n.endswith(".trained")]
+    moved = [n for n in expected if n.endswith(".delta")]
     assert len(moved) == 4 and all(bool(expected[n].any()) for n in moved)
 
 
@@ -62,6 +62,6 @@ def test_it_learns_and_the_merged_model_is_plain(tmp_path: Path) -> None:
 
 def test_sparse_gradients_are_refused_before_the_first_step(tmp_path: Path) -> None:
     session = lt.apply(bert(), lt.SparseGrad(selection="step", density=0.1))
-    trainer = make_trainer(session.model, tmp_path, [session.trainer_callback()])
+    trainer = make_trainer(session.model, tmp_path, [lt.TrainerCallback(session)])
     with pytest.raises(lt.UnsupportedError, match=r"gradients must be dense.*got 4 .*session\.opt"):
         trainer.train()

@@ -17,8 +17,8 @@ from transformers.pytorch_utils import Conv1D
 
 import leantune as lt
 from leantune.errors import ConfigError, SiteError
-from leantune.methods.sparse_grad.conversion import SparseGradConversion, SparseGradLinear
-from leantune.methods.sparse_grad.subspace import SubspaceRule
+from leantune.methods.sparse_grad.conversion import SparseGradConversion
+from leantune.methods.sparse_grad.subspace import Collect, SubspaceRule
 
 # torch's own warning about its own sparse tensors.
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")
@@ -61,13 +61,13 @@ def convert(model: nn.Module, **options) -> lt.Session:
     return session
 
 
-def linear_of(session: lt.Session, at: int = 0) -> SparseGradLinear:
-    (change,) = (c for c in session.changes if isinstance(c, SparseGradConversion))
-    return change.linears[at]
+def conversion_of(session: lt.Session) -> SparseGradConversion:
+    (conversion,) = (c for c in session.conversions if isinstance(c, SparseGradConversion))
+    return conversion
 
 
 def rule_of(session: lt.Session, at: int = 0) -> SubspaceRule:
-    return linear_of(session, at).rule
+    return conversion_of(session).rules[at]
 
 
 def dense_weight(model: One) -> Tensor:
@@ -268,8 +268,8 @@ def test_versions_are_trusted_only_once_they_have_moved_after_a_backward() -> No
     class Elsewhere(torch.Tensor):
         device = torch.device("meta")
 
-    linear = linear_of(convert(build()))
-    rule, updater = linear.rule, linear.updater
+    (updater,) = conversion_of(convert(build())).updaters
+    rule = updater.rule
     delta = torch.zeros(3).as_subclass(Elsewhere)
     updater._num_backwards = rule.num_backwards
     assert not updater._is_current(delta, delta)
@@ -417,7 +417,8 @@ def test_calibration_leaves_no_trace_and_sees_only_what_it_was_told() -> None:
 
     session.calibrate(batches())
     assert served == [0, 1]
-    assert torch.equal(torch.get_rng_state(), stream) and session.draw == 0 and not model.training
+    assert torch.equal(torch.get_rng_state(), stream) and not model.training
+    assert int(session.state_dict()["counter"]) == 0
     assert model.first[0].weight.grad is marked and bool((marked == 1).all())
     assert rule_of(session).parameter.grad is None
     assert all(torch.equal(v, values[n]) for n, v in model.state_dict().items())
@@ -460,6 +461,61 @@ def test_calibrating_again_keeps_the_bases() -> None:
     assert rule_of(session).bases is before
 
 
+def test_two_configs_are_two_conversions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each calibrates on its own linears once, while the other stands by, and each steps once."""
+    methods = [lt.SparseGrad(sites=s, density=0.1, selection=k) for s, k in CONFIGS.items()]
+    batches = [(torch.randn(4, D_IN),) for _ in range(2)]
+    model = Two(weight=1.0)
+    session = lt.apply(model, *methods)
+    first, second = (c for c in session.conversions if isinstance(c, SparseGradConversion))
+    shown: list[str] = []
+    steps: list[tuple[str, int]] = []
+    collect, step = SparseGradConversion.collect_gradients, SparseGradConversion.on_step
+
+    def counted_collect(self: SparseGradConversion, batches: list, call: Collect) -> None:
+        shown.append(self.rules[0].name)
+        (other,) = (c for c in (first, second) if c is not self)
+        was_calibrated = other.is_calibrated
+
+        def watched(rule: SubspaceRule, grad: Tensor) -> None:
+            assert other.rules[0].collect is None
+            call(rule, grad)
+
+        collect(self, batches, watched)
+        assert other.is_calibrated == was_calibrated
+
+    def counted_step(self: SparseGradConversion, number: int) -> None:
+        steps.append((self.rules[0].name, number))
+        step(self, number)
+
+    monkeypatch.setattr(SparseGradConversion, "collect_gradients", counted_collect)
+    monkeypatch.setattr(SparseGradConversion, "on_step", counted_step)
+    session.calibrate(batches)
+    assert shown == ["up", "down", "down"], "the second pass is the fixed selection's"
+    assert all(c.rules[0].collect is None for c in (first, second))
+    session.optimizer(torch.optim.SGD, lr=0.1)
+    model(*batches[0]).backward()
+    session.on_step()
+    assert steps == [("up", 1), ("down", 1)]
+
+
+@pytest.mark.parametrize("name", ["up", "down"])
+def test_a_second_config_does_not_change_what_the_first_one_finds(name: str) -> None:
+    batches = [(torch.randn(4, D_IN),) for _ in range(2)]
+    plain = Two(weight=1.0)
+    found = []
+    for sites in ([name], ["up", "down"]):
+        methods = [lt.SparseGrad(sites=s, density=0.1, selection=CONFIGS[s]) for s in sites]
+        session = lt.apply(copy.deepcopy(plain), *methods)
+        session.calibrate(batches)
+        rules = [rule for c in session.conversions for rule in c.rules]
+        found.append(next(rule.bases.q_out for rule in rules if rule.name == name))
+    assert torch.equal(*found)
+
+
+CONFIGS = {"up": "block", "down": "fixed"}
+
+
 def test_training_without_calibration_says_what_to_do() -> None:
     for selection in SELECTIONS:
         model = build()
@@ -471,12 +527,15 @@ def test_training_without_calibration_says_what_to_do() -> None:
 
 
 class Two(nn.Module):
-    def __init__(self) -> None:
+    """Two linears, of which the second counts by ``weight``."""
+
+    def __init__(self, weight: float = 0.0) -> None:
         super().__init__()
         self.up, self.down = nn.Linear(D_IN, D_OUT), nn.Linear(D_OUT, D_IN)
+        self.weight = weight
 
-    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
-        return self.up(x).sum() * scale + 0 * self.down(self.up(x)).sum()
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(x).sum() + self.weight * self.down(self.up(x)).square().sum()
 
 
 @pytest.mark.parametrize(
@@ -576,9 +635,9 @@ def test_state_of_another_model_is_refused() -> None:
     state = convert(build(), selection="fixed").state_dict()
     model = MODELS["bert"].build()
     session = lt.apply(model, lt.SparseGrad(density=0.1))
-    with pytest.raises(ConfigError, match="state must belong to this recipe"):
+    with pytest.raises(ConfigError, match="state must belong to this model and recipe"):
         session.load_state_dict(state)
-    group = "sparse_grad.up/linear (24, 16)"
+    group = "0.sparse_grad/linear (24, 16)"
     for options, damage, message in (
         ({"density": 0.05}, {}, r"shape \(38,\) for the \(19,\) of up:indices; load it onto"),
         ({"selection": "step"}, {}, "'up:indices' on one side only"),
@@ -597,12 +656,15 @@ def test_state_of_another_model_is_refused() -> None:
 @pytest.mark.parametrize("first", ["lora", "sparse"])
 def test_lora_on_attention_beside_it_in_either_order(first: str) -> None:
     model = MODELS["bert"].build()
-    methods = [lt.LoRA(rank=2, sites=["query", "value"]), lt.SparseGrad(density=0.1)]
+    methods = [
+        lt.LoRA(rank=2, sites=["attention.query", "attention.value"]),
+        lt.SparseGrad(density=0.1),
+    ]
     session = lt.apply(model, *(methods if first == "lora" else methods[::-1]))
     session.calibrate([MODELS["bert"].batch(0)])
     model(**MODELS["bert"].batch(1)).loss.backward()
     named = [n for n, p in model.named_parameters() if p.grad is not None]
-    assert sum(n.endswith(".trained") for n in named) == 4
+    assert sum(n.endswith(".delta") for n in named) == 4
     assert sum("lora_" in n for n in named) == 8
     session.remove()
     assert all(p.requires_grad for p in model.parameters())
@@ -619,7 +681,7 @@ def test_everything_else_trains_as_before(selection: str) -> None:
     for name, parameter in model.named_parameters():
         is_mlp = ".dense." in name and "attention" not in name and "pooler" not in name
         is_frozen = "pooler" in name or name.endswith(".merged_delta")
-        wanted = not is_frozen and not (is_mlp and name.endswith("weight"))
+        wanted = not is_frozen and not (is_mlp and name.endswith(".weight"))
         assert (parameter.grad is not None) == wanted, name
     assert model.bert.encoder.layer[0].output.LayerNorm.weight.grad.abs().sum() > 0
 

@@ -7,10 +7,11 @@ EMNLP 2024, arXiv 2410.07383. Equations beside names: README.md in this folder.
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from leantune.core.adapters import is_factor
 from leantune.core.config import MethodConfig, option
 from leantune.core.registry import MethodSpec, register
 from leantune.core.sites import Site
-from leantune.methods.sparse_grad.conversion import SparseGradConversion, calibrate, on_step
+from leantune.methods.sparse_grad.conversion import SparseGradConversion
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,12 +40,12 @@ class SparseGrad(MethodConfig):
     num_calibration_batches: int = option(30, ge=1, help="batches that the bases are found from")
 
 
-def _selects(site: Site, config: SparseGrad) -> bool:
-    return site.part in ("up", "gate", "down") and ".lora_" not in site.name
+def _is_mlp(site: Site, config: SparseGrad) -> bool:
+    return site.part in ("mlp.up", "mlp.gate", "mlp.down") and not is_factor(site.name)
 
 
 def _check(site: Site, config: SparseGrad) -> str | None:
-    if getattr(site.module, "rule", None) is not None:
+    if getattr(site.module, "subspace", None) is not None:
         return "the weight must be trained directly, got one that another method stands in for"
     return None
 
@@ -52,17 +53,14 @@ def _check(site: Site, config: SparseGrad) -> str | None:
 register(
     MethodSpec(
         config=SparseGrad,
-        axis="weights",
+        axis="trained",
         roles=("linear",),
         summary="train about 1 % of each MLP weight, in a basis where its gradient is sparse",
         source="Chekalina et al., EMNLP 2024, arXiv 2410.07383",
-        selects=_selects,
-        attach=SparseGradConversion,
+        convert=SparseGradConversion,
+        default_sites=_is_mlp,
         check=_check,
-        neutral={"density": 1.0},
-        example={"density": 0.1, "num_calibration_batches": 2},
-        on_step=on_step,
-        calibrate=calibrate,
-        num_calibration_batches=lambda config: config.num_calibration_batches,
+        identity_options={"density": 1.0},
+        test_options={"density": 0.1, "num_calibration_batches": 2},
     )
 )

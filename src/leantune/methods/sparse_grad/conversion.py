@@ -3,22 +3,23 @@
 Legend: d_out and d_in the sides of a weight.
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from leantune.core.ranks import is_several, is_sharded, of_first_rank, sum_over_ranks
-from leantune.core.session import Session
+from leantune.core.conversion import SwapConversion
+from leantune.core.distributed import broadcast, is_distributed, is_sharded, sum_over_ranks
+from leantune.core.linear import converted, swap
+from leantune.core.runtime import Runtime
 from leantune.core.sites import Site
-from leantune.core.swap import Swap, swap, with_rule
 from leantune.errors import ConfigError, SiteError, UnsupportedError
-from leantune.measure import calibration_step
+from leantune.measure.step import calibration_step
 from leantune.methods.sparse_grad import maths
 from leantune.methods.sparse_grad.subspace import (
+    PARAMETER,
     Bases,
     Collect,
     RotatedLinear,
@@ -35,80 +36,78 @@ from leantune.methods.sparse_grad.updater import (
 if TYPE_CHECKING:
     from leantune.methods.sparse_grad import SparseGrad
 
-PARAMETERS = ("trained", "merged_delta")
+
+SIDES = ("q_out", "q_in")
 
 
-@dataclass
-class SparseGradLinear:
-    """One converted linear: what it trains, how that reaches the weight, and the way back."""
-
-    rule: SubspaceRule
-    updater: WeightUpdater
-    swap: Swap
-    was_trained: bool
-
-
-class SparseGradConversion:
+class SparseGradConversion(SwapConversion):
     """All linears that one config converted, and the bases that the linears share."""
 
     def __init__(
-        self, model: nn.Module, sites: list[Site], config: "SparseGrad", runtime: Session
+        self, model: nn.Module, sites: list[Site], config: "SparseGrad", runtime: Runtime
     ) -> None:
         refuse_tied(model, sites)
+        super().__init__([])
         self.model, self.config, self.runtime = model, config, runtime
+        self.num_calibration_batches = config.num_calibration_batches
         self.is_step = config.selection == "step"
-        self.linears = [self._convert_site(site) for site in sites]
-        runtime.keep_state(f"sparse_grad.{sites[0].name}", self)
+        self.was_trained = [site.module.get_parameter("weight").requires_grad for site in sites]
+        self.updaters = [self._convert_site(site) for site in sites]
         runtime.at_forward_begin(self.before_forward)  # type: ignore[misc]
         self._hook = model.register_state_dict_pre_hook(self._before_state_dict)
 
-    def _convert_site(self, site: Site) -> SparseGradLinear:
-        weight: Any = site.module.weight
+    def _convert_site(self, site: Site) -> WeightUpdater:
+        weight = site.module.get_parameter("weight")
         rule = SubspaceRule(site, self.config, self.runtime)
-        trained, was_trained = rule.make_parameter(weight), weight.requires_grad
+        start = rule.make_parameter(weight)
+        cls = RotatedLinear if self.is_step else None
+        rule.module = new = converted(site.module, self.runtime, subspace=rule, cls=cls)
+        self.swaps.append(swap(self.model, site.name, new))
         weight.requires_grad_(False)
-        kind = RotatedLinear if self.is_step else None
-        rule.module = new = with_rule(site.module, trained, rule, self.runtime, kind)
+        new.register_parameter(PARAMETER[self.config.selection], start)
         if self.is_step:
-            self.runtime.sparse_parameters[trained] = False
-            updater: WeightUpdater = RotatedWeightUpdater(rule)
-        else:
-            # A frozen parameter and not a buffer: a measurement would put a buffer back.
-            new.merged_delta = nn.Parameter(torch.zeros_like(trained), requires_grad=False)
-            updater = WeightUpdater(rule)
-        return SparseGradLinear(rule, updater, swap(self.model, site.name, new), was_trained)
+            return RotatedWeightUpdater(rule)
+        # A frozen parameter and not a buffer: a measurement would put a buffer back.
+        merged = nn.Parameter(torch.zeros_like(start), requires_grad=False)
+        new.register_parameter("merged_delta", merged)
+        return WeightUpdater(rule)
 
     @property
     def rules(self) -> list[SubspaceRule]:
-        return [linear.rule for linear in self.linears]
+        """What the linears train, in the order of the sites."""
+        return [updater.rule for updater in self.updaters]
+
+    @property
+    def sparse_parameters(self) -> Sequence[nn.Parameter]:  # type: ignore[override]
+        """The rotated weights, where each step has entries of its own."""
+        return [rule.parameter for rule in self.rules] if self.is_step else []
 
     def undo(self) -> None:
         """Put the plain linears back; their weights hold what has been trained."""
         self.update()
         self._hook.remove()
-        for linear in reversed(self.linears):
-            linear.swap.undo()
-            for name in PARAMETERS:
-                linear.swap.old._parameters.pop(name, None)
-            linear.rule.module.weight.requires_grad_(linear.was_trained)
-
-    def merge(self) -> None:
-        self.undo()
+        super().undo()
+        for rule, was_trained in zip(self.rules, self.was_trained, strict=True):
+            module = rule.module
+            # The plain linear has the same dictionary of parameters.
+            for name in (PARAMETER[self.config.selection], "merged_delta"):
+                module._parameters.pop(name, None)
+            module.weight.requires_grad_(was_trained)
 
     @torch.compiler.disable
     def before_forward(self) -> None:
         """Bring dense weights up to date before a forward; check that training may begin."""
         is_training = self.model.training and torch.is_grad_enabled()
-        if is_training and not self.is_calibrated and self.runtime.is_sampling:
+        if is_training and not self.is_calibrated and not self.runtime.is_exact:
             raise not_calibrated()
         if self.is_step:
-            self._refuse_several()
+            self._refuse_distributed()
         else:
             self._refuse_gathered()
             self.update()
 
-    def _refuse_several(self) -> None:
-        if is_several():
+    def _refuse_distributed(self) -> None:
+        if is_distributed():
             raise UnsupportedError(
                 "SparseGrad: selection must be 'block' or 'fixed' in several processes, which "
                 "cannot share sparse gradients, got 'step'"
@@ -126,8 +125,8 @@ class SparseGradConversion:
 
     def update(self) -> None:
         """Bring all dense weights up to date with what has been trained."""
-        for linear in self.linears:
-            linear.updater.update()
+        for updater in self.updaters:
+            updater.update()
 
     def _before_state_dict(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
         self.update()
@@ -139,7 +138,7 @@ class SparseGradConversion:
 
     @property
     def is_calibrated(self) -> bool:
-        return self.linears[0].rule.bases is not None
+        return self.rules[0].bases is not None
 
     def calibrate(self, batches: Iterable[Any]) -> None:
         """Find the bases from the weight gradients of some batches; no parameter moves.
@@ -163,13 +162,12 @@ class SparseGradConversion:
             # One group has one shape, hence one block.
             blocks = {rule.group: rule.block for rule in self.rules}
             bases = {group: leading_vectors(bases[group], *blocks[group]) for group in bases}
-        for linear in self.linears:
-            rule = linear.rule
+        for rule in self.rules:
             moment = moments.get(rule.name)
             indices = None if moment is None else maths.top_entries(moment, rule.num_entries)
             rule.set_basis(bases[rule.group], indices)
-            if isinstance(linear.updater, RotatedWeightUpdater):
-                linear.updater.start()
+        for updater in self.updaters:
+            updater.start()
 
     def _find_bases(self, batches: list[Any]) -> dict[str, Bases]:
         """Return the complete bases of every group of linears, the same in all processes."""
@@ -191,7 +189,7 @@ class SparseGradConversion:
         groups = dict.fromkeys(rule.group for rule in self.rules)
         sums = {group: [sum_over_ranks(gram) for gram in grams[group]] for group in groups}
         bases = {group: [maths.basis(gram) for gram in sums[group]] for group in groups}
-        return {group: Bases(*(of_first_rank(q) for q in bases[group])) for group in groups}
+        return {group: Bases(*(broadcast(q) for q in bases[group])) for group in groups}
 
     def _find_moments(self, batches: list[Any], bases: dict[str, Bases]) -> dict[str, Tensor]:
         """Return linear -> the sum of squares of its rotated gradients, over all processes."""
@@ -260,22 +258,23 @@ class SparseGradConversion:
                 raise _other_model(f"shape {tuple(state[key].shape)} for the {shape} of {key}")
             if not bool(state[key].isfinite().all()):
                 raise _other_model(f"NaN or infinite entries in {key}")
-        device = self.rules[0].parameter.device
-        moved = {key: value.to(device) for key, value in state.items()}
-        bases = {
-            rule.group: Bases(moved[f"{rule.group}:q_out"], moved[f"{rule.group}:q_in"])
-            for rule in self.rules
-        }
+        # Linears of one group share one object.
+        bases: dict[str, Bases] = {}
         for rule in self.rules:
-            rule.set_basis(bases[rule.group], moved.get(f"{rule.name}:indices"))
+            device, group = rule.parameter.device, rule.group
+            if group not in bases:
+                q_out, q_in = (state[f"{group}:{side}"].to(device) for side in SIDES)
+                bases[group] = Bases(q_out, q_in)
+            indices = state.get(f"{rule.name}:indices")
+            rule.set_basis(bases[group], None if indices is None else indices.to(device))
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         """Return key -> shape of the state of a calibrated conversion."""
         shapes: dict[str, tuple[int, ...]] = {}
         for rule in self.rules:
-            is_block = self.config.selection == "block"
-            for side, d, r in zip(("q_out", "q_in"), rule.shape, rule.block, strict=True):
-                shapes[f"{rule.group}:{side}"] = (d, r if is_block else d)
+            num_vectors = rule.block if self.config.selection == "block" else rule.shape
+            for side, d, r in zip(SIDES, rule.shape, num_vectors, strict=True):
+                shapes[f"{rule.group}:{side}"] = (d, r)
             if self.config.selection == "fixed":
                 shapes[f"{rule.name}:indices"] = (rule.num_entries,)
         return shapes
@@ -303,22 +302,3 @@ def _other_model(got: str) -> ConfigError:
         f"SparseGrad: state must belong to this model and recipe, got {got}; load it onto the "
         "model that it was calibrated on, or calibrate anew"
     )
-
-
-def conversions(session: Session) -> list[SparseGradConversion]:
-    """Return the conversions of a session, one for each config of this method."""
-    return [change for change in session.changes if isinstance(change, SparseGradConversion)]
-
-
-def on_step(session: Session, step: int) -> None:
-    """Let every conversion bring its weights up to date."""
-    for change in conversions(session):
-        change.on_step(step)
-
-
-def calibrate(session: Session, batches: Iterable[Any]) -> None:
-    """Calibrate every conversion that has no bases yet."""
-    found = conversions(session)
-    shown = list(islice(batches, max(c.config.num_calibration_batches for c in found)))
-    for change in found:
-        change.calibrate(shown)

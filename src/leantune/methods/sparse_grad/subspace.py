@@ -4,29 +4,33 @@ Legend: n rows, d_out and d_in the sides of a weight, r_out and r_in the basis v
 entries.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from leantune.core.session import Session
+from leantune.core.linear import Converted, ConvertedConv1D, is_conv1d
+from leantune.core.runtime import Runtime
 from leantune.core.sites import Site
-from leantune.core.swap import StoredConv1D
 from leantune.errors import ConfigError
 from leantune.methods.sparse_grad import maths
+from leantune.ops.codec import EXACT
 from leantune.ops.linear import linear
-from leantune.ops.stores import ExactStore, Factors, grad_weight
+from leantune.ops.rows import OuterProduct
 
 if TYPE_CHECKING:
     from leantune.methods.sparse_grad import SparseGrad
 
+PARAMETER = {"block": "delta", "fixed": "delta", "step": "rotated_weight"}
+"""Selection -> the parameter that a converted linear trains; part of the model's state."""
+
 Collect = Callable[["SubspaceRule", Tensor], None]
 
 
-@dataclass
+@dataclass(eq=False)
 class Bases:
     """Two bases as columns, (d_out, r_out) and (d_in, r_in); linears that share them share this."""
 
@@ -66,18 +70,18 @@ class SubspaceRule:
         num_backwards: how often a gradient was formed.
     """
 
-    def __init__(self, site: Site, config: "SparseGrad", runtime: Session) -> None:
-        weight = site.module.weight
-        assert isinstance(weight, Tensor)
+    module: Converted
+
+    def __init__(self, site: Site, config: "SparseGrad", runtime: Runtime) -> None:
         self.name, self.selection, self.runtime = site.name, config.selection, runtime
-        kind = f"{site.part or 'linear'} {tuple(weight.shape)}"
+        shape = site.module.get_parameter("weight").shape
+        kind = f"{site.part or 'linear'} {tuple(shape)}"
         self.group = site.name if config.basis == "layer" else kind
-        self.is_transposed = type(site.module).__name__.endswith("Conv1D")
-        d_out, d_in = weight.shape[::-1] if self.is_transposed else weight.shape
+        self.is_transposed = is_conv1d(site.module)
+        d_out, d_in = shape[::-1] if self.is_transposed else shape
         self.shape = (d_out, d_in)
         self.num_entries = max(1, round(config.density * d_out * d_in))
         self.block = maths.block_shape(self.shape, self.num_entries)
-        self.module: Any = None
         self.bases: Bases | None = None
         self.indices: Tensor | None = None
         self.collect: Collect | None = None
@@ -85,13 +89,9 @@ class SubspaceRule:
         self._lines: maths.Support | None = None
 
     @property
-    def width(self) -> int | None:
-        return None if self.bases is None or self.selection != "block" else self.block[1]
-
-    @property
     def parameter(self) -> nn.Parameter:
         """The parameter that trains instead of the weight; sharding may replace the object."""
-        return self.module.trained
+        return self.module.get_parameter(PARAMETER[self.selection])
 
     def make_parameter(self, weight: Tensor) -> nn.Parameter:
         """Return the parameter's start: zeros, or the weight that is yet to be rotated."""
@@ -114,23 +114,22 @@ class SubspaceRule:
             return rows
         return rows @ self.bases.to_device_of(rows)[1].to(rows.dtype)
 
-    def grad(self, factors: Sequence[Factors]) -> Tensor:
+    def grad(self, outer: OuterProduct) -> Tensor:
         """Return the parameter's gradient; the weight's own is not formed where that pays.
 
         Raises:
             ConfigError: there are no bases yet, and the gradient is not one of a calibration.
         """
         if self.collect is not None:
-            self.collect(self, self._unrotated(grad_weight(factors)))
+            self.collect(self, self._unrotated(outer.dense()))
         elif self.bases is not None:
             self.num_backwards += 1
             if self.selection == "step":
-                return self._largest(grad_weight(factors))
-            values = [self._values(f.left, f.right, f.scale) for f in factors]
-            return torch.stack(values).sum(0).view(self.parameter.shape)
-        elif self.runtime.is_sampling:
+                return self._largest(outer.dense())
+            return self._selected(outer)
+        elif not self.runtime.is_exact:
             raise not_calibrated()
-        # Exact gradients without bases are those that another conversion calibrates on.
+        # An exact gradient without bases is one that another conversion calibrates on.
         return torch.zeros_like(self.parameter)
 
     def change(self, values: Tensor) -> Tensor:
@@ -149,14 +148,16 @@ class SubspaceRule:
         q_out, q_in = self.bases.to_device_of(grad)
         return maths.rotate(grad, q_out.mT, q_in.mT)
 
-    def _values(self, left: Tensor, right: Tensor, scale: Tensor | None) -> Tensor:
+    def _selected(self, outer: OuterProduct) -> Tensor:
+        """Return the block or the chosen entries of the rotated gradient."""
         assert self.bases is not None
-        q_out, q_in = self.bases.to_device_of(left)
+        g, x, scale = outer
+        q_out, q_in = self.bases.to_device_of(g)
         if self.indices is None:
-            values = maths.grad_block(right, left, q_out)
+            values = maths.grad_block(x, g, q_out)
         else:
             assert self._lines is not None
-            values = maths.selected_gradient(right, left, q_out, q_in, self.indices, self._lines)
+            values = maths.selected_gradient(x, g, q_out, q_in, self.indices, self._lines)
         return values if scale is None else values * scale
 
     def _largest(self, grad: Tensor) -> Tensor:
@@ -168,25 +169,30 @@ class SubspaceRule:
         )
 
 
-class RotatedLinear(StoredConv1D):
+class RotatedLinear(ConvertedConv1D):
     """The paper's form of a linear: ``((x Q_in) W~^T) Q_out^T + b``, whose rotated weight trains.
 
     The class serves ``nn.Linear`` and ``Conv1D`` alike, since ``W~`` lies by output units.
     """
 
-    rule: Any
-
     def forward(self, x: Tensor) -> Tensor:
         """Return the plain linear's output, up to the rounding of two rotations."""
-        rule: SubspaceRule = self.rule
-        trained = self.trained
+        rule = cast(SubspaceRule, self.subspace)
+        rotated = rule.parameter
         if rule.bases is None:
-            return linear(x, trained.detach(), self.bias, ExactStore(), None, trained, rule)
-        q_out, q_in = rule.bases.to_device_of(trained)
-        draw = self.draws.draw_for(trained) if self.training else None
-        store = ExactStore() if draw is None else self.store
-        x = x @ q_in.to(x.dtype)
-        y = linear(x, trained.detach(), None, store, draw, trained, rule)
+            return linear(x, rotated.detach(), self.bias, subspace=rule)
+        q_out, q_in = rule.bases.to_device_of(rotated)
+        samples = self.training and torch.is_grad_enabled() and not self.runtime.is_exact
+        rows = self.rows if samples else None
+        y = linear(
+            x @ q_in.to(x.dtype),
+            rotated.detach(),
+            None,
+            rows=rows,
+            codec=self.codec if samples else EXACT,
+            key=None if rows is None else self.runtime.key(x.device),
+            subspace=rule,
+        )
         return F.linear(y, q_out.to(y.dtype), self.bias)
 
 

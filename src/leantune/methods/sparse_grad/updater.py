@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from leantune.core.ranks import is_sharded, share_of, whole
+from leantune.core.distributed import full_tensor, is_sharded, shard_like
 from leantune.methods.sparse_grad import maths
 from leantune.methods.sparse_grad.subspace import SubspaceRule
 
@@ -26,21 +26,25 @@ class WeightUpdater:
         self._num_backwards = -1
         self._counts_versions = False
 
+    def start(self) -> None:
+        """Act on new bases; a delta starts at zero in any basis."""
+
     @torch.no_grad()
     def update(self) -> None:
         """Add to the dense weight what it lacks of ``delta``; do nothing where it lacks nothing."""
         if self.rule.bases is None:
             return
-        delta, merged, weight = self.rule.parameter, self.rule.module.merged_delta, self._weight
+        module, delta = self.rule.module, self.rule.parameter
+        merged = module.get_parameter("merged_delta")
         if self._is_current(delta, merged):
             return
-        change = self.rule.change(whole(delta - merged))
-        weight.add_(share_of(change.t() if self.rule.is_transposed else change, weight))
+        change = self.rule.change(full_tensor(delta - merged))
+        module.weight.add_(shard_like(self._laid_out(change), module.weight))
         merged.copy_(delta)
 
-    @property
-    def _weight(self) -> Tensor:
-        return self.rule.module.weight
+    def _laid_out(self, dense: Tensor) -> Tensor:
+        """Return a matrix (d_out, d_in) as the module's weight lies."""
+        return dense.t() if self.rule.is_transposed else dense
 
     def _is_current(self, delta: Tensor, merged: Tensor) -> bool:
         if delta.device.type == "cpu" and not is_sharded(delta):
@@ -78,7 +82,7 @@ class RotatedWeightUpdater(WeightUpdater):
             return
         q_out, q_in = bases.to_device_of(trained)
         dense = maths.rotate(trained, q_out.t(), q_in.t())
-        self._weight.copy_(dense.t() if self.rule.is_transposed else dense)
+        self.rule.module.weight.copy_(self._laid_out(dense))
         self._seen = now
 
 
