@@ -369,7 +369,9 @@ def test_the_block_keeps_only_its_own_features_and_never_forms_the_gradient() ->
         assert (D_OUT * D_IN in sizes.seen) == forms
 
 
-def test_sampled_rows_are_all_that_the_block_rotates_and_keeps() -> None:
+def test_rows_are_projected_then_sampled_and_nothing_else_is_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model = build().float()
     methods = (
         lt.SparseGrad(sites="up", selection="block", density=1 / 16),
@@ -382,6 +384,14 @@ def test_sampled_rows_are_all_that_the_block_rotates_and_keeps() -> None:
     book = lt.ledger(model, (x,))
     kept = [e for e in book.entries if e.ledger == "activations" and e.module == "up"]
     assert sum(e.num_bytes for e in kept) == 32 * (rule.block[1] * 4 + 4 + 4)
+    widths: list[int] = []
+    policy = type(model.up.rows)
+    keep = policy.keep
+    monkeypatch.setattr(
+        policy, "keep", lambda self, x, *rest: widths.append(x.shape[-1]) or keep(self, x, *rest)
+    )
+    model(x)
+    assert widths == [rule.block[1]]
     with session.exact():
         model(x).backward()
     wanted = rule.parameter.grad.clone()

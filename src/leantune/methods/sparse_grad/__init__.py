@@ -16,12 +16,12 @@ from leantune.methods.sparse_grad.conversion import SparseGradConversion
 
 @dataclass(frozen=True, kw_only=True)
 class SparseGrad(MethodConfig):
-    """Train ``density`` of each MLP weight's entries, in a basis where its gradient is sparse.
+    """SparseGrad trains ``density`` of each MLP weight's entries, where the gradient is sparse.
 
-    The bases are found from the gradients of a few batches, which ``session.calibrate`` or the
-    trainer callback shows; weights do not move meanwhile. The selected entries of a linear are one
-    ordinary parameter, so gradients and optimiser state have the size of that parameter; forward
-    and input gradient stay the plain linear's. Everything else trains as it did before.
+    The entries of a linear are one ordinary parameter, so that gradients and optimiser state have
+    the size of that parameter; forward and input gradient stay the plain linear's. Entries count in
+    bases that are found from the gradients of a few batches, which ``session.calibrate`` or the
+    trainer callback shows; no weight moves meanwhile. Everything else trains as it did before.
     """
 
     method: ClassVar[str] = "sparse_grad"

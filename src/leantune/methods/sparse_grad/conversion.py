@@ -1,4 +1,4 @@
-"""A model under SparseGrad: its linears put in and taken out, calibrated and saved.
+"""A model under SparseGrad: linears are put in and taken out, calibrated and saved.
 
 Legend: d_out and d_in the sides of a weight.
 """
@@ -41,7 +41,10 @@ SIDES = ("q_out", "q_in")
 
 
 class SparseGradConversion(SwapConversion):
-    """All linears that one config converted, and the bases that the linears share."""
+    """A conversion holds all linears that one config converted, and calibrates them together.
+
+    Linears of one group share their bases, so that a model of many layers keeps few of them.
+    """
 
     def __init__(
         self, model: nn.Module, sites: list[Site], config: "SparseGrad", runtime: Runtime
@@ -114,7 +117,7 @@ class SparseGradConversion(SwapConversion):
             )
 
     def _refuse_gathered(self) -> None:
-        gathered = [rule.name for rule in self.rules if not is_sharded(rule.module.weight)]
+        gathered = (rule.name for rule in self.rules if not is_sharded(rule.module.weight))
         name = sharded_with_root(self.model, gathered)
         if name is not None:
             raise UnsupportedError(
@@ -138,6 +141,7 @@ class SparseGradConversion(SwapConversion):
 
     @property
     def is_calibrated(self) -> bool:
+        """Whether the linears have bases."""
         return self.rules[0].bases is not None
 
     def calibrate(self, batches: Iterable[Any]) -> None:
@@ -206,7 +210,7 @@ class SparseGradConversion(SwapConversion):
     def collect_gradients(self, batches: list[Any], collect: Collect) -> None:
         """Hand the weight gradient (d_out, d_in) of every linear and batch to ``collect``.
 
-        Forwards and backwards are exact, and leave no trace.
+        Forwards and backwards are exact and leave no trace; no two gradients are held at once.
         """
         for rule in self.rules:
             rule.collect = collect
@@ -234,10 +238,10 @@ class SparseGradConversion(SwapConversion):
     def state_dict(self) -> dict[str, Tensor]:
         """Return the bases of every group and the chosen entries of every linear."""
         state: dict[str, Tensor] = {}
-        for rule in self.rules if self.is_calibrated else ():
-            assert rule.bases is not None
-            state[f"{rule.group}:q_out"] = rule.bases.q_out
-            state[f"{rule.group}:q_in"] = rule.bases.q_in
+        for rule in self.rules:
+            if rule.bases is not None:
+                state[f"{rule.group}:q_out"] = rule.bases.q_out
+                state[f"{rule.group}:q_in"] = rule.bases.q_in
             if rule.indices is not None:
                 state[f"{rule.name}:indices"] = rule.indices
         return state
@@ -258,7 +262,6 @@ class SparseGradConversion(SwapConversion):
                 raise _other_model(f"shape {tuple(state[key].shape)} for the {shape} of {key}")
             if not bool(state[key].isfinite().all()):
                 raise _other_model(f"NaN or infinite entries in {key}")
-        # Linears of one group share one object.
         bases: dict[str, Bases] = {}
         for rule in self.rules:
             device, group = rule.parameter.device, rule.group
@@ -289,7 +292,8 @@ def refuse_tied(model: nn.Module, sites: list[Site]) -> None:
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
-    tied = [owners[id(s.module.weight)] for s in sites if len(owners[id(s.module.weight)]) > 1]
+    names = [owners[id(site.module.get_parameter("weight"))] for site in sites]
+    tied = [shared for shared in names if len(shared) > 1]
     if tied:
         raise SiteError(
             f"SparseGrad: weights must not be tied, got {' = '.join(tied[0])} ({len(tied)} such "

@@ -117,11 +117,9 @@ def grad_block(projected: Tensor, grad_output: Tensor, q_out: Tensor) -> Tensor:
 def rotates_rows_first(n: int, q_out: Tensor, q_in: Tensor) -> bool:
     """Return whether rotating the rows takes fewer multiply-adds than rotating their product.
 
-    Rows first: ``n (d_out r_out + d_in r_in) + n r_out r_in``. Product first: ``n d_out d_in`` plus
-    ``min(d_in r_out (d_out + r_in), d_out r_in (d_in + r_out))``. Scalar products of the selected
-    columns alone would take ``n k`` on gathered numbers, each as dear as 110 inside a GEMM (a CPU
-    core with AVX-512, 23,593 entries of (3072, 768) at 512 rows): more than the whole matrix from a
-    density of 1 % on.
+    Scalar products of the selected columns alone would take ``n k`` on gathered numbers, each as
+    dear as 110 inside a GEMM (a CPU core with AVX-512, 23,593 entries of (3072, 768) at 512 rows):
+    more than the whole matrix from a density of 1 % on.
     """
     (d_out, r_out), (d_in, r_in) = q_out.shape, q_in.shape
     rows = n * (d_out * r_out + d_in * r_in + r_out * r_in)

@@ -32,7 +32,10 @@ Collect = Callable[["SubspaceRule", Tensor], None]
 
 @dataclass(eq=False)
 class Bases:
-    """Two bases as columns, (d_out, r_out) and (d_in, r_in); linears that share them share this."""
+    """Bases hold the basis vectors of both sides as columns: (d_out, r_out) and (d_in, r_in).
+
+    All linears of one group hold the same object, so that shared bases are in memory once.
+    """
 
     q_out: Tensor
     q_in: Tensor
@@ -53,20 +56,22 @@ def leading_vectors(bases: Bases, r_out: int, r_in: int) -> Bases:
 
 
 class SubspaceRule:
-    """Says which parameter one linear trains, and forms the gradient of that parameter.
+    """A subspace rule says which parameter one linear trains, and forms that parameter's gradient.
 
-    Nothing here changes once the bases are set, but for ``collect``, which calibration hangs in and
-    takes out, and the number of backwards.
+    The linear knows nothing else of SparseGrad. Once the bases are set, nothing in a rule changes
+    but the number of backwards.
 
     Attributes:
         name: of the linear.
         group: linears with the same group share their bases.
         shape: (d_out, d_in) of the weight.
         block: (r_out, r_in) of the leading block.
-        num_entries: how many entries train.
+        num_entries: how many entries train where they are chosen one by one.
+        module: the converted linear.
+        bases: None before calibration.
         indices: (k,) which entries of the rotated gradient train; None for all of them, or for
             the largest of each step.
-        module: the linear that the rule serves.
+        collect: calibration's, while it runs: called with each gradient of the weight.
         num_backwards: how often a gradient was formed.
     """
 
@@ -110,7 +115,7 @@ class SubspaceRule:
 
     def project(self, rows: Tensor) -> Tensor:
         """Return what the gradient needs of input rows: all of (n, d_in), or (n, r_in) of it."""
-        if self.selection != "block" or self.bases is None or self.collect is not None:
+        if self.selection != "block" or self.bases is None:
             return rows
         return rows @ self.bases.to_device_of(rows)[1].to(rows.dtype)
 
@@ -120,16 +125,15 @@ class SubspaceRule:
         Raises:
             ConfigError: there are no bases yet, and the gradient is not one of a calibration.
         """
-        if self.collect is not None:
-            self.collect(self, self._unrotated(outer.dense()))
-        elif self.bases is not None:
+        if self.bases is not None:
             self.num_backwards += 1
-            if self.selection == "step":
-                return self._largest(outer.dense())
-            return self._selected(outer)
+            is_step = self.selection == "step"
+            return self._largest(outer.dense()) if is_step else self._selected(outer)
+        if self.collect is not None:
+            self.collect(self, outer.dense())
         elif not self.runtime.is_exact:
             raise not_calibrated()
-        # An exact gradient without bases is one that another conversion calibrates on.
+        # Where nothing collects, another conversion calibrates on the exact gradients.
         return torch.zeros_like(self.parameter)
 
     def change(self, values: Tensor) -> Tensor:
@@ -140,13 +144,6 @@ class SubspaceRule:
             return q_out @ values.to(q_out.dtype) @ q_in.t()
         assert self._lines is not None
         return maths.rotate_back_sparse(self.indices, values, self._lines, q_out, q_in)
-
-    def _unrotated(self, grad: Tensor) -> Tensor:
-        if self.selection != "step" or self.bases is None:
-            return grad
-        # This linear multiplies by the rotated weight.
-        q_out, q_in = self.bases.to_device_of(grad)
-        return maths.rotate(grad, q_out.mT, q_in.mT)
 
     def _selected(self, outer: OuterProduct) -> Tensor:
         """Return the block or the chosen entries of the rotated gradient."""
@@ -170,9 +167,10 @@ class SubspaceRule:
 
 
 class RotatedLinear(ConvertedConv1D):
-    """The paper's form of a linear: ``((x Q_in) W~^T) Q_out^T + b``, whose rotated weight trains.
+    """A rotated linear computes the paper's form, ``((x Q_in) W~^T) Q_out^T + b``.
 
-    The class serves ``nn.Linear`` and ``Conv1D`` alike, since ``W~`` lies by output units.
+    The rotated weight ``W~`` trains. It lies by output units, so that one class serves
+    ``nn.Linear`` and ``Conv1D`` alike.
     """
 
     def forward(self, x: Tensor) -> Tensor:

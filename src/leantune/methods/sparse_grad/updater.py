@@ -1,6 +1,6 @@
 """How trained values reach the dense weights of linears, in one process or in shards."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from leantune.methods.sparse_grad.subspace import SubspaceRule
 
 
 class WeightUpdater:
-    """Brings the dense weight of one linear up to date with what its rule trains.
+    """A weight updater keeps one linear's dense weight up to date with what the rule trains.
 
     With ``W0`` the weight before training, the linear has ``W0 + Q_out scatter(delta) Q_in^T``.
     ``merged_delta`` says which part of ``delta`` the dense weight holds already. Both travel with
@@ -63,7 +63,7 @@ class WeightUpdater:
 
 
 class RotatedWeightUpdater(WeightUpdater):
-    """Keeps a dense copy of the rotated weight that trains (``selection="step"``)."""
+    """A rotated-weight updater writes the dense weight anew from the rotated weight that trains."""
 
     @torch.no_grad()
     def start(self) -> None:
@@ -86,13 +86,13 @@ class RotatedWeightUpdater(WeightUpdater):
         self._seen = now
 
 
-def sharded_with_root(model: nn.Module, names: Sequence[str]) -> str | None:
+def sharded_with_root(model: nn.Module, names: Iterable[str]) -> str | None:
     """Return the first of the modules that FSDP2 shards with the model itself, or None.
 
     Their parameters are gathered before the model's forward begins and freed after it: what is
-    written into them then is lost.
+    written into them then is lost. A lone process does not read ``names``.
     """
-    if not (names and dist.is_available() and dist.is_initialized()):
+    if not (dist.is_available() and dist.is_initialized()):
         return None
     from torch.distributed.fsdp import FSDPModule
 
