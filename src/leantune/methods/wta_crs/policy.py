@@ -115,9 +115,9 @@ class SampledRows:
             rows = flatten(x)
             mask = note.batch.row_mask(self._mask_field, note.shape)
             scores = row_norms(rows)
-            guess = self._norms and self._norms.predict(note.shape, self._shared.columns)
-            if guess is not None:
-                scores = scores * guess.to(scores.device)
+            if self._norms is not None:
+                guess = self._norms.predict(note.shape, self._shared.columns)
+                scores = scores if guess is None else scores * guess.to(scores.device)
             p = estimators.probabilities(scores, mask, self.config.probability_floor)
             sample = self._sample(rows, p, k, key)
             self._shared.share(source, sample)
