@@ -161,8 +161,8 @@ def _check_ids(ids: Any) -> None:
     if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.numel() == 0:
         got = f"{ids.dtype} of shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else repr(ids)
         raise ConfigError(
-            f"{rule} an integer for each sample of a batch where norms='cache', got {got}; give the "
-            "data set such a column, dataset.add_column('sample_id', range(len(dataset))), and "
+            f"{rule} an integer for each sample where norms='cache', got {got}; give the data "
+            "set such a column, dataset.add_column('sample_id', range(len(dataset))), and "
             "TrainingArguments remove_unused_columns=False"
         )
     flat = ids.flatten()

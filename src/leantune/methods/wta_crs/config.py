@@ -28,7 +28,7 @@ class WTACRS(MethodConfig):
     norms: Literal["running", "activation", "cache"] = option(
         "running",
         help="where the gradient norms of a forward draw come from: a running mean by position, "
-        "nowhere (the activation norm alone), or each sample's previous visit (the paper's; a batch "
+        "nowhere (activation norms alone), or each sample's previous visit (the paper's: batches "
         "must carry sample_id)",
     )
     draw_at: Literal["auto", "forward", "backward"] = option(
