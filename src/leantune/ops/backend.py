@@ -1,4 +1,8 @@
-"""Where a tensor lies: the only file that asks for the kind of a device."""
+"""What depends on the device: the only file that asks where a tensor lies.
+
+A reference in ``x.py`` runs anywhere. A kernel for a GPU lies beside it, in ``x_triton.py``, and is
+chosen here.
+"""
 
 from typing import TypeVar
 
@@ -8,12 +12,12 @@ from torch import Tensor
 T = TypeVar("T")
 
 
-def on_gpu(x: Tensor | torch.device) -> bool:
-    """Return whether a tensor or device is an NVIDIA or AMD GPU."""
-    device = x.device if isinstance(x, Tensor) else x
+def on_gpu(where: Tensor | torch.device) -> bool:
+    """Return whether a tensor or a device is an NVIDIA GPU's."""
+    device = where.device if isinstance(where, Tensor) else where
     return device.type == "cuda"
 
 
-def by_device(x: Tensor | torch.device, *, cpu: T, gpu: T) -> T:
-    """Return the value for the kind of device that ``x`` is on."""
-    return gpu if on_gpu(x) else cpu
+def by_device(where: Tensor | torch.device, *, cpu: T, gpu: T) -> T:
+    """Return the one of two values, functions or limits that suits the device."""
+    return gpu if on_gpu(where) else cpu
