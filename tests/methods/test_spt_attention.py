@@ -16,8 +16,7 @@ from torch import Tensor, nn
 import leantune as lt
 from leantune.errors import ConfigError, SiteError, UnsupportedError
 from leantune.integrations.attention import CHILD, NAME
-from leantune.measure import ledger
-from leantune.methods.spt_attention import attention
+from leantune.methods.spt_attention import attention, conversion
 from leantune.ops.sparse_attention import attention as ops_attention
 from leantune.ops.sparse_attention.flex import block_attention, block_mask
 from leantune.ops.sparse_attention.tiles import unpack_bits
@@ -322,7 +321,7 @@ def attention_bytes(how: str, n: int, **options: Any) -> int:
     if options:
         session = lt.apply(model, lt.SPTAttention(**options))
         session.calibrate([{"input_ids": torch.randint(0, 8, (1, n))}])
-    book = ledger(model, {"input_ids": torch.randint(0, 8, (1, n))})
+    book = lt.ledger(model, {"input_ids": torch.randint(0, 8, (1, n))})
     kinds = book.by_kind(ledger="activations")
     return sum(v for k, v in kinds.items() if k in ("SparseAttention", "softmax", "matmul"))
 
@@ -350,7 +349,7 @@ def test_a_recomputed_block_chooses_and_drops_the_same(
     name: str, use_reentrant: bool, monkeypatch: Any
 ) -> None:
     """Also in a forward that moves the codebooks on."""
-    monkeypatch.setattr(attention, "_REFRESH_STEPS", 1)
+    monkeypatch.setattr(conversion, "_REFRESH_STEPS", 1)
     grads, books = [], []
     for is_checkpointed in (False, True):
         model = sparse_model(name, min_keys=5).train()
@@ -399,7 +398,7 @@ def codebooks(model: nn.Module) -> list[Tensor]:
 
 
 def test_codebooks_start_by_calibration_and_move_after_some_steps(monkeypatch: Any) -> None:
-    monkeypatch.setattr(attention, "_REFRESH_STEPS", 3)
+    monkeypatch.setattr(conversion, "_REFRESH_STEPS", 3)
     tiny = MODELS["bert"]
     model = tiny.build()
     session = lt.apply(model, keys(3))
@@ -445,7 +444,7 @@ def test_padding_is_not_calibrated_on() -> None:
 
 
 def test_a_resumed_run_moves_its_codebooks_in_step(tmp_path: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr(attention, "_REFRESH_STEPS", 3)
+    monkeypatch.setattr(conversion, "_REFRESH_STEPS", 3)
     tiny = MODELS["bert"]
     model = tiny.build()
     session = lt.apply(model, keys(3))
@@ -489,17 +488,52 @@ def test_only_chosen_layers_are_sparse_and_remove_restores_the_rest(how: str) ->
     assert not any(n.endswith(CHILD) for n, _ in model.named_modules())
 
 
-def test_two_settings_on_different_layers() -> None:
-    model = MODELS["llama"].build()
+def test_two_configs_calibrate_their_own_codebooks_once(monkeypatch: Any) -> None:
+    made: list[int] = []
+    right = attention.kmeans
+
+    def counted(*args: Any, stream: int, **how: Any) -> Tensor:
+        made.append(stream)
+        return right(*args, stream=stream, **how)
+
+    monkeypatch.setattr(attention, "kmeans", counted)
+    model = MODELS["bert"].build()
     session = lt.apply(
-        model,
-        keys(3, sites=["layers.0.self_attn"]),
-        keys(5, sites=["layers.1.self_attn"]),
+        model, keys(3, sites=["layer.0.*"]), keys(5, sites=["layer.1.*"], num_codewords=8)
     )
-    session.calibrate([{"input_ids": ids()}])
-    assert all(bool(b.any()) for b in codebooks(model))
+    session.calibrate([MODELS["bert"].batch(1)])
+    first, second = codebooks(model)
+    assert len(made) == len(set(made)) == len(first) + len(second) == 4
+    assert first.shape[2] == 4 and second.shape[2] == 8
+    state = session.state_dict()
+    assert sum("codebooks" in name for name in state) == 2
+    model(**MODELS["bert"].batch(2)).loss.backward()
+    assert [int(t) for n, t in session.state_dict().items() if n.endswith("num_forwards")] == [1, 1]
     session.remove()
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_state_of_other_sites_or_numbers_is_refused() -> None:
+    model = MODELS["llama"].build()
+    session = lt.apply(model, keys(3))
+    session.calibrate([{"input_ids": ids()}])
+    state = session.state_dict()
+    name = next(n for n in state if n.endswith("codebooks"))
+    lacking = {n: t for n, t in state.items() if n != name}
+    with pytest.raises(ConfigError, match="state must hold the codebooks of 2 sites, got one that"):
+        session.load_state_dict(lacking)
+    for bad in (state[name] + torch.nan, state[name][:, :1]):
+        with pytest.raises(ConfigError, match="codebooks must be finite and of shape"):
+            session.load_state_dict({**state, name: bad})
+
+
+def test_removing_leaves_what_others_chose_since() -> None:
+    model = MODELS["llama"].build()
+    session = lt.apply(model, keys(3))
+    model.set_attn_implementation("eager")
+    session.remove()
+    assert model.config._attn_implementation == "eager"
+    assert not any(n.endswith(CHILD) for n, _ in model.named_modules())
 
 
 def test_nothing_is_chosen_inside_exact_or_where_every_key_is_kept() -> None:
@@ -663,7 +697,7 @@ def test_fine_tuning_keeps_up_on_a_task_that_needs_distant_keys(
     one_thread: None, monkeypatch: Any
 ) -> None:
     """Pre-trained densely, as in the paper's use; an eighth of 32 keys is 4."""
-    monkeypatch.setattr(attention, "_REFRESH_STEPS", 10**9)
+    monkeypatch.setattr(conversion, "_REFRESH_STEPS", 10**9)
     base = Induction()
     tune(base, 200, seed=1, rate=1e-2)
     losses = {}

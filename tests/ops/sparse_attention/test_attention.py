@@ -11,11 +11,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from leantune.ops.rows import uniform_at
+from leantune.ops.random import RandomKey, uniform_at
 from leantune.ops.sparse_attention import tiles
-from leantune.ops.sparse_attention.attention import Dropout, sparse_attention
+from leantune.ops.sparse_attention.attention import sparse_attention
 from leantune.ops.sparse_attention.tiles import pack_bits, unpack_bits
-from leantune.ops.stores import Draw
 
 Operands = tuple[Tensor, Tensor, Tensor]
 # b, h, hk, n, m, d, dv: grouped heads, odd sizes, one of everything, more keys than queries.
@@ -261,8 +260,8 @@ def test_later_tokens_change_no_earlier_bit() -> None:
     assert not np.array_equal(a[:, :, :23], b[:, :, :23])
 
 
-def make_dropout(p: float = 0.4, number: int = 3, stream: int = 7) -> Dropout:
-    return Dropout(p, Draw(5, torch.tensor(number)), stream)
+def dropped(number: int = 3, stream: int = 7) -> dict[str, Any]:
+    return {"dropout": 0.4, "key": RandomKey(5, torch.tensor(number), stream)}
 
 
 @pytest.mark.parametrize("part", [30, 2**21])
@@ -274,12 +273,12 @@ def test_dropout_is_the_counted_mask_however_it_is_cut(
     x = operands(shape)
     keep = choose(shape, 3, 4, causal=False)
     monkeypatch.setattr(tiles, "_TILE_NUMBERS", part)
-    u = uniform_at(5, 7, torch.tensor(3), torch.arange(60)[:, None], torch.arange(10))
+    u = uniform_at(dropped()["key"], torch.arange(60)[:, None], torch.arange(10))
     kept = (u >= 0.4).double().div(0.6).view(2, 3, 10, 10).numpy()
     grad_output = torch.randn(2, 3, 10, 4, dtype=torch.float64)
     wanted = expected(x, keep, grad_output, kept)
     how = {"block_size": block_size}
-    assert error(run(x, keep, grad_output, dropout=make_dropout(), **how), wanted) < 1e-12
+    assert error(run(x, keep, grad_output, **dropped(), **how), wanted) < 1e-12
     assert error(run(x, keep, grad_output, **how), wanted) > 1e-1
 
 
@@ -325,8 +324,8 @@ def test_dropout_depends_on_draw_stream_and_chunk_and_drops_its_share() -> None:
     keep = torch.ones(1, 1, 1024, 64, dtype=torch.bool)
     q = torch.zeros_like(q)  # equal weights: an output is the share kept, over 1 - p
     out = [
-        sparse_attention(q, k, v, pack_bits(keep), scale=1.0, dropout=d)
-        for d in (make_dropout(), make_dropout(number=4), make_dropout(stream=8), make_dropout())
+        sparse_attention(q, k, v, pack_bits(keep), scale=1.0, **d)
+        for d in (dropped(), dropped(number=4), dropped(stream=8), dropped())
     ]
     assert torch.equal(out[0], out[3])
     assert not torch.equal(out[0], out[1]) and not torch.equal(out[0], out[2])
@@ -362,12 +361,12 @@ def test_only_q_k_v_and_the_bits_are_saved_and_no_square_is_made(
     x = operands(shape, torch.float32)
     bits = pack_bits(choose(shape, 2, num_kept, causal=True))
     saved: list[Tensor] = []
-    dropout = make_dropout() if with_dropout else None
+    how = dropped() if with_dropout else {}
     with (
         torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t),
         _Largest() as seen,
     ):
-        out = sparse_attention(*x, bits, scale=SCALE, dropout=dropout, block_size=block_size)
+        out = sparse_attention(*x, bits, scale=SCALE, **how, block_size=block_size)
         out.sum().backward()
     kept = sum(t.numel() * t.itemsize for t in saved)
     # The draw number of dropout is one int64.

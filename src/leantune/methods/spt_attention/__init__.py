@@ -6,21 +6,19 @@ Efficiently with Sparsification", arXiv 2312.10365. Equations beside names: READ
 
 from leantune.core.registry import MethodSpec, register
 from leantune.methods.spt_attention.config import SPTAttention
-from leantune.methods.spt_attention.conversion import calibrate, check, convert
+from leantune.methods.spt_attention.conversion import SPTConversion, check
 
 register(
     MethodSpec(
         config=SPTAttention,
-        axis="compute",
+        axis="evaluated",
         roles=("attention",),
         summary="attention over the keys that product quantisation finds nearest to each query",
         source="Gui et al., SIGMOD 2024, arXiv 2312.10365, section on sparse attention",
-        attach=convert,
+        convert=SPTConversion,
         check=check,
-        calibrate=calibrate,
-        merges=lambda config: config.keep_ratio == 1.0,
-        neutral={"keep_ratio": 1.0},
-        example={"keep_ratio": 0.25, "min_keys": 3, "subspace_width": 2, "num_codewords": 4},
+        identity_options={"keep_ratio": 1.0},
+        test_options={"keep_ratio": 0.25, "min_keys": 3, "subspace_width": 2, "num_codewords": 4},
     )
 )
 

@@ -4,20 +4,19 @@ Legend: b batch, h query heads, hk key heads, n queries, m keys, d width, s subs
 w = d / s width of a subspace, r vectors.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from leantune.core.ranks import mean_over_ranks, of_first_rank
-from leantune.core.session import Session
+from leantune.core.distributed import broadcast, mean_over_ranks
+from leantune.core.runtime import Runtime
 from leantune.core.sites import Site
 from leantune.errors import ConfigError, UnsupportedError
 from leantune.methods.spt_attention.config import SPTAttention
 from leantune.ops.autocast import autocast_off
-from leantune.ops.rows import stream_of
-from leantune.ops.sparse_attention.attention import Dropout, sparse_attention
+from leantune.ops.random import stream_of
+from leantune.ops.sparse_attention.attention import sparse_attention
 from leantune.ops.sparse_attention.codebooks import kmeans, moving_step, quantise
 from leantune.ops.sparse_attention.flex import block_attention
 from leantune.ops.sparse_attention.top_keys import AttentionKind, Visibility, top_blocks, top_keys
@@ -25,29 +24,8 @@ from leantune.ops.sparse_attention.top_keys import AttentionKind, Visibility, to
 # Vectors of one codebook that k-means sees; 64 MB at width 64 with its transients.
 _MAX_VECTORS = 2**14
 _KMEANS_STEPS = 10
-# Training forwards between two steps of the codebooks, and the weight of the past in such a step.
-_REFRESH_STEPS = 20
+# The weight of the old codebook in a step of the codebooks.
 _REFRESH_DECAY = 0.9
-
-
-@dataclass
-class SharedState:
-    """What the attention modules of one conversion share.
-
-    Attributes:
-        session: of the model.
-        config: of the conversion.
-        num_forwards: training forwards of the model so far, counted on the host.
-    """
-
-    session: Session
-    config: SPTAttention
-    num_forwards: int = 0
-
-    @property
-    def is_refresh(self) -> bool:
-        """Whether the current training forward moves the codebooks, or the last one did."""
-        return self.num_forwards > 0 and self.num_forwards % _REFRESH_STEPS == 0
 
 
 class SparseAttention(nn.Module):
@@ -56,24 +34,24 @@ class SparseAttention(nn.Module):
     Attributes:
         codebooks: (hk, s, e, w) float32, one for each key head.
         is_calibrated: whether the codebooks have been set.
+        is_refresh_due: whether the current training forward should move the codebooks.
         collected: the vectors (hk, r, d) of each batch while calibrating; else None.
     """
 
     codebooks: Tensor
 
     def __init__(
-        self, site: Site, num_key_heads: int, head_width: int, shared: SharedState
+        self, site: Site, shape: tuple[int, int, int, int], config: SPTAttention, runtime: Runtime
     ) -> None:
         super().__init__()
         self.name = site.name
         self.is_cross = site.is_cross
-        self.shared = shared
-        self.is_calibrated = False
-        self.collected: list[Tensor] | None = None
-        self.last_forward = 0
+        self.config = config
+        self.runtime = runtime
         self.stream = stream_of(site.name)
-        width = shared.config.subspace_width
-        shape = (num_key_heads, head_width // width, shared.config.num_codewords, width)
+        self.is_calibrated = False
+        self.is_refresh_due = False
+        self.collected: list[Tensor] | None = None
         books = torch.zeros(shape, device=next(site.module.parameters()).device)
         self.register_buffer("codebooks", books, persistent=False)
 
@@ -95,7 +73,7 @@ class SparseAttention(nn.Module):
             UnsupportedError: a mask of unknown shape or kind.
             ConfigError: the codebooks are not calibrated.
         """
-        config, session, n = self.shared.config, self.shared.session, q.shape[2]
+        config, n = self.config, q.shape[2]
         if is_causal and mask is None and 1 < n < k.shape[2]:
             # A cache allocated in full, filled up to the queries.
             k, v, bias = k[:, :, :n], v[:, :, :n], None if bias is None else bias[..., :n]
@@ -104,7 +82,7 @@ class SparseAttention(nn.Module):
             self.collected.append(self._vectors(q, k, visibility))
             return None
         num_keys = k.shape[2]
-        if not session.is_sampling or config.budget.limit(num_keys) >= num_keys:
+        if self.runtime.is_exact or config.budget.limit(num_keys) >= num_keys:
             return None
         self._refuse_uncalibrated()
         with autocast_off(q):
@@ -113,7 +91,7 @@ class SparseAttention(nn.Module):
         how: dict[str, Any] = {"scale": scale, "bias": bias}
         how["is_causal"] = visibility.hides_later(n)
         if dropout > 0:
-            how["dropout"] = Dropout(dropout, session.current_draw(q.device), self.stream)
+            how |= {"dropout": dropout, "key": self.runtime.key(q.device).at(self.stream)}
         if config.granularity == "token":
             bits = top_keys(factors, q, num_keys, config.budget, visibility)
             return sparse_attention(q, k, v, bits, **how)
@@ -173,14 +151,12 @@ class SparseAttention(nn.Module):
 
         A block that checkpointing recomputes finds the codebooks as the forward left them.
         """
-        shared = self.shared
-        if not self.training or shared.num_forwards == self.last_forward:
+        if not (self.is_refresh_due and self.training):
             return
-        self.last_forward = shared.num_forwards
-        if shared.is_refresh:
-            pairs = zip(self._vectors(q, k, visibility), self.codebooks, strict=True)
-            moved = [moving_step(x, book.float(), _REFRESH_DECAY) for x, book in pairs]
-            self.codebooks.copy_(torch.stack(moved))
+        self.is_refresh_due = False
+        pairs = zip(self._vectors(q, k, visibility), self.codebooks, strict=True)
+        moved = [moving_step(x, book.float(), _REFRESH_DECAY) for x, book in pairs]
+        self.codebooks.copy_(torch.stack(moved))
 
     @torch.no_grad()
     def init_codebooks(self) -> None:
@@ -198,9 +174,9 @@ class SparseAttention(nn.Module):
                 f"vectors to a codebook, got {vectors.shape[1]} at {self.name}; show "
                 "session.calibrate more tokens, or lower num_codewords"
             )
-        seed, how = self.shared.session.seed, (num_subspaces, num_codewords, _KMEANS_STEPS)
+        seed, how = self.runtime.seed, (num_subspaces, num_codewords, _KMEANS_STEPS)
         books = [kmeans(x, *how, seed=seed, stream=self.stream + i) for i, x in enumerate(vectors)]
-        self.codebooks.copy_(of_first_rank(torch.stack(books)))
+        self.codebooks.copy_(broadcast(torch.stack(books)))
         self.is_calibrated = True
 
     @torch.no_grad()
@@ -223,7 +199,6 @@ class SparseAttention(nn.Module):
             )
         self.codebooks.copy_(books)
         self.is_calibrated = True
-        self.last_forward = self.shared.num_forwards
 
 
 def _thin(vectors: Tensor) -> Tensor:

@@ -1,55 +1,68 @@
-"""Sparse attention in a model: which sites can have it, and what a converted model keeps of it."""
+"""Sparse attention in a model: which sites can have it, and what one config did to them."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from leantune.core.calibration import run_batches
-from leantune.core.ranks import is_several
-from leantune.core.session import Session
+from leantune.core.conversion import Conversion
+from leantune.core.distributed import is_distributed
+from leantune.core.runtime import Runtime
 from leantune.core.sites import Site
-from leantune.integrations.attention import (
-    CHILD,
-    Redirected,
-    direct_back,
-    head_width,
-    redirect,
-    refusal,
-    register_interface,
-)
-from leantune.methods.spt_attention.attention import SharedState, SparseAttention
+from leantune.errors import ConfigError
+from leantune.integrations import attention as registry
+from leantune.methods.spt_attention.attention import SparseAttention
 from leantune.methods.spt_attention.config import SPTAttention
 
+# Training forwards between two steps of the codebooks.
+_REFRESH_STEPS = 20
 
-@dataclass
-class SPTConversion:
-    """The sites that one config made sparse, and how their models stood before."""
 
-    shared: SharedState
-    children: list[tuple[nn.Module, SparseAttention]]
-    redirected: Redirected
-    handle: Any = None
+class SPTConversion(Conversion):
+    """The sites that one config made sparse, each with codebooks of its own.
+
+    Attributes:
+        num_forwards: training forwards of the model so far, counted on the host.
+    """
+
+    num_calibration_batches = 8
+
+    def __init__(
+        self, model: nn.Module, sites: list[Site], config: SPTAttention, runtime: Runtime
+    ) -> None:
+        self.can_merge = config.keep_ratio == 1.0
+        self.num_forwards = 0
+        self._model = model
+        self._runtime = runtime
+        self._children = [
+            (s.module, SparseAttention(s, _shape(s, config), config, runtime)) for s in sites
+        ]
+        for module, child in self._children:
+            module.add_module(registry.CHILD, child.train(module.training))
+        self._redirected = registry.redirect(model, [s.name for s in sites])
+        runtime.at_forward_begin(self._begin_forward)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         # A model that is read in another process finds its attention there.
-        register_interface()
+        registry.register_interface()
 
-    def begin_forward(self, model: nn.Module, args: Any) -> None:
+    def _begin_forward(self) -> None:
         """Count a training forward, after processes agree on codebooks that the last one moved.
 
         Not inside that forward: there one process may run dense where another does not, and a
         block that checkpointing recomputes must find the codebooks as they were.
         """
-        if not (model.training and torch.is_grad_enabled()):
+        if not (self._model.training and torch.is_grad_enabled()):
             return
-        if self.shared.is_refresh and is_several():
-            for _, child in self.children:
+        has_moved = self.num_forwards > 0 and self.num_forwards % _REFRESH_STEPS == 0
+        self.num_forwards += 1
+        for _, child in self._children:
+            if has_moved and is_distributed():
                 child.average_over_ranks()
-        self.shared.num_forwards += 1
+            child.is_refresh_due = self.num_forwards % _REFRESH_STEPS == 0
 
     def calibrate(self, batches: Iterable[Any]) -> None:
         """Set the codebooks of every site by k-means of its queries and keys in some batches.
@@ -58,82 +71,65 @@ class SPTConversion:
             ConfigError: no batch, or fewer vectors than codewords.
         """
         try:
-            for _, child in self.children:
+            for _, child in self._children:
                 child.collected = []
-            for _ in run_batches(self.shared.session, batches):
+            for _ in run_batches(self._model, self._runtime, batches):
                 pass
-            for _, child in self.children:
+            for _, child in self._children:
                 child.init_codebooks()
         finally:
-            for _, child in self.children:
+            for _, child in self._children:
                 child.collected = None
 
     def undo(self) -> None:
         """Take the children out, and let the model's configurations name what they did before."""
-        for module, child in self.children:
-            if module._modules.get(CHILD) is child:
-                delattr(module, CHILD)
-        direct_back(self.redirected)
-        self.handle.remove()
-
-    def merge(self) -> None:
-        """Undo; the registry allows a merge only where every key is kept."""
-        self.undo()
-
-
-@dataclass
-class State:
-    """What a resumed run needs of one site."""
-
-    child: SparseAttention
+        for module, child in self._children:
+            if module._modules.get(registry.CHILD) is child:
+                delattr(module, registry.CHILD)
+        registry.direct_back(self._redirected)
 
     def state_dict(self) -> dict[str, Tensor]:
-        if not self.child.is_calibrated:
+        """Return the codebooks of every site and the forwards so far; empty before calibration."""
+        if not all(child.is_calibrated for _, child in self._children):
             return {}
-        count = torch.tensor(self.child.shared.num_forwards)
-        return {"codebooks": self.child.codebooks, "num_forwards": count}
+        books = {f"{child.name}.codebooks": child.codebooks for _, child in self._children}
+        return {**books, "num_forwards": torch.tensor(self.num_forwards)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self.child.is_calibrated = "codebooks" in state
-        if self.child.is_calibrated:
-            self.child.shared.num_forwards = int(state["num_forwards"])
-            self.child.load_codebooks(state["codebooks"])
+        """Take codebooks on, so that a resumed run moves them in step.
+
+        Raises:
+            ConfigError: codebooks of other sites, of another shape, or with numbers that are not
+                finite.
+        """
+        names = {f"{child.name}.codebooks": child for _, child in self._children}
+        wrong = set(state) ^ {*names, "num_forwards"} if state else set[str]()
+        if wrong:
+            raise ConfigError(
+                f"SPTAttention: state must hold the codebooks of {len(names)} sites, got one that "
+                f"differs in {min(wrong)!r}; load onto the base model that was saved from"
+            )
+        for name, child in names.items():
+            child.is_calibrated = False
+            if state:
+                child.load_codebooks(state[name])
+        self.num_forwards = int(state.get("num_forwards", 0))
 
 
-def convert(
-    model: nn.Module, sites: list[Site], config: SPTAttention, session: Session
-) -> SPTConversion:
-    """Give each site its codebooks and let the model's attention calls come to them."""
-    shared = SharedState(session, config)
-    made = SPTConversion(shared, [], redirect(model, [s.name for s in sites]))
-    made.handle = model.register_forward_pre_hook(made.begin_forward)
-    for site in sites:
-        width = head_width(site.module)
-        assert width is not None, site.name
-        child = SparseAttention(site, _num_key_heads(model, site, width), width, shared)
-        site.module.add_module(CHILD, child.train(site.module.training))
-        made.children.append((site.module, child))
-        session.keep_state(f"spt_attention.{site.name}", State(child))
-    return made
-
-
-def _num_key_heads(model: nn.Module, site: Site, width: int) -> int:
-    if "key" not in site.parts:
-        return int(site.module.num_heads)  # type: ignore[arg-type]
-    return int(model.get_submodule(site.parts["key"]).out_features) // width  # type: ignore[arg-type]
-
-
-def calibrate(session: Session, batches: Iterable[Any]) -> None:
-    """Calibrate every conversion of a session."""
-    made = [c for c in session.changes if isinstance(c, SPTConversion)]
-    shown = list(batches) if len(made) > 1 else batches
-    for conversion in made:
-        conversion.calibrate(shown)
+def _shape(site: Site, config: SPTAttention) -> tuple[int, int, int, int]:
+    """Return the shape of a site's codebooks: key heads, subspaces, codewords, their width."""
+    head_width = registry.head_width(site.module)
+    assert head_width is not None, site.name
+    key: Any = site.children["key"].module if "key" in site.children else None
+    module: Any = site.module
+    num_key_heads = module.num_heads if key is None else key.out_features // head_width
+    width = config.subspace_width
+    return int(num_key_heads), head_width // width, config.num_codewords, width
 
 
 def check(site: Site, config: SPTAttention) -> str | None:
     """Say why a site cannot be sparse, or None."""
-    reason, width = refusal(site.module), head_width(site.module)
+    reason, width = registry.refusal(site.module), registry.head_width(site.module)
     if reason is not None or width is None:
         return reason
     if width % config.subspace_width:

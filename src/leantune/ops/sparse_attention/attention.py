@@ -11,23 +11,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from leantune.ops.autocast import autocast_dtype, autocast_off
-from leantune.ops.rows import uniform_at
+from leantune.ops.random import RandomKey, uniform_at
 from leantune.ops.sparse_attention.tiles import AttentionArgs, BitmaskTiles, Tile
-from leantune.ops.stores import Draw
-
-
-class Dropout(NamedTuple):
-    """Dropout of attention weights by counted numbers: backward replays it, no mask is kept.
-
-    Args:
-        p: probability that a weight is dropped, in [0, 1).
-        draw: seed and number of the draw.
-        stream: tells sites apart.
-    """
-
-    p: float
-    draw: Draw
-    stream: int
 
 
 def sparse_attention(
@@ -38,7 +23,8 @@ def sparse_attention(
     *,
     scale: float,
     bias: Tensor | None = None,
-    dropout: Dropout | None = None,
+    dropout: float = 0.0,
+    key: RandomKey | None = None,
     is_causal: bool = False,
     block_size: int | None = None,
 ) -> Tensor:
@@ -59,7 +45,9 @@ def sparse_attention(
         bits: (b, h, n, ceil(m / 8)) uint8, the chosen keys; bit j % 8 of byte j // 8 for key j.
         scale: factor of the products, usually ``d ** -0.5``.
         bias: (b or 1, h or 1, n or 1, m), added to the scaled products.
-        dropout: of the weights P, or None.
+        dropout: probability that a weight P is dropped, in [0, 1).
+        key: of dropout, which is a function of counted numbers: backward replays it, no mask is
+            kept. Needed where dropout > 0.
         is_causal: promises that query i chose no key behind position ``m - n + i``, which halves
             the work.
         block_size: promises that this many neighbouring queries chose few different keys: tiles
@@ -71,13 +59,13 @@ def sparse_attention(
     Source: arXiv 2312.10365, sparse multi-head attention; the recomputation is an addition.
     """
     _check(q, k, v, bits, bias)
+    assert dropout == 0 or key is not None
     dtype = autocast_dtype(q)
     if dtype is not None:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    number = None if dropout is None else dropout.draw.number
-    plain = None if dropout is None else (dropout.p, dropout.draw.seed, dropout.stream)
-    args = AttentionArgs(scale, plain, is_causal, block_size)
-    return _SparseAttention.apply(q, k, v, bias, bits, number, args)  # type: ignore[no-any-return]
+    seed, counter, stream = (0, None, 0) if key is None or dropout == 0 else key
+    args = AttentionArgs(scale, dropout, seed, stream, is_causal, block_size)
+    return _SparseAttention.apply(q, k, v, bias, bits, counter, args)  # type: ignore[no-any-return]
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, bits: Tensor, bias: Tensor | None) -> None:
@@ -107,7 +95,7 @@ def _weigh(
     queries: Tensor,
     keys: Tensor,
     bias: Tensor | None,
-    number: Tensor | None,
+    counter: Tensor | None,
 ) -> _Weights:
     scores = torch.bmm(queries, keys.mT).mul_(tiles.args.scale)
     if bias is not None:
@@ -116,10 +104,11 @@ def _weigh(
     has_key = tile.keep.any(-1, keepdim=True)
     weights = weights.masked_fill_(~has_key, 0.0)
     factors = None
-    if number is not None and tiles.args.dropout is not None:
-        p, seed, stream = tiles.args.dropout
-        u = uniform_at(seed, stream, number, tiles.row_numbers(tile), tile.columns)
-        factors = (u >= p).to(weights.dtype).div_(1.0 - p)
+    args = tiles.args
+    if counter is not None:
+        key = RandomKey(args.seed, counter, args.stream)
+        u = uniform_at(key, tiles.row_numbers(tile), tile.columns)
+        factors = (u >= args.dropout).to(weights.dtype).div_(1.0 - args.dropout)
     return _Weights(has_key, weights, factors)
 
 
@@ -132,10 +121,10 @@ class _SparseAttention(torch.autograd.Function):
         v: Tensor,
         bias: Tensor | None,
         bits: Tensor,
-        number: Tensor | None,
+        counter: Tensor | None,
         args: AttentionArgs,
     ) -> Tensor:
-        ctx.save_for_backward(q, k, v, bias, bits, number)
+        ctx.save_for_backward(q, k, v, bias, bits, counter)
         ctx.args = args
         wide = _accumulator(q)
         tiles = BitmaskTiles(q, k, bits, args)
@@ -144,14 +133,14 @@ class _SparseAttention(torch.autograd.Function):
             for tile in tiles:
                 queries = tiles.load_queries(q, tile).to(wide)
                 keys, values = (tiles.load_keys(x, tile).to(wide) for x in (k, v))
-                w = _weigh(tiles, tile, queries, keys, bias, number)
+                w = _weigh(tiles, tile, queries, keys, bias, counter)
                 tiles.store_queries_(out, tile, torch.bmm(w.dropped, values))
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> Any:  # type: ignore[override]
-        q, k, v, bias, bits, number = ctx.saved_tensors
+        q, k, v, bias, bits, counter = ctx.saved_tensors
         needs_q, needs_k, needs_v, needs_bias = ctx.needs_input_grad[:4]
         wide = _accumulator(q)
         tiles = BitmaskTiles(q, k, bits, ctx.args)
@@ -163,7 +152,7 @@ class _SparseAttention(torch.autograd.Function):
             for tile in tiles:
                 queries = tiles.load_queries(q, tile).to(wide)
                 keys, values = (tiles.load_keys(x, tile).to(wide) for x in (k, v))
-                w = _weigh(tiles, tile, queries, keys, bias, number)
+                w = _weigh(tiles, tile, queries, keys, bias, counter)
                 grad_out = tiles.load_queries(grad_output, tile).to(wide)
                 grad_out = grad_out.masked_fill(~w.has_key, 0.0)
                 if grad_v is not None:

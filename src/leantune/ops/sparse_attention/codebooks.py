@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from leantune.ops.backend import on_gpu
-from leantune.ops.rows import uniform
+from leantune.ops.random import RandomKey, uniform
 
 Scorer = Literal["adc", "match"]
 
@@ -93,7 +93,7 @@ def kmeans(
     assert len(vectors) >= num_codewords and vectors.shape[1] % num_subspaces == 0
     vectors = vectors.detach().to(_precise(vectors))
     zero = torch.zeros((), dtype=torch.int64, device=vectors.device)
-    u = uniform(seed, stream, zero, num_codewords * num_subspaces, device=vectors.device)
+    u = uniform(RandomKey(seed, zero, stream), num_codewords * num_subspaces)
     pieces = vectors.unflatten(1, (num_subspaces, -1)).transpose(0, 1)  # (s, n, w)
     codebook = _spread_codewords(pieces, u.view(num_codewords, num_subspaces, 1))
     for _ in range(num_steps):

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from leantune.ops.backend import on_gpu
-from leantune.ops.sparse_attention.attention import Dropout, sparse_attention
+from leantune.ops.random import RandomKey
+from leantune.ops.sparse_attention.attention import sparse_attention
 from leantune.ops.sparse_attention.top_keys import Visibility, expand_blocks, query_block
 
 
@@ -24,7 +25,8 @@ def block_attention(
     *,
     scale: float,
     bias: Tensor | None = None,
-    dropout: Dropout | None = None,
+    dropout: float = 0.0,
+    key: RandomKey | None = None,
     is_causal: bool = False,
 ) -> Tensor:
     """Return attention over the visible keys of chosen blocks, (b, h, n, dv).
@@ -40,7 +42,7 @@ def block_attention(
     """
     n, num_keys = q.shape[2], k.shape[2]
     is_aligned = query_block(visibility, n, num_keys, block_size) == block_size
-    if on_gpu(q) and is_aligned and bias is None and dropout is None:
+    if on_gpu(q) and is_aligned and bias is None and dropout == 0:
         mask = block_mask(blocks, visibility, block_size, n, num_keys)
         is_grouped = q.shape[1] != k.shape[1]
         return _compiled()(q, k, v, block_mask=mask, scale=scale, enable_gqa=is_grouped)  # type: ignore[no-any-return]
@@ -52,6 +54,7 @@ def block_attention(
         scale=scale,
         bias=bias,
         dropout=dropout,
+        key=key,
         is_causal=is_causal,
         block_size=block_size if is_aligned else None,
     )

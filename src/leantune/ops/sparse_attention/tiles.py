@@ -57,13 +57,16 @@ class AttentionArgs(NamedTuple):
 
     Attributes:
         scale: the factor of the products.
-        dropout: (probability, seed, stream) of dropped weights, or None.
+        dropout: the probability that a weight is dropped.
+        seed, stream: of the random key of dropout, without its counter.
         is_causal: query i chose no key behind position ``m - n + i``.
         block_size: this many neighbouring queries chose few different keys; or None.
     """
 
     scale: float
-    dropout: tuple[float, int, int] | None
+    dropout: float
+    seed: int
+    stream: int
     is_causal: bool
     block_size: int | None
 
