@@ -13,6 +13,7 @@ from leantune.methods import (
     Checkpoint,
     LoRA,
     MeProp,
+    SPTAttention,
 )
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "LeantuneError",
     "LoRA",
     "MeProp",
+    "SPTAttention",
     "Session",
     "SiteError",
     "UnsupportedError",
