@@ -4,18 +4,20 @@ Source: Gui et al., "SPT: Fine-Tuning Transformer-based Language Models Efficien
 Sparsification", arXiv 2312.10365. Equations beside names: README.md in this folder.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from leantune.core.config import MethodConfig, option
+from leantune.core.ffn import HiddenUnits, view_ffn
 from leantune.core.registry import MethodSpec, register
 from leantune.core.session import Session
 from leantune.core.sites import Site
-from leantune.core.views import linear_view
 from leantune.errors import ConfigError, UnsupportedError
-from leantune.methods.routed_ffn.calibration import calibrate, split
+from leantune.methods.routed_ffn.calibration import calibrate, split_by_weights
 from leantune.methods.routed_ffn.module import RoutedMLP
 
 
@@ -36,22 +38,13 @@ class RoutedFFN(MethodConfig):
         help="how hidden units are grouped: as they lie (the paper's), or those that are active "
         "together, by reordering them",
     )
-    gate: Literal["output", "none", "output_norm", "ste", "spt"] = option(
+    gate: Literal["output", "none"] = option(
         "output",
-        help="what a group's output is multiplied by: 2p, nothing, p normalised over active "
-        "groups, 1 with the router's gradient, or the prototype's scaling inside the activation",
+        help="what a group's output is multiplied by: 2p, through which the router learns the "
+        "task, or nothing",
     )
     balance_weight: float = option(
         0.01, ge=0, help="weight of the auxiliary loss that spreads tokens over groups"
-    )
-    z_weight: float = option(0.0, ge=0, help="weight of the router logits' mean square")
-    warm_down_steps: int = option(
-        0, ge=0, help="optimiser steps over which active groups go from all to num_active"
-    )
-    backend: Literal["auto", "loop", "grouped"] = option(
-        "auto",
-        help="one product per group, or one grouped product; auto takes grouped on a GPU that has "
-        "it, loop elsewhere",
     )
 
     def __post_init__(self) -> None:
@@ -65,14 +58,27 @@ class RoutedFFN(MethodConfig):
     @property
     def is_dense(self) -> bool:
         """Whether the plain FFN computes the same."""
-        return self.num_active == self.num_groups and self.gate in ("none", "ste")
+        return self.num_active == self.num_groups and self.gate == "none"
+
+
+class _Order:
+    """The order of units as a session keeps it."""
+
+    def __init__(self, units: HiddenUnits) -> None:
+        self._units = units
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"permutation": self._units.permutation.cpu()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self._units.load(state.get("permutation", torch.empty(0)))
 
 
 def _build(site: Site, config: RoutedFFN, session: Session) -> nn.Module:
     module = RoutedMLP(site, config, session)
-    if config.split == "coactivation":
-        # Until calibration shows what is active together, weight rows that point alike.
-        split(module, module.view("gate" if "gate" in site.modules else "up").weight.detach())
+    if module.units is not None:
+        split_by_weights(module)
+        session.keep_state(f"units.{site.name}", _Order(module.units))
     return module
 
 
@@ -85,14 +91,13 @@ def _check(site: Site, config: RoutedFFN) -> str | None:
         kind = type(site.module).__name__
         return f"FFN must have up, down and activation modules, got {kind} without {lost[0]}"
     try:
-        views = [linear_view(site.modules[p]) for p in ("up", "gate", "down") if p in site.modules]
+        ffn = view_ffn(site.modules)
     except UnsupportedError as error:
         return str(error)
-    if not all(v.weight.is_floating_point() for v in views):
-        return f"weights must be floating point, got {views[0].weight.dtype}"
-    if config.gate == "spt" and not all(v.is_divisible for v in views):
-        return "gate must not be 'spt' where a rule trains in a weight's stead, got 'spt'"
-    width = len(views[0].weight)
+    weights = [ffn.weight(part) for part in ffn.linears]
+    if not all(weight.is_floating_point() for weight in weights):
+        return f"weights must be floating point, got {weights[0].dtype}"
+    width = len(weights[0])
     if width % config.num_groups:
         near = [n for n in range(2, 65) if width % n == 0]
         return (

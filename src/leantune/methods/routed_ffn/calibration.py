@@ -14,8 +14,8 @@ from leantune.core.ranks import of_first_rank
 from leantune.core.session import Session
 from leantune.errors import ConfigError
 from leantune.methods.routed_ffn import maths
+from leantune.methods.routed_ffn.clusters import balanced_groups
 from leantune.methods.routed_ffn.module import RoutedMLP
-from leantune.ops.clusters import balanced_groups
 
 _TOKENS_PER_BATCH, _MAX_TOKENS = 512, 2048
 _RIDGE = 1e-2
@@ -71,10 +71,14 @@ def _fit(layer: RoutedMLP, x: Tensor, hidden: Tensor) -> None:
     layer.set_router(*map(of_first_rank, maths.fit_router(x, norms, _RIDGE, _SPREAD)))
 
 
-def split(layer: RoutedMLP, features: Tensor) -> None:
-    """Group a layer's hidden units by their features (F, any)."""
+def split_by_weights(layer: RoutedMLP) -> None:
+    """Group a layer's hidden units by their weight rows: those that point alike go together.
+
+    This is the start, until calibration shows which units are active together.
+    """
     assert layer.units is not None
-    layer.units.reorder(_order(layer, features))
+    part = "gate" if "gate" in layer.ffn.linears else "up"
+    layer.units.reorder(_order(layer, layer.ffn.weight(part).detach()))
 
 
 def _order(layer: RoutedMLP, features: Tensor) -> Tensor:
