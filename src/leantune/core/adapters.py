@@ -11,7 +11,8 @@ from torch import nn
 
 from leantune.errors import UnsupportedError
 
-_INSIDE = re.compile(r"\.(base_layer|lora_A\.[^.]+|(?P<second>lora_B)\.[^.]+)$")
+_FACTOR = re.compile(r"\.(lora_A|lora_B)\.[^.]+$")
+_INSIDE = re.compile(rf"\.base_layer$|{_FACTOR.pattern}")
 
 
 class LowRank(NamedTuple):
@@ -71,10 +72,15 @@ def linears_along(layer: nn.Module, dim: int) -> Iterator[tuple[str, nn.Module]]
         yield f"{side}.{name}.", factor
 
 
+def is_factor(name: str) -> bool:
+    """Return whether a module's name is that of a LoRA layer's first or second factor."""
+    return _FACTOR.search(name) is not None
+
+
 def is_second_factor(name: str) -> bool:
-    """Return whether a module's name is that of an adapter's second factor."""
-    found = _INSIDE.search(name)
-    return found is not None and found["second"] is not None
+    """Return whether a module's name is that of a second factor, which reads the first's output."""
+    found = _FACTOR.search(name)
+    return found is not None and found[1] == "lora_B"
 
 
 def base_name(name: str) -> str:

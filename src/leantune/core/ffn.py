@@ -6,7 +6,7 @@ Methods that compute some of an FFN's hidden units see every FFN in one way: pla
 Legend: n rows, F hidden units, r rank of an adapter.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import repeat
 from typing import Any, NamedTuple
@@ -16,15 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from leantune.core.adapters import Adapted, linears_along, unwrap
-from leantune.core.ranks import share_of, whole
-from leantune.core.session import Session
-from leantune.core.sites import Site, is_linear
-from leantune.core.swap import StoredConv1D, StoredLinear
+from leantune.core.distributed import full_tensor, shard_like
+from leantune.core.linear import Converted, is_linear
 from leantune.errors import ConfigError, UnsupportedError
 from leantune.ops.autocast import autocast_dtype
 from leantune.ops.linear import linear
-
-_CONVERTED = (StoredLinear, StoredConv1D)
 
 
 class LinearView(NamedTuple):
@@ -51,11 +47,12 @@ class LinearView(NamedTuple):
         module, weight, bias = self
         if x.dtype != weight.dtype and autocast_dtype(x) is None:
             x = x.to(weight.dtype)
-        if isinstance(module, _CONVERTED) and module.training:
-            draw = module.draws.draw_for(module.weight)
-            if draw is not None:
-                return linear(x, weight, bias, module.store, draw)
-        return F.linear(x, weight, bias)
+        if not (isinstance(module, Converted) and module.training):
+            return F.linear(x, weight, bias)
+        if module.runtime.is_exact or not (weight.requires_grad and torch.is_grad_enabled()):
+            return F.linear(x, weight, bias)
+        key = None if module.rows is None else module.runtime.key(x.device)
+        return linear(x, weight, bias, rows=module.rows, codec=module.codec, key=key)
 
     def chunk(self, dim: int, num: int) -> "list[LinearView]":
         """Cut along the output (0) or input (1) features; a cut of inputs leaves the bias out."""
@@ -94,8 +91,8 @@ class FFN:
                 raise UnsupportedError(
                     f"linear must be nn.Linear, Conv1D or a LoRA layer around one, got {kind}"
                 )
-        self._converted: list[Any] = [m for m in every if isinstance(m, _CONVERTED)]
-        self.is_divisible = all(m.rule is None and m.cut is None for m in self._converted)
+        self._converted = [m for m in every if isinstance(m, Converted)]
+        self.is_divisible = all(m.subspace is None for m in self._converted)
 
     @property
     def is_sampled(self) -> bool:
@@ -153,9 +150,9 @@ class FFN:
 
     def _cut(self, cut: Callable[..., list[LinearView]], num: int) -> "list[FFNSlice]":
         parts = []
-        for part, (linear, adapters) in self.linears.items():
+        for part, (base, adapters) in self.linears.items():
             dim = int(part == "down")
-            pieces = [cut(LinearView.of(linear), dim, num)]
+            pieces = [cut(LinearView.of(base), dim, num)]
             for first, second, scaling, _ in adapters:
                 pieces.append(cut(LinearView.of(first if dim else second, scaling), dim, num))
             parts.append(zip(*pieces, strict=True))
@@ -174,7 +171,8 @@ class FFN:
         for z, adapter in zip(low, adapters, strict=True):
             view = LinearView.of(adapter.second, adapter.scaling)
             y = y + view.multiply(z).to(y.dtype)
-        return self._drop("output_dropout", y)
+        dropout = self.modules.get("output_dropout")
+        return y if dropout is None else dropout(y)
 
 
 class FFNSlice(NamedTuple):
@@ -319,12 +317,10 @@ class HiddenUnits:
         for part, name in self._linears.items():
             along = int(part == "down")
             for prefix, layer in linears_along(self._holder.get_submodule(name), along):
-                for tail, parameter in layer.named_parameters(recurse=False):
-                    if tail == "weight":
-                        dim = along if isinstance(layer, nn.Linear) else 1 - along
-                        yield f"{name}.{prefix}weight", parameter, dim
-                    elif along == 0:
-                        yield f"{name}.{prefix}{tail}", parameter, 0
+                dim = along if isinstance(layer, nn.Linear) else 1 - along
+                yield f"{name}.{prefix}weight", layer.get_parameter("weight"), dim
+                if along == 0 and layer.bias is not None:
+                    yield f"{name}.{prefix}bias", layer.get_parameter("bias"), 0
 
     def _to_original(self, holder: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
         self._reorder_entries(state, prefix, self.permutation.argsort())
@@ -346,4 +342,4 @@ class HiddenUnits:
 
 
 def _selected(tensor: Tensor, dim: int, order: Tensor) -> Tensor:
-    return share_of(whole(tensor).index_select(dim, order.to(tensor.device)), tensor)
+    return shard_like(full_tensor(tensor).index_select(dim, order.to(tensor.device)), tensor)

@@ -4,21 +4,20 @@ Legend: n tokens, m = n A routed rows, d_model, F hidden units, G groups, A acti
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from leantune.core.ffn import FFN, HiddenUnits, LinearView, view_ffn
-from leantune.core.session import Session
+from leantune.core.runtime import Runtime
 from leantune.core.sites import Site
 from leantune.methods.routed_ffn import maths
+from leantune.methods.routed_ffn.config import RoutedFFN
 from leantune.ops.autocast import autocast_dtype
+from leantune.ops.backend import on_gpu
 from leantune.ops.groups import combine, dispatch, grouped_linear, has_grouped_product, route
-from leantune.ops.rows import stream_of, uniform
-
-if TYPE_CHECKING:
-    from leantune.methods.routed_ffn import RoutedFFN
+from leantune.ops.random import RandomKey, stream_of, uniform
 
 _FRESH_SPREAD = 0.02
 """Root mean square of a fresh router's logits: gates start near 1, yet no two groups tie."""
@@ -29,45 +28,55 @@ class Router(nn.Linear):
 
 
 class RoutedMLP(nn.Module):
-    """An FFN that computes, for each token, only the groups its router chooses.
+    """A routed MLP computes, for each token, only the groups that its router chooses.
 
     It holds the very linears of the FFN whose place it takes; see :class:`leantune.RoutedFFN`.
 
     Args:
+        model: the model that the FFN is in.
         site: the FFN.
         config: the options.
-        session: gives the seed and the batch's row mask, and takes auxiliary losses.
+        runtime: gives the seed and the batch's row mask, and takes auxiliary losses.
+
+    Attributes:
+        recorder: called with input, hidden activations and row mask while the FFN is calibrated.
+        units: the order of the hidden units, where it may change.
     """
 
-    def __init__(self, site: Site, config: "RoutedFFN", session: Session) -> None:
+    def __init__(self, model: nn.Module, site: Site, config: RoutedFFN, runtime: Runtime) -> None:
         super().__init__()
         self.config = config
-        self.session = session
+        self.runtime = runtime
         self.recorder: Callable[[Tensor, Tensor, Tensor | None], None] | None = None
-        self.mask = site.mask
+        self._is_dense = config.is_dense
+        self._mask_field = site.mask_field
         self._names: dict[str, str] = {}
         self._view: FFN | None = None
-        order = {id(module): i for i, module in enumerate(session.model.modules())}
-        for part, module in sorted(site.modules.items(), key=lambda item: order[id(item[1])]):
-            inside, _, name = site.parts[part].rpartition(".")
+        order = {id(module): i for i, module in enumerate(model.modules())}
+        for part, child in sorted(
+            site.children.items(), key=lambda item: order[id(item[1].module)]
+        ):
+            inside, _, name = child.name.rpartition(".")
             # Parameters keep their names where the FFN is a module of its own.
             self._names[part] = name if inside == site.name and name != "router" else part
-            self.add_module(self._names[part], module)
+            self.add_module(self._names[part], child.module)
+        linears = {part: self._names[part] for part in self.ffn.linears}
+        inner = [m for name in linears.values() for m in self.get_submodule(name).modules()]
+        # What is hooked already (by meProp, say) must be run by its own forward.
+        self._is_hooked = any(m._forward_hooks or m._forward_pre_hooks for m in inner)
         weight = self.ffn.weight("up")
         d_model = weight.shape[1]
         # Without torch's own initialisation: the global stream of random numbers must not move.
-        router: Any = nn.utils.skip_init(
+        router = nn.utils.skip_init(
             Router, d_model, config.num_groups, device=weight.device, dtype=weight.dtype
         )
-        self.router = router
-        self.stream = stream_of(site.name)
+        self.router = cast(Router, router)
+        self._stream = stream_of(site.name)
         start = self.uniform(self.router.weight.numel()).view_as(self.router.weight)
         scale = _FRESH_SPREAD * (12 / d_model) ** 0.5
         self.set_router((start - 0.5) * scale, start.new_zeros(config.num_groups))
-        self.units = None
-        if config.split == "coactivation":
-            linears = {part: self._names[part] for part in self.ffn.linears}
-            self.units = HiddenUnits(session.model, self, linears)
+        is_reordered = config.split == "coactivation"
+        self.units = HiddenUnits(model, self, linears) if is_reordered else None
         self.train(site.module.training)
 
     @property
@@ -82,36 +91,31 @@ class RoutedMLP(nn.Module):
         config, ffn = self.config, self.ffn
         if self.recorder is not None:
             hidden = ffn.hidden(x)
-            self.recorder(x, hidden, self.session.batch.row_mask(self.mask, x.shape))
+            self.recorder(x, hidden, self.runtime.batch.row_mask(self._mask_field, x.shape))
             return ffn.output(hidden)
-        if x.numel() == 0 or config.is_dense:
+        if x.numel() == 0 or self._is_dense or self.runtime.is_exact:
             return ffn.output(ffn.hidden(x))
         logits = self.router(x).flatten(0, -2)  # (n, G)
         p = logits.to(torch.promote_types(logits.dtype, torch.float32)).sigmoid()
         chosen = maths.choose(logits, config.num_active)
         c = 2.0 * p.gather(1, chosen) if config.gate == "output" else None  # (n, A)
         self._add_balance_loss(p, chosen, x.shape)
-        if config.num_active < config.num_groups and ffn.is_divisible:
+        is_partial = config.num_active < config.num_groups
+        if is_partial and ffn.is_divisible and not self._is_hooked:
             return self._routed(ffn, x, chosen, c)
         factors = torch.ones_like(chosen, dtype=p.dtype) if c is None else c
         return ffn.output(ffn.hidden(x), torch.zeros_like(p).scatter(1, chosen, factors))
 
     def uniform(self, n: int) -> Tensor:
         """Return n numbers in [0, 1) that depend on the session's seed and the site alone."""
-        device = self.router.weight.device
-        draw = torch.zeros((), dtype=torch.int64, device=device)
-        return uniform(self.session.seed, self.stream, draw, n, device=device)
+        counter = torch.zeros((), dtype=torch.int64, device=self.router.weight.device)
+        return uniform(RandomKey(self.runtime.seed, counter, self._stream), n)
 
     @torch.no_grad()
     def set_router(self, weight: Tensor, bias: Tensor) -> None:
         """Give the router its start: weight (G, d_model) and bias (G,)."""
         self.router.weight.copy_(weight)
         self.router.bias.copy_(bias)
-
-    def restore(self) -> None:
-        """Put the hidden units back into their original order."""
-        if self.units is not None:
-            self.units.restore()
 
     def _routed(self, ffn: FFN, x: Tensor, chosen: Tensor, c: Tensor | None) -> Tensor:
         """Run the chosen groups alone; what does not depend on the group runs once per token."""
@@ -136,16 +140,16 @@ class RoutedMLP(nn.Module):
                 )
                 if size
             ]
-            sums = [torch.cat(t) for t in zip(*outputs, strict=True)]
+            sums = list(map(torch.cat, zip(*outputs, strict=True)))
         y, *low = [combine(t, routing) for t in sums]
         return ffn.finish(y, low).view(*x.shape[:-1], -1)
 
     def _add_balance_loss(self, p: Tensor, chosen: Tensor, shape: torch.Size) -> None:
         config = self.config
         if self.training and config.balance_weight and config.num_active < config.num_groups:
-            mask = self.session.batch.row_mask(self.mask, shape)
+            mask = self.runtime.batch.row_mask(self._mask_field, shape)
             loss = maths.balance_loss(p, chosen, mask)
-            self.session.add_auxiliary_loss(config.balance_weight * loss)
+            self.runtime.add_auxiliary_loss(config.balance_weight * loss)
 
 
 def prefers_grouped(rows: Tensor, ffn: FFN) -> bool:
@@ -154,6 +158,6 @@ def prefers_grouped(rows: Tensor, ffn: FFN) -> bool:
     It does not wait for the host, which a product for each group does. Linears that WTA-CRS samples
     cannot take it, since rows are chosen from one group's input at a time.
     """
-    if not rows.is_cuda or ffn.is_sampled:
+    if not on_gpu(rows) or ffn.is_sampled:
         return False
     return has_grouped_product("cuda", autocast_dtype(rows) or ffn.weight("up").dtype)
