@@ -13,6 +13,7 @@ from leantune.methods import (
     Checkpoint,
     LoRA,
     MeProp,
+    RoutedFFN,
     SPTAttention,
 )
 
@@ -23,6 +24,7 @@ __all__ = [
     "LeantuneError",
     "LoRA",
     "MeProp",
+    "RoutedFFN",
     "SPTAttention",
     "Session",
     "SiteError",
