@@ -13,7 +13,9 @@ from leantune.methods import (
     Checkpoint,
     LoRA,
     MeProp,
+    RoutedFFN,
     SparseGrad,
+    SPTAttention,
 )
 
 __all__ = [
@@ -23,6 +25,8 @@ __all__ = [
     "LeantuneError",
     "LoRA",
     "MeProp",
+    "RoutedFFN",
+    "SPTAttention",
     "Session",
     "SiteError",
     "SparseGrad",
