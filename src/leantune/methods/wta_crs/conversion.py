@@ -41,8 +41,11 @@ def convert(
 ) -> SampledLinears:
     """Give each linear a row policy; linears that read one input share their sample."""
     groups = [group for read in group_by_input(sites) for group in _sharing(read)]
-    names = [site.name for group in groups for site in group]
-    norms = RunningNorms(names, config.decay) if config.norms == "running" else None
+    norms = None
+    if config.norms == "running":
+        linears = [site for group in groups for site in group]
+        devices = [site.module.get_parameter("weight").device for site in linears]
+        norms = RunningNorms([site.name for site in linears], config.decay, devices)
     swaps: list[Swap] = []
     for group in groups:
         first = len(swaps)
