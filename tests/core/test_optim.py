@@ -1,4 +1,4 @@
-"""Optimisers for sparse gradients: paired with a dense one, and with bias corrected by entry."""
+"""Optimisers for sparse gradients, paired with a dense one."""
 
 import copy
 
@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from leantune.core.optim import EntryAdam, PairedOptimizer, paired, refuse_dense
-from leantune.errors import ConfigError
+from leantune.core.optim import PairedOptimizer, paired
 
 # torch's own warning about its own sparse tensors.
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")
@@ -21,7 +20,7 @@ def sparse(positions: list[int], values: list[float]) -> Tensor:
 
 def pair(**options) -> tuple[nn.Parameter, nn.Parameter, torch.optim.Optimizer]:
     dense, thin = nn.Parameter(torch.ones(5)), nn.Parameter(torch.ones(SHAPE))
-    return dense, thin, paired(torch.optim.AdamW, [dense, thin], {thin: False}, options)
+    return dense, thin, paired(torch.optim.AdamW, [dense, thin], [thin], options)
 
 
 def set_gradients(dense: nn.Parameter, thin: nn.Parameter, seed: int) -> None:
@@ -106,37 +105,3 @@ def test_closure_is_evaluated_once() -> None:
         return 3.0
 
     assert optimizer.step(closure) == 3.0 and len(calls) == 1
-
-
-@pytest.mark.parametrize(("kind", "is_right"), [(EntryAdam, True), (torch.optim.SparseAdam, False)])
-def test_a_late_first_step_is_one_learning_rate(kind, is_right: bool) -> None:
-    """torch's sparse Adam, the control, moves an entry first met late by up to 3.16 rates."""
-    p = nn.Parameter(torch.zeros(SHAPE))
-    optimizer = kind([p], lr=0.1)
-    for _ in range(500):
-        p.grad = sparse([0], [1.0])
-        optimizer.step()
-    p.grad = sparse([7], [-2.0])
-    optimizer.step()
-    moved = float(p.detach().flatten()[7])
-    assert (abs(moved - 0.1) < 1e-6) is is_right
-    assert is_right or moved == pytest.approx(0.199, abs=0.001)
-
-
-def test_entries_met_at_every_step_move_as_under_adam() -> None:
-    p, q = (nn.Parameter(torch.ones(SHAPE)) for _ in range(2))
-    ours, theirs = EntryAdam([p], lr=0.1), torch.optim.Adam([q], lr=0.1)
-    for seed in range(5):
-        q.grad = torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed))
-        p.grad = sparse(list(range(12)), q.grad.flatten().tolist())
-        ours.step()
-        theirs.step()
-    torch.testing.assert_close(p, q)
-
-
-def test_a_dense_optimizer_over_sparse_gradients_is_refused() -> None:
-    dense, thin, optimizer = pair(lr=0.1)
-    refuse_dense(optimizer, {thin: False})
-    refuse_dense(torch.optim.Adam([dense]), {thin: False})
-    with pytest.raises(ConfigError, match=r"got Adam over 1 .*session\.optimizer\(torch\.o"):
-        refuse_dense(torch.optim.Adam([dense, thin]), {thin: False})
