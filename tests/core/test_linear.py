@@ -5,16 +5,9 @@ import torch
 from torch import Tensor, nn
 
 import leantune as lt
-from leantune.core.swap import StoredLinear, adopt, swap, with_store
+from leantune.core.linear import ConvertedLinear, converted, share_parameters_as, swap
+from leantune.core.runtime import Runtime
 from leantune.errors import SiteError
-from leantune.ops.stores import Draw, ExactStore
-
-
-class Always:
-    """A draw source that always lets the store decide."""
-
-    def draw_for(self, weight: nn.Parameter) -> Draw:
-        return Draw(0, torch.zeros((), dtype=torch.int64))
 
 
 class Tied(nn.Module):
@@ -29,12 +22,12 @@ class Tied(nn.Module):
         return self.out(self.inner(self.embed(ids)))
 
 
-def test_adopted_twin_shares_everything() -> None:
+def test_twin_shares_everything() -> None:
     old = nn.Linear(3, 2)
     seen = []
     old.register_forward_hook(lambda *_: seen.append("before"))
-    new = with_store(old, ExactStore(), Always())
-    assert isinstance(new, StoredLinear) and isinstance(new, nn.Linear)
+    new = converted(old, Runtime(old, 0))
+    assert isinstance(new, ConvertedLinear) and isinstance(new, nn.Linear)
     assert new.weight is old.weight and new.bias is old.bias
     assert (new.in_features, new.out_features) == (3, 2)
     new.register_forward_hook(lambda *_: seen.append("after"))
@@ -44,12 +37,12 @@ def test_adopted_twin_shares_everything() -> None:
     # A parameter replaced on one side is replaced on the other, as sharding does.
     new.weight = nn.Parameter(torch.ones(2, 3))
     assert old.weight is new.weight
-    assert not hasattr(old, "store")
+    assert not hasattr(old, "runtime")
 
 
 def test_twin_has_its_own_training_flag() -> None:
     old = nn.Linear(3, 2)
-    new = adopt(old, StoredLinear)
+    new = share_parameters_as(ConvertedLinear, old)
     new.eval()
     assert old.training and not new.training
 
@@ -57,7 +50,7 @@ def test_twin_has_its_own_training_flag() -> None:
 def test_swap_and_undo() -> None:
     model = Tied()
     old, state = model.inner[2], list(model.state_dict())
-    new = with_store(old, ExactStore(), Always())
+    new = converted(old, Runtime(old, 0))
     change = swap(model, "inner.2", new)
     assert model.inner[2] is new and list(model.state_dict()) == state
     assert list(dict(model.inner.named_children())) == ["0", "1", "2"]
@@ -78,7 +71,7 @@ def test_ties_survive_and_the_tied_gradient_is_the_sum() -> None:
     plain = model.embed.weight.grad
     model.zero_grad()
     session = lt.apply(model, lt.WTACRS(keep_ratio=1.0, sites=["out", "inner.*"]))
-    assert isinstance(model.out, StoredLinear) and model.out.weight is model.embed.weight
+    assert isinstance(model.out, ConvertedLinear) and model.out.weight is model.embed.weight
     model(ids).square().sum().backward()
     assert plain is not None and torch.equal(model.embed.weight.grad, plain)
     session.remove()
@@ -116,7 +109,7 @@ def test_conv1d_equals_the_plain_layer() -> None:
     from transformers.pytorch_utils import Conv1D
 
     old = Conv1D(6, 4)
-    new = with_store(old, ExactStore(), Always())
+    new = converted(old, Runtime(old, 0))
     assert new.weight is old.weight and isinstance(new.weight, nn.Parameter)
     x = torch.randn(2, 3, 4, requires_grad=True)
     grad_output = torch.randn(2, 3, 6)

@@ -13,9 +13,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 import leantune as lt
-from leantune.core import state as state_module
-from leantune.core.state import (
-    RECIPE_FILE,
+from leantune.core import files as files_module
+from leantune.core.files import (
     STATE_FILE,
     WEIGHTS_FILE,
     atomic_folder,
@@ -23,6 +22,7 @@ from leantune.core.state import (
     save_tensors,
     write_atomic,
 )
+from leantune.core.recipe import RECIPE_FILE
 from leantune.errors import ConfigError
 
 
@@ -42,9 +42,6 @@ def saved(tmp_path: Path) -> Path:
     folder = tmp_path / "run" / "session"
     make_session().save(folder)
     return folder
-
-
-# -- atomic writing ----------------------------------------------------------------------------
 
 
 def test_atomic_folder_replaces_the_old_one_whole(tmp_path: Path) -> None:
@@ -96,7 +93,7 @@ def test_write_atomic_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
     def fail(*_) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(state_module.os, "fsync", fail)
+    monkeypatch.setattr(files_module.os, "fsync", fail)
     with pytest.raises(OSError, match="No space left"):
         write_atomic(path, "new")
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["a.json"]
@@ -111,9 +108,9 @@ def test_full_disk_keeps_the_old_session(saved: Path, monkeypatch, target: str) 
 
     session = make_session(seed=4)
     if target == "save_file":
-        monkeypatch.setattr(state_module, "save_file", fail)
+        monkeypatch.setattr(files_module, "save_file", fail)
     else:
-        monkeypatch.setattr(state_module.os, "replace", fail)
+        monkeypatch.setattr(files_module.os, "replace", fail)
     with pytest.raises(OSError, match="No space left"):
         session.save(saved)
     monkeypatch.undo()
@@ -126,7 +123,7 @@ def test_file_that_cannot_grow_is_an_os_error(tmp_path: Path) -> None:
     code = """
 import resource, signal, sys, torch
 from pathlib import Path
-from leantune.core.state import save_tensors
+from leantune.core.files import save_tensors
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 path = Path(sys.argv[1])
 save_tensors(path, {"a": torch.zeros(4)})
@@ -152,16 +149,13 @@ def test_tied_and_strided_tensors_are_written(tmp_path: Path) -> None:
     assert torch.equal(back["x"], value) and torch.equal(back["z"], value.t())
 
 
-# -- saving and loading a session --------------------------------------------------------------
-
-
 def test_folder_holds_recipe_weights_and_state(saved: Path) -> None:
     assert sorted(contents(saved)) == [RECIPE_FILE, STATE_FILE, WEIGHTS_FILE]
     recipe = json.loads((saved / RECIPE_FILE).read_text())
     assert recipe == {
-        "format": 1,
+        "format": 2,
         "seed": 3,
-        "methods": [{"method": "wta_crs", "version": 1, "min_rows": 2}],
+        "methods": [lt.WTACRS(min_rows=2).to_dict()],
     }
 
 
@@ -175,25 +169,24 @@ def test_only_what_trains_is_saved(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"residual_rank": 2}, {"norms": "activation"}, {"norms": "cache"}],
+    [{}, {"norms": "activation"}, {"draw_at": "backward"}],
     ids=lambda o: next(iter(o), "default"),
 )
 def test_loaded_session_goes_on_bit_for_bit(tmp_path: Path, options) -> None:
     tiny = MODELS["bert"]
-    ids = torch.arange(4)
     model = tiny.build()
     session = lt.apply(model, lt.WTACRS(min_rows=2, **options), seed=3)
     for step in range(3):
-        model(**tiny.batch(step), sample_id=ids).loss.backward()
+        model(**tiny.batch(step)).loss.backward()
     session.save(tmp_path / "s")
     other = tiny.build(seed=9)
     frozen = lt.load(other, tmp_path / "s")
-    assert (frozen.draw, frozen.step, frozen.seed) == (session.draw, session.step, 3)
+    assert frozen._runtime.counter == session._runtime.counter == 3 and frozen.seed == 3
     for step in range(2):
         grads = []
         for m in (model, other):
             m.zero_grad()
-            loss = m(**tiny.batch(step), sample_id=ids).loss
+            loss = m(**tiny.batch(step)).loss
             loss.backward()
             grads.append([loss, *(p.grad for p in m.parameters())])
         assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
@@ -234,8 +227,8 @@ def test_broken_recipe(saved: Path, text) -> None:
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"format": 2}, "format must be at most 1, got 2"),
-        ({"methods": [{"method": "wta_crs", "version": 2}]}, "version must be at most 1, got 2"),
+        ({"format": 3}, "format must be 2, got 3"),
+        ({"methods": [{"method": "wta_crs", "version": 2}]}, "version must be 1, got 2"),
         (
             {"methods": [{"method": "wta_crs", "keep_ratoi": 1}]},
             "got 'keep_ratoi'; did you mean 'keep_ratio'",
@@ -276,14 +269,14 @@ def test_weights_of_another_shape(saved: Path) -> None:
 
 
 def test_state_of_another_recipe() -> None:
-    state = make_session(residual_rank=2).state_dict()
+    state = make_session().state_dict()
     with pytest.raises(
-        ConfigError, match="state must belong to this recipe, got an entry 'wta_crs"
+        ConfigError, match="state must hold what this recipe keeps, got an entry 'bert"
     ):
-        make_session().load_state_dict(state)
+        make_session(norms="activation").load_state_dict(state)
 
 
-@pytest.mark.parametrize("key", ["draw", "step", "seed"])
+@pytest.mark.parametrize("key", ["counter", "step", "seed"])
 def test_state_without_a_counter(key: str) -> None:
     session = make_session()
     state = session.state_dict()
