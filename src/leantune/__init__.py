@@ -14,7 +14,6 @@ from leantune.methods import (
     SparseGrad,
     SPTAttention,
 )
-from leantune.train.sample_ids import with_sample_ids
 
 # Importing the subpackage bound its name here; the public name is the function.
 methods = registry.methods
@@ -37,5 +36,4 @@ __all__ = [
     "ledger",
     "load",
     "methods",
-    "with_sample_ids",
 ]

@@ -62,9 +62,9 @@ def load(model: nn.Module, folder: str | Path) -> Session:
             left as it was.
     """
     folder = Path(folder)
-    methods, seed = read_recipe(folder)
+    recipe = read_recipe(folder)
     state = load_tensors(folder / STATE_FILE)
-    session = apply(model, *methods, seed=seed)
+    session = apply(model, *recipe.methods, seed=recipe.seed)
     try:
         session.load_state_dict(state)
         load_weights(model, folder)

@@ -65,9 +65,10 @@ class Options:
             return
         if isinstance(value, str) and value in choices:
             return
-        if float in kinds and type(value) is int:
-            object.__setattr__(self, spec.name, float(value))
+        if float in kinds and (type(value) is int or _is_spelled(value)):
+            # YAML reads 5e-5 as text.
             value = float(value)
+            object.__setattr__(self, spec.name, value)
         if type(value) not in kinds:
             raise ConfigError(f"{who} must be {rule}, got {value!r}")
         if isinstance(value, int | float) and not isinstance(value, bool):
@@ -145,6 +146,8 @@ class MethodConfig(Options):
     def to_dict(self) -> dict[str, Any]:
         """Return ``{"method": ..., "version": ..., option: value}`` for JSON or YAML.
 
+        Every option is written, so that another version's defaults cannot change what a file says.
+
         Raises:
             ConfigError: ``sites`` is a predicate, which no file can hold.
         """
@@ -156,8 +159,7 @@ class MethodConfig(Options):
         out: dict[str, Any] = {"method": self.method, "version": self.version}
         for spec in dataclasses.fields(self):
             value = getattr(self, spec.name)
-            if value != spec.default:
-                out[spec.name] = list(value) if isinstance(value, tuple) else value
+            out[spec.name] = list(value) if isinstance(value, tuple) else value
         return out
 
     @classmethod
@@ -211,6 +213,14 @@ def _accepted(hint: Any) -> tuple[set[type], tuple[str, ...], bool]:
         else:
             kinds.add(part)
     return kinds, choices, nullable
+
+
+def _is_spelled(value: Any) -> bool:
+    """Tell whether a text spells a number."""
+    try:
+        return isinstance(value, str) and float(value) == float(value)
+    except ValueError:
+        return False
 
 
 def _rule(kinds: set[type], choices: tuple[str, ...], bounds: dict, nullable: bool) -> str:

@@ -296,9 +296,9 @@ class Session:
                 outside the trainer's ``output_dir``.
         """
         # The one arrow that points upwards, late, so that core runs without transformers.
-        from leantune.train.callback import SessionCallback
+        from leantune.integrations.trainer import TrainerCallback
 
-        return SessionCallback(self, resume_from)
+        return TrainerCallback(self, resume_from)
 
     def remove(self) -> None:
         """Put the original module objects back; weights stay as they are now."""

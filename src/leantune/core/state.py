@@ -7,22 +7,19 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from leantune.core.config import MethodConfig
 from leantune.core.ranks import is_sharded
-from leantune.core.registry import config_from_dict
+from leantune.core.recipe import RECIPE_FILE, Recipe
 from leantune.errors import ConfigError, UnsupportedError
 
 if TYPE_CHECKING:
     from leantune.core.session import Session
 
-RECIPE_FORMAT = 1
-RECIPE_FILE = "recipe.json"
 WEIGHTS_FILE = "weights.safetensors"
 STATE_FILE = "session.safetensors"
 
@@ -109,40 +106,6 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         ) from error
 
 
-def recipe_to_dict(methods: tuple[MethodConfig, ...], seed: int) -> dict[str, Any]:
-    """Return the JSON form of a recipe."""
-    return {
-        "format": RECIPE_FORMAT,
-        "seed": seed,
-        "methods": [m.to_dict() for m in methods],
-    }
-
-
-def recipe_from_dict(data: Any) -> tuple[tuple[MethodConfig, ...], int]:
-    """Read a recipe's JSON form: (methods, seed).
-
-    Raises:
-        ConfigError: not a recipe, from a newer version, or with an unknown key.
-    """
-    if not isinstance(data, Mapping) or not isinstance(data.get("methods"), list):
-        raise ConfigError(f"recipe: methods must be a list of method entries, got {data!r}")
-    version = data.get("format", RECIPE_FORMAT)
-    if not isinstance(version, int) or version > RECIPE_FORMAT:
-        raise ConfigError(
-            f"recipe: format must be at most {RECIPE_FORMAT}, got {version!r}; it was written by a "
-            "newer leantune: upgrade with pip install -U leantune"
-        )
-    unknown = set(data) - {"format", "seed", "methods"}
-    if unknown:
-        raise ConfigError(
-            f"recipe: keys must be format, seed, methods, got {min(unknown, key=str)!r}"
-        )
-    seed = data.get("seed", 0)
-    if not isinstance(seed, int) or isinstance(seed, bool):
-        raise ConfigError(f"recipe: seed must be an integer, got {seed!r}")
-    return tuple(config_from_dict(m) for m in data["methods"]), seed
-
-
 def trained_weights(model: nn.Module) -> dict[str, Tensor]:
     """Return what trains, by name, as the model's ``state_dict`` has it: a session's saved weights.
 
@@ -159,7 +122,7 @@ def _trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def save_session(session: "Session", folder: Path) -> None:
     """Write one session's folder: see :meth:`Session.save`."""
-    recipe = recipe_to_dict(session.methods, session.seed)
+    recipe = Recipe(methods=session.methods, seed=session.seed).to_dict()
     trained = _trained_parameters(session.model)
     # Asked of the parameters: a sharded model's state_dict may wait for the other processes.
     sharded = [name for name, parameter in trained.items() if is_sharded(parameter)]
@@ -175,7 +138,7 @@ def save_session(session: "Session", folder: Path) -> None:
         save_tensors(fresh / STATE_FILE, session.state_dict())
 
 
-def read_recipe(folder: Path) -> tuple[tuple[MethodConfig, ...], int]:
+def read_recipe(folder: Path) -> Recipe:
     """Read the recipe of a saved session.
 
     Raises:
@@ -191,7 +154,7 @@ def read_recipe(folder: Path) -> tuple[tuple[MethodConfig, ...], int]:
         ) from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"load: {path} must be valid JSON, got {error}") from error
-    return recipe_from_dict(data)
+    return Recipe.from_dict(data)
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
