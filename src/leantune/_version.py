@@ -1,3 +1,3 @@
-"""The version, which the package metadata reads from here."""
+"""The version, in its one place."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"

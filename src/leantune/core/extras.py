@@ -1,16 +1,15 @@
-"""Optional packages: one function that imports them and names the extra that is missing."""
+"""Optional packages: the one function that says which extra brings a missing one."""
 
-import importlib
-from types import ModuleType
+import importlib.util
 
 from leantune.errors import UnsupportedError
 
 
-def require(package: str, *, extra: str, who: str) -> ModuleType:
-    """Import an optional package, and say how to install it where it is missing.
+def require(package: str, *, extra: str, who: str) -> None:
+    """Check that an optional package is installed; it is not imported here.
 
     Args:
-        package: name to import.
+        package: name that is imported.
         extra: the extra of leantune that brings it.
         who: what needs it; the first words of the error.
 
@@ -18,11 +17,10 @@ def require(package: str, *, extra: str, who: str) -> ModuleType:
         UnsupportedError: the package is not installed.
     """
     try:
-        return importlib.import_module(package)
-    except ModuleNotFoundError as error:
-        if error.name != package.partition(".")[0]:
-            raise
+        is_there = importlib.util.find_spec(package) is not None
+    except ImportError:
+        is_there = False
+    if not is_there:
         raise UnsupportedError(
-            f"{who}: package {package} must be installed, got none; pip install "
-            f"'leantune[{extra}]'"
-        ) from error
+            f"{who}: package {package} must be installed, got none; pip install 'leantune[{extra}]'"
+        )

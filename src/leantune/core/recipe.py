@@ -5,12 +5,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-from leantune.core import registry
 from leantune.core.config import MethodConfig, Options, option
+from leantune.core.registry import config_from_dict
 from leantune.errors import ConfigError
 
 RECIPE_FILE = "recipe.json"
-RECIPE_FORMAT = 2
+FORMAT = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class Recipe(Options):
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form with every option, so that a file says all that decides a run."""
         names = [spec.name for spec in dataclasses.fields(self) if spec.name not in self.not_saved]
-        return {"format": RECIPE_FORMAT} | {name: _plain(getattr(self, name)) for name in names}
+        return {"format": FORMAT} | {name: _plain(getattr(self, name)) for name in names}
 
     @classmethod
     def from_dict(cls, data: Any) -> Self:
@@ -51,12 +51,12 @@ class Recipe(Options):
         if not isinstance(data, Mapping):
             raise ConfigError(f"{who}: recipe must be a mapping of options, got {data!r}")
         values = {key: value for key, value in data.items() if key != "format"}
-        version = data.get("format", RECIPE_FORMAT)
-        if type(version) is not int or version != RECIPE_FORMAT:
+        version = data.get("format", FORMAT)
+        if type(version) is not int or version != FORMAT:
             raise ConfigError(
-                f"{who}: format must be {RECIPE_FORMAT}, got {version!r}; for a larger one upgrade "
+                f"{who}: format must be {FORMAT}, got {version!r}; for a larger one upgrade "
                 "with pip install -U leantune, for another write the recipe anew with format: "
-                f"{RECIPE_FORMAT}"
+                f"{FORMAT}"
             )
         cls.refuse_unknown(values)
         for spec in dataclasses.fields(cls):
@@ -82,19 +82,14 @@ def method_configs(entries: Any, who: str) -> tuple[MethodConfig, ...]:
             f"{who}: methods must be a list of methods, got {entries!r}; for example "
             "[{method: wta_crs, keep_ratio: 0.3}]"
         )
-    return tuple(_config(entry, who) for entry in entries)
+    return tuple(map(_config, entries))
 
 
-def _config(entry: Any, who: str) -> MethodConfig:
+def _config(entry: Any) -> MethodConfig:
     if isinstance(entry, MethodConfig):
         return entry
-    options = {"method": entry} if isinstance(entry, str) else entry
-    if not isinstance(options, Mapping) or not isinstance(options.get("method"), str):
-        raise ConfigError(
-            f"{who}: each entry of methods must have a 'method' name, got {entry!r}; methods: "
-            f"{', '.join(registry.methods())}"
-        )
-    return registry.get(options["method"].replace("-", "_")).config.from_dict(options)
+    is_name = isinstance(entry, str)
+    return config_from_dict({"method": entry.replace("-", "_")} if is_name else entry)
 
 
 def _plain(value: Any) -> Any:

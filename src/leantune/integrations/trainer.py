@@ -7,22 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
-
-from leantune.core import registry
-from leantune.core.extras import require
-from leantune.core.session import Session
-from leantune.core.state import load_tensors, save_tensors, trained_weights
-from leantune.errors import ConfigError, UnsupportedError
-
-require("transformers", extra="train", who="TrainerCallback")
-
 import transformers
 from accelerate.utils import send_to_device
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 from transformers.utils import SAFE_WEIGHTS_NAME
+
+from leantune.core.session import Session
+from leantune.core.files import load_tensors, save_tensors, trained_weights
+from leantune.errors import ConfigError, UnsupportedError
 
 SESSION_FILE = "leantune_session.safetensors"
 
@@ -139,12 +134,13 @@ class TrainerCallback(transformers.TrainerCallback):
                 "TrainerCallback: model must be the session's, got another "
                 f"{type(model).__name__}; give the trainer session.model"
             )
-        if self.session.sparse_parameters:
+        num_sparse = sum(len(c.sparse_parameters) for c in self.session.conversions)
+        if num_sparse:
             raise UnsupportedError(
                 "TrainerCallback: gradients must be dense, since a Trainer takes their norm at "
-                f"each step, got {len(self.session.sparse_parameters)} parameters without; choose "
-                " a method option whose gradients are dense, or train in a loop of your own "
-                "with session.optimizer(torch.optim.AdamW, lr=...)"
+                f"each step, got {num_sparse} parameters without; choose a method option whose "
+                "gradients are dense, or train in a loop of your own with "
+                "session.optimizer(torch.optim.AdamW, lr=...)"
             )
         if args.n_gpu > 1:
             raise UnsupportedError(
@@ -170,7 +166,7 @@ class TrainerCallback(transformers.TrainerCallback):
         self.session.load_state_dict(load_tensors(path))
 
     def _calibrate(self, args: TrainingArguments, loader: Any) -> None:
-        num = _num_calibration_batches(self.session)
+        num = max((c.num_calibration_batches for c in self.session.conversions), default=0)
         if loader is None or not num:
             return
         # Neither the order of the samples nor dropout may depend on calibration.
@@ -230,12 +226,6 @@ def _file_name(args: TrainingArguments) -> str:
         return SESSION_FILE
     stem, _, suffix = SESSION_FILE.rpartition(".")
     return f"{stem}_{args.process_index}.{suffix}"
-
-
-def _num_calibration_batches(session: Session) -> int:
-    specs = [(registry.get(config.method), config) for config in session.methods]
-    wanted = (s.num_calibration_batches(c) for s, c in specs if s.calibrate is not None)
-    return max(wanted, default=0)
 
 
 def calibration_batches(loader: Any, args: TrainingArguments, num_batches: int) -> Iterator[Any]:

@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 
 from leantune.core.recipe import RECIPE_FILE
-from leantune.core.state import write_atomic
+from leantune.core.files import write_atomic
 from leantune.errors import ConfigError
 from leantune.integrations.trainer import SESSION_FILE
 from leantune.training.recipe import RunRecipe, read_recipe_file

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 
 from leantune.core.apply import load
 from leantune.core.recipe import RECIPE_FILE
-from leantune.core.state import STATE_FILE, atomic_folder
+from leantune.core.files import STATE_FILE, atomic_folder
 from leantune.errors import ConfigError
 from leantune.training.data import Task
 from leantune.training.recipe import read_recipe_file

@@ -21,7 +21,7 @@ import transformers
 from leantune._version import __version__
 from leantune.core.apply import apply
 from leantune.core.session import Session
-from leantune.core.state import atomic_folder, write_atomic
+from leantune.core.files import atomic_folder, write_atomic
 from leantune.errors import ConfigError
 from leantune.integrations.trainer import TrainerCallback
 from leantune.measure.ledger import ledger
