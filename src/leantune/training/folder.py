@@ -9,8 +9,8 @@ import json
 import shutil
 from pathlib import Path
 
-from leantune.core.recipe import RECIPE_FILE
 from leantune.core.files import write_atomic
+from leantune.core.recipe import RECIPE_FILE
 from leantune.errors import ConfigError
 from leantune.integrations.trainer import SESSION_FILE
 from leantune.training.recipe import RunRecipe, read_recipe_file

@@ -9,8 +9,8 @@ import transformers
 from safetensors import SafetensorError
 
 from leantune.core.apply import load
-from leantune.core.recipe import RECIPE_FILE
 from leantune.core.files import STATE_FILE, atomic_folder
+from leantune.core.recipe import RECIPE_FILE
 from leantune.errors import ConfigError
 from leantune.training.data import Task
 from leantune.training.recipe import read_recipe_file

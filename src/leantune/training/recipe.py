@@ -137,15 +137,18 @@ def read_recipe_file(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: the file is missing, not valid, or no mapping.
     """
+    require("yaml", extra="cli", who="recipe")
+    import yaml
+
     try:
         text = path.read_text("utf-8")
-        data = json.loads(text) if path.suffix == ".json" else _yaml(text, path)
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+        data = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text) or {}
+    except OSError as error:
         raise ConfigError(
             f"recipe: file must exist, got {str(path)!r} ({error.strerror}); give a YAML file, or "
             f"a run's {RECIPE_FILE}"
         ) from error
-    except ValueError as error:
+    except (ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"recipe: {path} must be valid YAML or JSON, got {error}") from error
     if not isinstance(data, dict):
         raise ConfigError(
@@ -153,14 +156,6 @@ def read_recipe_file(path: Path) -> dict[str, Any]:
             "'option: value' on each line"
         )
     return data
-
-
-def _yaml(text: str, path: Path) -> Any:
-    yaml = require("yaml", extra="cli", who=f"recipe {path}")
-    try:
-        return yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(error) from error
 
 
 def _rival(rival: Any) -> tuple[MethodConfig, ...]:

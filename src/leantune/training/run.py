@@ -20,8 +20,8 @@ import transformers
 
 from leantune._version import __version__
 from leantune.core.apply import apply
-from leantune.core.session import Session
 from leantune.core.files import atomic_folder, write_atomic
+from leantune.core.session import Session
 from leantune.errors import ConfigError
 from leantune.integrations.trainer import TrainerCallback
 from leantune.measure.ledger import ledger
