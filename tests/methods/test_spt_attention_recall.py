@@ -11,7 +11,7 @@ from leantune.methods.spt_attention.pq import Quantised
 from leantune.ops.choice import Features, Rule, View, choose
 from leantune.ops.codebooks import kmeans
 from leantune.ops.sparse_parts import unpack_bits
-from leantune.train.demo import demo_model_path
+from leantune.training.demo import demo_model_path
 
 KEEP_RATIO = 0.125
 

@@ -6,7 +6,14 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from leantune.cli.output import DebugFlag, JsonFlag, out, print_json, reported_errors
+from leantune.cli.output import (
+    DebugFlag,
+    JsonFlag,
+    hide_loading_bars,
+    out,
+    print_json,
+    reported_errors,
+)
 
 
 def merge(
@@ -34,6 +41,7 @@ def merge(
 ) -> None:
     """Write a checkpoint that loads without leantune: the base model with what was trained."""
     with reported_errors(debug):
+        hide_loading_bars(model or str(source))
         import leantune
 
         methods = leantune.merge_checkpoint(source, output, model, overwrite=overwrite)

@@ -3,12 +3,14 @@
 import math
 import random
 import tempfile
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import datasets
+import pandas
 
 from leantune.errors import ConfigError
 
@@ -116,8 +118,8 @@ def load_task(
 ) -> datasets.DatasetDict:
     """Read and check both splits of a task.
 
-    A subset is the head of one fixed shuffle, so the smaller of two lies in the larger; of a text
-    it is one run of lines. Its rows do not depend on a run's seed, so seeds can be compared.
+    A subset is the head of one fixed shuffle, or of a text its first lines, so the smaller of two
+    lies in the larger. It does not depend on a run's seed, so that seeds can be compared.
 
     Args:
         name: of ``TASKS``.
@@ -143,7 +145,10 @@ def load_task(
     limits = {"train": max_train, "validation": max_validation}
     if task.kind == "causal_lm":
         return datasets.DatasetDict(
-            {split: _run_of_lines(rows, limits[split], split) for split, (rows, _) in data.items()}
+            {
+                split: rows.select(range(min(limits[split] or len(rows), len(rows))))
+                for split, (rows, _) in data.items()
+            }
         )
     names = _class_names(task, *data["train"])
     return datasets.DatasetDict(
@@ -260,21 +265,14 @@ def _read_splits(task: Task, source: str) -> dict[str, tuple[datasets.Dataset, s
 
 
 def _read_file(path: Path) -> datasets.Dataset:
-    kind = FORMATS.get(Path(path.name.removesuffix(".gz")).suffix)
-    options: dict[str, Any] = {}
+    suffix = Path(path.name.removesuffix(".gz")).suffix
     try:
-        if kind == "csv":
-            import pandas
-
-            # GLUE does not quote; a column of numbers, or the word "null", stays the text it is.
-            options = {} if ".csv" in path.suffixes else {"sep": "\t", "quoting": 3}
-            header = pandas.read_csv(path, nrows=0, **options).columns
-            text = datasets.Features({column: datasets.Value("string") for column in header})
-            options |= {"na_filter": False, "features": text}
-        assert kind is not None, f"unknown suffix; take one of {' '.join(FORMATS)}"
-        with tempfile.TemporaryDirectory() as cache:
+        options = _text_columns(path, suffix) if FORMATS[suffix] == "csv" else {}
+        with tempfile.TemporaryDirectory() as cache, warnings.catch_warnings():
+            # Rows longer than the header are cut short with a warning.
+            warnings.simplefilter("error", pandas.errors.ParserWarning)
             rows = datasets.load_dataset(
-                kind,
+                FORMATS[suffix],
                 data_files=str(path),
                 split="train",
                 cache_dir=cache,
@@ -285,10 +283,20 @@ def _read_file(path: Path) -> datasets.Dataset:
     # Each reader raises its own errors, and datasets hides them in one of its own.
     except Exception as error:
         raise ConfigError(
-            f"load_task: {path} must be a table or text that datasets can read, got "
-            f"{type(error).__name__}: {error.__cause__ or error}; export the data set again"
+            f"load_task: {path} must be a table or text that datasets can read "
+            f"({' '.join(FORMATS)}), got {type(error).__name__}: {error.__cause__ or error}; "
+            "export the data set again"
         ) from error
     return rows
+
+
+def _text_columns(path: Path, suffix: str) -> dict[str, Any]:
+    """Return what reads every field as the text it is, be it a number or the word "null"."""
+    # GLUE does not quote.
+    options: dict[str, Any] = {"sep": "\t", "quoting": 3} if suffix == ".tsv" else {}
+    header = pandas.read_csv(path, nrows=0, **options).columns
+    text = datasets.Features({column: datasets.Value("string") for column in header})
+    return options | {"na_filter": False, "index_col": False, "features": text}
 
 
 def _read_hub(name: str, config: str | None, split: str) -> datasets.Dataset:
@@ -373,10 +381,3 @@ def _subset(rows: datasets.Dataset, limit: int | None, split: str) -> datasets.D
     order = list(range(len(rows)))
     random.Random(f"0/{split}").shuffle(order)
     return rows if limit is None or limit >= len(rows) else rows.select(order[:limit])
-
-
-def _run_of_lines(rows: datasets.Dataset, limit: int | None, split: str) -> datasets.Dataset:
-    if limit is None or limit >= len(rows):
-        return rows
-    start = random.Random(f"0/{split}").randint(0, len(rows) - limit)
-    return rows.select(range(start, start + limit))
