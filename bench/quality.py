@@ -13,6 +13,7 @@ from itertools import islice, product
 from statistics import fmean, stdev
 from typing import Any, Literal
 
+import datasets
 import numpy as np
 import torch
 from torch import Tensor
@@ -21,8 +22,8 @@ import leantune as lt
 from bench import rows
 from bench.models import collate, glue, minilm
 from leantune.core.config import MethodConfig
-from leantune.train.data import Table
-from leantune.train.metrics import compute
+from leantune.training.data import get_task
+from leantune.training.metrics import compute
 
 Recipe = tuple[MethodConfig, ...]
 NO_ROWS = "Not measured yet."
@@ -166,10 +167,10 @@ class Encoded:
         self.setting = setting
         self.data = glue(setting.task, max_train=setting.num_train)
         _, tokenizer = minilm()
-        self.train = self._encode(self.data.train, tokenizer)
-        self.validation = self._encode(self.data.validation, tokenizer)
+        self.train = self._encode(self.data["train"], tokenizer)
+        self.validation = self._encode(self.data["validation"], tokenizer)
 
-    def _encode(self, table: Table, tokenizer: Any) -> list[dict[str, Tensor]]:
+    def _encode(self, table: datasets.Dataset, tokenizer: Any) -> list[dict[str, Tensor]]:
         """Return one dictionary of unpadded tensors per row."""
         encoded = []
         for i in range(len(table)):
@@ -213,7 +214,8 @@ def measure(run: Run, encoded: Encoded) -> dict[str, Any]:
     setting, seed = run.setting, run.seed
     random.seed(seed)
     np.random.seed(seed)
-    model, _ = minilm(encoded.data.num_labels, seed, setting.pooling)
+    label = encoded.data["train"].features["label"]
+    model, _ = minilm(getattr(label, "num_classes", 1), seed, setting.pooling)
     model.get_submodule("bert.embeddings").requires_grad_(False)
     session = lt.apply(model, *run.recipe, seed=seed) if run.recipe else None
     calibration_seconds = 0.0
@@ -301,6 +303,6 @@ def score(model: torch.nn.Module, encoded: Encoded) -> dict[str, Any]:
         batch.pop("sample_id")
         logits = model(**batch).logits
         predictions.append(logits.squeeze(-1) if logits.shape[-1] == 1 else logits.argmax(-1))
-    task = encoded.data.task
+    task = get_task(encoded.setting.task)
     scores = compute(task, torch.cat(predictions).numpy(), torch.cat(references).numpy())
     return {"metric": scores[task.main_metric], "main_metric": task.main_metric, "metrics": scores}

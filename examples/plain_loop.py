@@ -12,8 +12,8 @@ from transformers import (
 )
 
 import leantune as lt
-from leantune.train.data import tokenize
-from leantune.train.demo import demo_data, demo_model_path
+from leantune.training.data import tokenize
+from leantune.training.demo import demo_data, demo_model_path
 
 
 def main(num_steps: int = 50) -> None:
@@ -21,7 +21,7 @@ def main(num_steps: int = 50) -> None:
     path = demo_model_path()
     tokenizer = AutoTokenizer.from_pretrained(path)
     model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=2)
-    rows, _ = tokenize(demo_data(num_train=1600, num_validation=100), tokenizer, 48)
+    rows = tokenize(demo_data(num_train=1600, num_validation=100), tokenizer, 48)["train"]
     batches = DataLoader(
         rows, batch_size=32, shuffle=True, collate_fn=DataCollatorWithPadding(tokenizer)
     )

@@ -1,32 +1,28 @@
-"""Trainer callbacks: a session carried through a run, a stop at the next step, a stopwatch."""
+"""The Trainer callback that carries a session through a run, and the batches it calibrates on."""
 
 import math
-import signal
-import threading
-import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
-from types import FrameType
-from typing import Any, Self
+from typing import Any
 
 import torch
+import transformers
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
-from torch.utils.data import Subset
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import ExportableState
+from torch.utils.data import DataLoader
+from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from leantune.core.files import load_tensors, save_tensors, trained_weights
 from leantune.core.session import Session
-from leantune.core.state import load_tensors, save_tensors, trained_weights
 from leantune.errors import ConfigError, UnsupportedError
-from leantune.train.batches import calibration_batches, cuda_devices, num_calibration_batches
-from leantune.train.sample_ids import SAMPLE_ID
 
 SESSION_FILE = "leantune_session.safetensors"
 
 
-class SessionCallback(TrainerCallback):
+class TrainerCallback(transformers.TrainerCallback):
     """Carry a session through an unmodified ``transformers.Trainer``.
 
     A run that was stopped at any step and resumed ends with the weights of an uninterrupted one, to
@@ -43,8 +39,8 @@ class SessionCallback(TrainerCallback):
             where it lies outside ``args.output_dir``.
 
     Raises:
-        ConfigError: the session is closed or of another model; ``sample_id`` would be dropped; a
-            checkpoint has no session file, or a damaged one.
+        ConfigError: the session is closed or of another model; a checkpoint has no session file,
+            or a damaged one.
         UnsupportedError: several GPUs in one process, sparse gradients, or an auxiliary loss that
             does not reach the loss that is trained on.
     """
@@ -64,20 +60,14 @@ class SessionCallback(TrainerCallback):
         control: TrainerControl,
         model: nn.Module | None = None,
         train_dataloader: Any = None,
-        optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
         self._check(args, model)
-        if optimizer is not None:
-            # Accelerate wraps the optimiser.
-            self.session.watch_optimizer(getattr(optimizer, "optimizer", optimizer))
-        dataset = getattr(train_dataloader, "dataset", None)
-        self.session.num_samples = _count_samples(dataset)
         if state.global_step > 0:
             self._restore(args, state)
         elif self.resume_from is not None:
             raise ConfigError(
-                "SessionCallback: resume_from must be left out where training starts at step 0, "
+                "TrainerCallback: resume_from must be left out where training starts at step 0, "
                 f"got {str(self.resume_from)!r}; give the same folder to "
                 "trainer.train(resume_from_checkpoint=...)"
             )
@@ -136,31 +126,25 @@ class SessionCallback(TrainerCallback):
         own = self.session.model
         if getattr(own, "_leantune_session", None) is not self.session:
             raise ConfigError(
-                "SessionCallback: session must be open, got one after merge() or remove(); apply "
-                "the recipe again and take the new session's trainer_callback()"
+                "TrainerCallback: session must be open, got one after merge() or remove(); apply "
+                "the recipe again and give the new session to TrainerCallback"
             )
         if model is not None and all(module is not own for module in model.modules()):
             raise ConfigError(
-                "SessionCallback: model must be the session's, got another "
+                "TrainerCallback: model must be the session's, got another "
                 f"{type(model).__name__}; give the trainer session.model"
             )
-        if self.session.needs_sample_ids and args.remove_unused_columns:
-            raise ConfigError(
-                "SessionCallback: remove_unused_columns must be False where gradient norms are "
-                "kept per sample, got True, which drops the field sample_id; give "
-                "TrainingArguments remove_unused_columns=False and wrap the data set in "
-                "leantune.with_sample_ids(dataset)"
-            )
-        if self.session.sparse_parameters:
+        num_sparse = sum(len(c.sparse_parameters) for c in self.session.conversions)
+        if num_sparse:
             raise UnsupportedError(
-                "SessionCallback: gradients must be dense, since a Trainer takes their norm at "
-                f"each step, got {len(self.session.sparse_parameters)} parameters without; choose "
-                " a method option whose gradients are dense, or train in a loop of your own "
-                "with session.optimizer(torch.optim.AdamW, lr=...)"
+                "TrainerCallback: gradients must be dense, since a Trainer takes their norm at "
+                f"each step, got {num_sparse} parameters without; choose a method option whose "
+                "gradients are dense, or train in a loop of your own with "
+                "session.optimizer(torch.optim.AdamW, lr=...)"
             )
         if args.n_gpu > 1:
             raise UnsupportedError(
-                f"SessionCallback: n_gpu must be 1 in each process, got {args.n_gpu}, which "
+                f"TrainerCallback: n_gpu must be 1 in each process, got {args.n_gpu}, which "
                 "replicates the model at each step; start one process for each GPU with torchrun, "
                 "or set CUDA_VISIBLE_DEVICES=0"
             )
@@ -175,18 +159,19 @@ class SessionCallback(TrainerCallback):
         path = folder / _file_name(args)
         if not path.is_file():
             raise ConfigError(
-                f"SessionCallback: checkpoint must hold {path.name}, got no such file in {folder}; "
+                f"TrainerCallback: checkpoint must hold {path.name}, got no such file in {folder}; "
                 "resume from an earlier checkpoint, or name the folder with "
-                "session.trainer_callback(resume_from=...)"
+                "TrainerCallback(session, resume_from=...)"
             )
         self.session.load_state_dict(load_tensors(path))
 
     def _calibrate(self, args: TrainingArguments, loader: Any) -> None:
-        num = num_calibration_batches(self.session)
+        num = max((c.num_calibration_batches for c in self.session.conversions), default=0)
         if loader is None or not num:
             return
         # Neither the order of the samples nor dropout may depend on calibration.
-        with torch.random.fork_rng(devices=cuda_devices(args)):
+        devices = [args.device] if args.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
             self.session.calibrate(calibration_batches(loader, args, num))
 
     def _add_loss(self, model: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> Any:
@@ -225,7 +210,7 @@ class SessionCallback(TrainerCallback):
 def _unused_loss(session: Session) -> UnsupportedError:
     names = ", ".join(config.method for config in session.methods)
     return UnsupportedError(
-        "SessionCallback: loss must be the one that the model returns, since an auxiliary loss of "
+        "TrainerCallback: loss must be the one that the model returns, since an auxiliary loss of "
         f"{names} is added to it, got a trainer that computes its own; leave out "
         "label_smoothing_factor and compute_loss_func, or add session.auxiliary_loss() there"
     )
@@ -243,92 +228,20 @@ def _file_name(args: TrainingArguments) -> str:
     return f"{stem}_{args.process_index}.{suffix}"
 
 
-def _count_samples(dataset: Any) -> int | None:
-    """Return a bound on ``sample_id`` (the ids of a selection exceed its length), or None."""
-    if isinstance(dataset, Subset):
-        return _count_samples(dataset.dataset)
-    if SAMPLE_ID in (getattr(dataset, "column_names", None) or ()):
-        return max(dataset.with_format(None)[SAMPLE_ID], default=-1) + 1
-    return len(dataset) if dataset is not None and has_length(dataset) else None
+def calibration_batches(loader: Any, args: TrainingArguments, num_batches: int) -> Iterator[Any]:
+    """Yield the batches that a run calibrates on: the same ones whenever it is asked.
 
+    Their rows are evenly spread over the data set, as far as its length is known.
 
-class StopOnInterrupt(TrainerCallback):
-    """End training with a checkpoint at the next step where Ctrl-C is pressed; twice is at once.
-
-    A context manager: inside, the main thread's SIGINT only sets a flag, so that no step and no
-    file is left half done; on leaving, KeyboardInterrupt is raised if it was set.
+    Args:
+        loader: of the training set.
+        args: of the run: size of a batch, device.
+        num_batches: limit.
     """
-
-    def __init__(self) -> None:
-        self._is_asked = False
-        self._is_installed = False
-
-    def __enter__(self) -> Self:
-        is_main = threading.current_thread() is threading.main_thread()
-        # A handler that the application has put there itself keeps its say.
-        if is_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            signal.signal(signal.SIGINT, self._ask)
-            self._is_installed = True
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *args: object) -> None:
-        if self._is_installed:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            self._is_installed = False
-        if self._is_asked and kind is None:
-            raise KeyboardInterrupt
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        self._is_asked = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self._is_asked:
-            # The log in between keeps the losses since the last one, which no checkpoint holds.
-            control.should_log = control.should_save = control.should_training_stop = True
-
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        assert state.epoch is not None
-        if self._is_asked and not state.epoch.is_integer():
-            control.should_evaluate = control.should_save = False
-        # An evaluation moves the random stream: this step's checkpoint has to come after it.
-        elif control.should_evaluate:
-            control.should_save = True
-
-
-def kept_attributes(callback: TrainerCallback, state: TrainerState) -> Mapping[str, Any]:
-    """Return what a resumed run's checkpoint keeps of a callback; {} where training starts."""
-    kept: Any = state.stateful_callbacks
-    entry = kept.get(type(callback).__name__) if isinstance(kept, dict) else None
-    return entry["attributes"] if state.global_step > 0 and entry is not None else {}
-
-
-class Stopwatch(TrainerCallback, ExportableState):
-    """Sum up the seconds spent in optimiser steps, over all parts of a resumed run.
-
-    Attributes:
-        seconds: from the first micro-batch's forward to the end of the step, summed over steps.
-    """
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        self._started = 0.0
-
-    def state(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps."""
-        return {"args": {}, "attributes": {"seconds": self.seconds}}
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.seconds = float(kept_attributes(self, state).get("seconds", self.seconds))
-
-    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        self._started = time.perf_counter()
-
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.seconds += time.perf_counter() - self._started
+    dataset, size = loader.dataset, args.per_device_train_batch_size
+    rows: Any = None
+    if has_length(dataset):
+        wanted = min(len(dataset), size * num_batches)
+        rows = [i * len(dataset) // wanted for i in range(wanted)]
+    batches = DataLoader(dataset, size, sampler=rows, collate_fn=loader.collate_fn)
+    return (send_to_device(batch, args.device) for batch in islice(batches, num_batches))
