@@ -26,16 +26,23 @@ def environment() -> dict[str, Any]:
         device = torch.cuda.get_device_name()
     else:
         device = f"cpu {platform.machine()}, {torch.get_num_threads()} threads"
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     return {
-        # A copy of the source without git says by a variable which commit it is.
-        "commit": os.environ.get("LEANTUNE_COMMIT") or commit or "unknown",
+        "commit": _commit(),
         "device": device,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
     }
+
+
+def _commit() -> str:
+    # A copy of the source without git says by a variable which commit it is.
+    if "LEANTUNE_COMMIT" in os.environ:
+        return os.environ["LEANTUNE_COMMIT"]
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or (
+        "unknown"
+    )
 
 
 def read(name: str) -> list[dict[str, Any]]:
