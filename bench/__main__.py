@@ -8,6 +8,7 @@ import torch
 from bench import (
     readme,
     routed_ffn_speed,
+    same_bits,
     sparse_grad_energy,
     sparse_grad_quality,
     sparse_grad_speed,
@@ -33,6 +34,7 @@ _PARTS: dict[str, Callable[[argparse.Namespace], None]] = {
     "quality-wta-crs": lambda args: wta_crs_quality.main(args.worker, args.num_workers),
     "quality-sparse-grad": lambda args: sparse_grad_quality.main(args.worker, args.num_workers),
     "quality-spt": lambda args: spt_quality.main(args.worker, args.num_workers),
+    "same-bits": lambda args: same_bits.main(),
     "readme": lambda args: readme.main(),
 }
 _WHOLE = ("wta-crs", "sparse-grad", "spt")
