@@ -24,7 +24,7 @@ _PARTS: dict[str, Callable[[argparse.Namespace], None]] = {
     "wta-crs-speed": lambda args: wta_crs_speed.main(),
     "wta-crs-variance": lambda args: wta_crs_variance.main(),
     "wta-crs-options": lambda args: wta_crs_options.main(args.order, args.seconds, args.num_train),
-    "wta-crs-options-time": lambda args: wta_crs_options.measure_time(),
+    "wta-crs-options-time": lambda args: wta_crs_options.measure_times(),
     "wta-crs-options-summary": lambda args: print(wta_crs_options.summary()),
     "sparse-grad-speed": lambda args: sparse_grad_speed.main(),
     "sparse-grad-energy": lambda args: sparse_grad_energy.main(),

@@ -9,17 +9,21 @@ Legend: n rows of an input, d_in its width.
 import itertools
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from statistics import fmean, median, stdev
+from statistics import fmean, median, quantiles, stdev
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 import leantune as lt
 from bench import quality, rows
+from bench.models import BertBlocks, Gpt2Blocks
 from bench.quality import Encoded, Recipe, Run, Setting
 from leantune.methods.wta_crs import maths
+
+Batch = dict[str, Tensor]
 
 RESULT = "wta_crs_options"
 TIMES = "wta_crs_options_time"
@@ -56,7 +60,7 @@ def main(order: str, seconds: float = 1e9, num_train: int = 0) -> None:
             continue
         if task not in data:
             data[task] = Encoded(setting)
-        recipe = make_recipes(data[task])[name]
+        recipe = make_recipes(_row_counts(data[task]))[name]
         facts = _facts(recipe, data[task])
         start = time.monotonic()
         row = quality.measure(Run(setting, name, recipe, seed, setting.learning_rate), data[task])
@@ -91,9 +95,9 @@ def _claim(task: str, seed: int, name: str, device: str) -> bool:
     return True
 
 
-def make_recipes(encoded: Encoded) -> dict[str, Recipe]:
-    """Return the recipes for one task; rank 4 keeps as many bytes as the default on its batches."""
-    ratio = equal_storage_ratio(_row_counts(encoded))
+def make_recipes(num_rows: list[int], widths: tuple[int, ...] = WIDTHS) -> dict[str, Recipe]:
+    """Return the recipes; rank 4 keeps the default's bytes over batches of ``num_rows`` rows."""
+    ratio = equal_storage_ratio(num_rows, widths)
     return {
         DEFAULT: (lt.WTACRS(keep_ratio=KEEP_RATIO, min_rows=MIN_ROWS),),
         CACHED: (lt.WTACRS(keep_ratio=KEEP_RATIO, min_rows=MIN_ROWS, norms="cache"),),
@@ -102,13 +106,12 @@ def make_recipes(encoded: Encoded) -> dict[str, Recipe]:
     }
 
 
-def equal_storage_ratio(num_rows: list[int]) -> float:
+def equal_storage_ratio(num_rows: list[int], widths: tuple[int, ...]) -> float:
     """Return the keep_ratio at which rank 4 keeps the bytes of the default over these batches."""
 
     def excess(ratio: float) -> int:
-        return sum(
-            kept_bytes(n, ratio, 1, RANK) - kept_bytes(n, KEEP_RATIO, MIN_ROWS, 0) for n in num_rows
-        )
+        ours = sum(kept_bytes(n, widths, ratio, 1, RANK) for n in num_rows)
+        return ours - sum(kept_bytes(n, widths, KEEP_RATIO, MIN_ROWS, 0) for n in num_rows)
 
     low, high = 0.0, KEEP_RATIO
     for _ in range(30):
@@ -117,10 +120,10 @@ def equal_storage_ratio(num_rows: list[int]) -> float:
     return min(low, high, key=lambda ratio: abs(excess(ratio)))
 
 
-def kept_bytes(n: int, keep_ratio: float, min_rows: int, rank: int) -> int:
+def kept_bytes(n: int, widths: tuple[int, ...], keep_ratio: float, min_rows: int, rank: int) -> int:
     """Return the bytes that a block keeps of n rows: k rows with index and weight, and n + d_in."""
     k = maths.budget(n, keep_ratio, min_rows)
-    return sum(k * (4 * d_in + 8) + 4 * rank * (n + d_in) for d_in in WIDTHS)
+    return sum(k * (4 * d_in + 8) + 4 * rank * (n + d_in) for d_in in widths)
 
 
 def _row_counts(encoded: Encoded) -> list[int]:
@@ -134,47 +137,71 @@ def _facts(recipe: Recipe, encoded: Encoded) -> dict[str, Any]:
     config: Any = recipe[0]
     counts = _row_counts(encoded)
     chosen = config.keep_ratio, config.min_rows, config.residual_rank
-    kept = sum(kept_bytes(n, *chosen) for n in counts)
-    base = sum(kept_bytes(n, KEEP_RATIO, MIN_ROWS, 0) for n in counts)
+    kept = sum(kept_bytes(n, WIDTHS, *chosen) for n in counts)
+    base = sum(kept_bytes(n, WIDTHS, KEEP_RATIO, MIN_ROWS, 0) for n in counts)
     return {"keep_ratio": config.keep_ratio, "bytes_over_default": kept / base}
 
 
-def measure_time(task: str = "stsb", num_rounds: int = 60) -> None:
+def measure_times() -> None:
     """Time whole steps of every recipe in turn, so that all meet the same machine."""
-    encoded = Encoded(SETTINGS[task])
+    encoded = Encoded(SETTINGS["stsb"])
+    _measure_time(
+        "MiniLM, 8 texts of STS-B",
+        lambda: quality.minilm(encoded.data.num_labels, 0)[0],
+        list(itertools.islice(encoded.batches(0), 40)),
+        WIDTHS,
+    )
+    wide = (768, 768, 768, 3072)
+    for name, make in (("BERT, 2 blocks", BertBlocks), ("GPT-2, 2 blocks", Gpt2Blocks)):
+        batches = [
+            {"x": torch.randn(4, 64, 768), "sample_id": torch.arange(4) + 4 * i} for i in range(4)
+        ]
+        _measure_time(f"{name}, 4 x 64 tokens", lambda make=make: make(2), batches, wide)
+
+
+def _measure_time(
+    case: str, make: Callable[[], nn.Module], batches: list[Batch], widths: tuple[int, ...]
+) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    steps = {n: _stepper(r, encoded, device) for n, r in make_recipes(encoded).items()}
+    # On a CPU that others use, too, seconds of this process; a GPU's steps are waited for.
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
+    batches = [{k: v.to(device) for k, v in batch.items()} for batch in batches]
+    sizes = [next(iter(batch.values())).shape[:2].numel() for batch in batches]
+    recipes = make_recipes(sizes, widths)
+    steps = {name: _stepper(make().to(device), recipe) for name, recipe in recipes.items()}
     found: dict[str, list[float]] = {name: [] for name in steps}
-    stream = itertools.cycle(encoded.batches(0))
-    for number, batch in zip(range(num_rounds + 5), stream, strict=False):
+    for number in range(len(batches) + 40):  # the cache has met every sample once by then
         for name, step in steps.items():
-            start = time.perf_counter()
-            step(batch)
-            if number >= 5:
-                found[name].append(time.perf_counter() - start)
-    base = found[DEFAULT]
+            start = clock()
+            step(batches[number % len(batches)])
+            if number >= len(batches):
+                found[name].append(clock() - start)
     for name, times in found.items():
-        ratios = [t / b for t, b in zip(times, base, strict=True)]
-        row = {"task": task, "recipe": name, "median_ms": round(1000 * median(times), 2)}
-        row |= {"over_default": round(median(ratios), 3), "num_rounds": num_rounds}
+        ratios = [t / b for t, b in zip(times, found[DEFAULT], strict=True)]
+        low, middle, high = quantiles(ratios, n=4)
+        row = {"case": case, "recipe": name, "median_ms": round(1000 * median(times), 2)}
+        row |= {"over_default": round(middle, 3), "quartiles": [round(low, 3), round(high, 3)]}
         rows.append(TIMES, row)
         print(row, flush=True)
 
 
-def _stepper(recipe: Recipe, encoded: Encoded, device: torch.device) -> Any:
-    model, _ = quality.minilm(encoded.data.num_labels, 0)
-    model.to(device).train().get_submodule("bert.embeddings").requires_grad_(False)
-    session = lt.apply(model, *recipe, seed=0)
-    session.num_samples = len(encoded.train)
-    optimizer = session.optimizer(torch.optim.AdamW, lr=1e-4, fused=True)
+def _stepper(model: nn.Module, recipe: Recipe) -> Callable[[Batch], None]:
+    """Return what runs one whole training step."""
+    model.train()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("embeddings" not in name)
+    session = lt.apply(model, *recipe, seed=0) if recipe else None
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
+    keeps_ids = session is not None and session.needs_sample_ids
 
-    def step(batch: dict[str, torch.Tensor]) -> None:
-        keys = [k for k in batch if k != "sample_id" or session.needs_sample_ids]
-        model(**{k: batch[k].to(device) for k in keys}).loss.backward()
+    def step(batch: Batch) -> None:
+        out = model(**{k: v for k, v in batch.items() if k != "sample_id" or keeps_ids})
+        loss = out if isinstance(out, Tensor) else out.loss
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        session.on_step()
-        if device.type == "cuda":
+        if loss.is_cuda:
             torch.cuda.synchronize()
 
     return step
