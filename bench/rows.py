@@ -13,7 +13,8 @@ import transformers
 
 from leantune.core.state import write_atomic
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("LEANTUNE_RESULTS", Path(__file__).parent / "results"))
+"""Folder of the result files; a run elsewhere writes to a folder of its own."""
 GLUE = Path(os.environ.get("LEANTUNE_GLUE", Path(__file__).parents[2] / "shared" / "data" / "glue"))
 """Folder of GLUE's labelled splits; measured on, never shipped."""
 
@@ -25,15 +26,23 @@ def environment() -> dict[str, Any]:
         device = torch.cuda.get_device_name()
     else:
         device = f"cpu {platform.machine()}, {torch.get_num_threads()} threads"
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     return {
-        "commit": commit or "unknown",
+        "commit": _commit(),
         "device": device,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
     }
+
+
+def _commit() -> str:
+    # A copy of the source without git says by a variable which commit it is.
+    if "LEANTUNE_COMMIT" in os.environ:
+        return os.environ["LEANTUNE_COMMIT"]
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or (
+        "unknown"
+    )
 
 
 def read(name: str) -> list[dict[str, Any]]:
@@ -46,7 +55,7 @@ def read(name: str) -> list[dict[str, Any]]:
 
 def append(name: str, row: dict[str, Any]) -> None:
     """Add one row, so that a run stopped halfway goes on after the last whole one."""
-    RESULTS.mkdir(exist_ok=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
     line = json.dumps(row | environment()) + "\n"
     # One write in append mode: workers side by side do not tear each other's rows.
     handle = os.open(RESULTS / f"{name}.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -62,7 +71,7 @@ def write(name: str, rows: list[dict[str, Any]]) -> None:
 
 
 def _write(name: str, rows: list[dict[str, Any]]) -> None:
-    RESULTS.mkdir(exist_ok=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
     write_atomic(RESULTS / f"{name}.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows))
 
 
