@@ -1,23 +1,21 @@
 """Fine-tune transformers with less memory and less compute."""
 
-from leantune.core import registry
+from typing import Any
+
+from leantune._version import __version__
 from leantune.core.apply import apply, load
+from leantune.core.discovery import find_sites
+from leantune.core.registry import list_methods
 from leantune.core.session import Session
 from leantune.errors import ConfigError, LeantuneError, SiteError, UnsupportedError
-from leantune.measure import fidelity, ledger
+from leantune.measure.fidelity import fidelity
+from leantune.measure.ledger import ledger
 from leantune.methods import (
     WTACRS,
     Checkpoint,
     LoRA,
     MeProp,
-    RoutedFFN,
-    SparseGrad,
-    SPTAttention,
 )
-from leantune.train.sample_ids import with_sample_ids
-
-# Importing the subpackage bound its name here; the public name is the function.
-methods = registry.methods
 
 __all__ = [
     "WTACRS",
@@ -26,16 +24,14 @@ __all__ = [
     "LeantuneError",
     "LoRA",
     "MeProp",
-    "RoutedFFN",
-    "SPTAttention",
     "Session",
     "SiteError",
-    "SparseGrad",
     "UnsupportedError",
+    "__version__",
     "apply",
     "fidelity",
+    "find_sites",
     "ledger",
+    "list_methods",
     "load",
-    "methods",
-    "with_sample_ids",
 ]

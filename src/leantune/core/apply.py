@@ -1,4 +1,4 @@
-"""Apply a recipe: check every site, then swap all or nothing; and load a saved one."""
+"""Apply a recipe: check every site, then convert all or nothing; and load a saved one."""
 
 from pathlib import Path
 
@@ -6,15 +6,18 @@ from torch import nn
 
 from leantune.core import registry
 from leantune.core.config import MethodConfig
+from leantune.core.conversion import Conversion
+from leantune.core.discovery import find_sites
+from leantune.core.files import RECIPE_FILE, STATE_FILE, load_tensors, load_weights, read_json
+from leantune.core.recipe import Recipe
 from leantune.core.registry import MethodSpec
+from leantune.core.runtime import Runtime
 from leantune.core.session import Session
-from leantune.core.sites import Site, find_sites, match_sites
-from leantune.core.state import STATE_FILE, load_tensors, load_weights, read_recipe
-from leantune.core.swap import swap, with_store
+from leantune.core.sites import Site, is_nested, match_sites
 from leantune.errors import ConfigError, SiteError, UnsupportedError
 
-_ORDER = ("weights", "compute", "saved")
-"""What is trained is settled first: a saved method acts on the linears that then train."""
+_ORDER = ("trained", "evaluated", "rows", "bits", "recompute")
+"""What is trained is settled first: a row policy acts on the linears that then train."""
 
 
 def apply(model: nn.Module, *methods: MethodConfig, seed: int = 0) -> Session:
@@ -22,8 +25,8 @@ def apply(model: nn.Module, *methods: MethodConfig, seed: int = 0) -> Session:
 
     Args:
         model: any ``nn.Module``; its parameters stay the same objects.
-        methods: at most one per axis and site.
-        seed: fixes every random choice together with the site and the draw number.
+        methods: at most one per axis and site, nested sites included.
+        seed: fixes every random choice together with the site and the number of the forward.
 
     Returns:
         The session; ``session.remove()`` gives back the original modules.
@@ -34,18 +37,23 @@ def apply(model: nn.Module, *methods: MethodConfig, seed: int = 0) -> Session:
             axis on one site; every failing site is listed and nothing is changed.
         UnsupportedError: the model is on the meta device.
     """
-    _check_request(model, methods, seed)
+    _check_request(model, methods)
+    recipe = Recipe(methods=methods, seed=seed)
     _check_conflicts(find_sites(model), methods)
-    session = Session(model, methods, seed)
+    runtime = Runtime(model, recipe.seed)
+    conversions: dict[str, Conversion] = {}
     try:
         for axis in _ORDER:
-            for config in methods:
+            for number, config in enumerate(methods):
                 if registry.get(config.method).axis == axis:
-                    _convert(session, config)
+                    name = f"{number}.{config.method}"
+                    conversions[name] = _convert(model, config, runtime)
     except BaseException:
-        session.remove()
+        for conversion in reversed(conversions.values()):
+            conversion.undo()
         raise
-    session.watch()
+    runtime.install_hooks(model)
+    session = Session(model, recipe.methods, runtime, conversions)
     model._leantune_session = session  # type: ignore[assignment]
     return session
 
@@ -58,13 +66,13 @@ def load(model: nn.Module, folder: str | Path) -> Session:
         folder: what ``session.save`` wrote.
 
     Raises:
-        ConfigError: a missing, truncated or newer file, or weights of another model; the model is
-            left as it was.
+        ConfigError: a missing or truncated file, another format, or weights of another model; the
+            model is left as it was.
     """
     folder = Path(folder)
-    methods, seed = read_recipe(folder)
+    recipe = Recipe.from_dict(read_json(folder / RECIPE_FILE))
     state = load_tensors(folder / STATE_FILE)
-    session = apply(model, *methods, seed=seed)
+    session = apply(model, *recipe.methods, seed=recipe.seed)
     try:
         session.load_state_dict(state)
         load_weights(model, folder)
@@ -74,20 +82,17 @@ def load(model: nn.Module, folder: str | Path) -> Session:
     return session
 
 
-def _check_request(model: nn.Module, methods: tuple[MethodConfig, ...], seed: int) -> None:
+def _check_request(model: nn.Module, methods: tuple[MethodConfig, ...]) -> None:
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"apply: model must be a torch.nn.Module, got {type(model).__name__}; load it first, "
+            "for example with AutoModelForCausalLM.from_pretrained(name)"
+        )
     if not methods:
         raise ConfigError(
             "apply: methods must name at least one method, got none; for example "
             "leantune.WTACRS(keep_ratio=0.3)"
         )
-    for config in methods:
-        if not isinstance(config, MethodConfig):
-            raise ConfigError(
-                f"apply: methods must be method configs, got {config!r}; for example "
-                "leantune.WTACRS(keep_ratio=0.3)"
-            )
-    if not isinstance(seed, int) or isinstance(seed, bool) or not -(2**63) <= seed < 2**63:
-        raise ConfigError(f"apply: seed must be a 64-bit integer, got {seed!r}")
     if getattr(model, "_leantune_session", None) is not None:
         raise ConfigError(
             "apply: model must not be converted already, got one with "
@@ -105,13 +110,13 @@ def _check_request(model: nn.Module, methods: tuple[MethodConfig, ...], seed: in
 def _chosen(sites: list[Site], config: MethodConfig, spec: MethodSpec) -> list[Site]:
     usable = [s for s in sites if s.role in spec.roles]
     who = type(config).__name__
-    return match_sites(usable, config.sites, lambda s: spec.selects(s, config), who)
+    return match_sites(usable, config.sites, lambda s: spec.default_sites(s, config), who)
 
 
 def _check_conflicts(sites: list[Site], methods: tuple[MethodConfig, ...]) -> None:
-    """Refuse two methods of one axis on one site, before anything is swapped."""
-    owner: dict[tuple[str, str], MethodConfig] = {}
-    clashes = []
+    """Refuse two methods of one axis on one site or on nested ones, before anything is swapped."""
+    taken: dict[str, list[tuple[Site, MethodConfig]]] = {}
+    clashes: list[str] = []
     for config in methods:
         spec = registry.get(config.method)
         try:
@@ -119,11 +124,16 @@ def _check_conflicts(sites: list[Site], methods: tuple[MethodConfig, ...]) -> No
         except SiteError:
             # It may match what another method adds (LoRA's factors); judged when it is applied.
             continue
+        on_axis = taken.setdefault(spec.axis, [])
         for site in chosen:
-            first = owner.setdefault((spec.axis, site.name), config)
-            if first is not config:
-                names = f"{type(first).__name__} and {type(config).__name__}"
-                clashes.append(f"{site.name} ({names}, axis {spec.axis!r})")
+            names = (site.name, *site.also_replaced)
+            for other, first in on_axis:
+                others = (other.name, *other.also_replaced)
+                if any(is_nested(a, b) for a in names for b in others):
+                    where = site.name if site.name == other.name else f"{other.name}, {site.name}"
+                    methods_there = f"{type(first).__name__} and {type(config).__name__}"
+                    clashes.append(f"{where} ({methods_there}, axis {spec.axis!r})")
+        on_axis.extend((site, config) for site in chosen)
     if clashes:
         raise SiteError(
             f"apply: sites must take at most one method per axis, got {len(clashes)} with two: "
@@ -131,11 +141,11 @@ def _check_conflicts(sites: list[Site], methods: tuple[MethodConfig, ...]) -> No
         )
 
 
-def _convert(session: Session, config: MethodConfig) -> None:
+def _convert(model: nn.Module, config: MethodConfig, runtime: Runtime) -> Conversion:
     """Apply one method; every site is checked before the first is changed."""
     spec = registry.get(config.method)
     who = type(config).__name__
-    sites = _chosen(find_sites(session.model), config, spec)
+    sites = _chosen(find_sites(model), config, spec)
     if not sites:
         how = "the method's own choice" if config.sites is None else "the predicate"
         raise SiteError(
@@ -146,21 +156,7 @@ def _convert(session: Session, config: MethodConfig) -> None:
     bad = [f"{s.name}: {reason}" for s, reason in reasons if reason is not None]
     if bad:
         raise SiteError(f"{who}: {len(bad)} of {len(sites)} sites cannot be used: {'; '.join(bad)}")
-    if spec.attach is not None:
-        session.changes.append(spec.attach(session.model, sites, config, session))
-    elif spec.build is not None:
-        for site in sites:
-            new = spec.build(site, config, session)
-            session.changes.append(swap(session.model, site.name, new))
-            for name in site.bypass:
-                session.changes.append(swap(session.model, name, nn.Identity()))
-    else:
-        assert spec.stores is not None
-        groups = _groups(sites)
-        for group, stores in zip(groups, spec.stores(groups, config, session), strict=True):
-            for site, store in zip(group, stores, strict=True):
-                new = with_store(site.module, store, session)
-                session.changes.append(swap(session.model, site.name, new))
+    return spec.convert(model, sites, config, runtime)
 
 
 def _unusable(site: Site) -> str | None:
@@ -173,15 +169,3 @@ def _unusable(site: Site) -> str | None:
                 "LoRA factors beside it"
             )
     return None
-
-
-def _groups(sites: list[Site]) -> list[list[Site]]:
-    """Group the linears that read one input; a linear of its own is a group of one."""
-    groups: dict[str, list[Site]] = {}
-    for site in sites:
-        key = site.name if site.reads is None else f"input of {site.reads}"
-        groups.setdefault(key, []).append(site)
-    return list(groups.values())
-
-
-__all__ = ["apply", "load"]

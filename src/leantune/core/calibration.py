@@ -1,53 +1,36 @@
-"""Showing a converted model some batches, for methods that start from what they see."""
+"""A converted model is shown some batches, for methods that start from what they see."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import nn
 
-from leantune.core.batch import Batch
-from leantune.core.session import Session
+from leantune.core.runtime import BatchInfo, Runtime
 
 
-def run_batches(session: Session, batches: Iterable[Any]) -> Iterator[Batch]:
+def run_batches(model: nn.Module, runtime: Runtime, batches: Iterable[Any]) -> Iterator[BatchInfo]:
     """Run batches through the model in eval mode, without a graph; yield each one's facts.
 
-    Meanwhile ``session.batch`` is the batch at hand, so that its row masks can be asked for.
+    Meanwhile ``runtime.batch`` is the batch at hand, so that its row masks can be asked for.
     Every module's mode is put back at the end.
 
     Args:
-        session: whose model runs.
+        model: the converted model.
+        runtime: of its session.
         batches: mappings of keyword arguments, or single positional arguments.
     """
-    model, before = session.model, session.batch
+    before = runtime.batch
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
         for batch in batches:
-            fields = batch if isinstance(batch, Mapping) else {}
-            session.batch = Batch.of(fields)
-            with session.exact(), torch.no_grad():
+            fields: Mapping[str, Any] = batch if isinstance(batch, Mapping) else {}
+            runtime.batch = BatchInfo.of(fields)
+            with runtime.exact(), torch.no_grad():
                 model(**fields) if fields else model(batch)
-            yield session.batch
+            yield runtime.batch
     finally:
-        session.batch = before
+        runtime.batch = before
         for module, mode in modes:
             module.training = mode
-
-
-def spread_rows(x: Tensor, mask: Tensor | None, num_rows: int) -> Tensor:
-    """Return the numbers of at most ``num_rows`` real rows, evenly spread over them.
-
-    Args:
-        x: (..., d).
-        mask: bool, one for each row of ``x``: which are real; None for all.
-        num_rows: limit.
-
-    Returns:
-        (at most num_rows,) int64, ascending.
-    """
-    total = x.shape[:-1].numel()
-    rows = torch.arange(total, device=x.device) if mask is None else mask.nonzero().flatten()
-    wanted = min(len(rows), num_rows)
-    return rows[torch.arange(wanted, device=x.device) * len(rows) // max(wanted, 1)]

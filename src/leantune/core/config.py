@@ -11,8 +11,9 @@ from typing import Any, ClassVar, Literal, Self
 
 from leantune.errors import ConfigError
 
-Axis = Literal["weights", "compute", "saved"]
-"""What a method changes: what is trained, what forward evaluates, what backward keeps."""
+Axis = Literal["trained", "evaluated", "rows", "bits", "recompute"]
+"""What a method changes: what gets a gradient, what forward computes, which rows of a linear's
+input backward keeps, in how many bits what is kept is kept, and what is computed again instead."""
 
 SiteFilter = tuple[str, ...] | Callable[[Any], bool] | None
 
@@ -71,7 +72,8 @@ class Options:
         if type(value) not in kinds:
             raise ConfigError(f"{who} must be {rule}, got {value!r}")
         if isinstance(value, int | float) and not isinstance(value, bool):
-            inside = math.isfinite(value) and all(
+            is_number = isinstance(value, int) or math.isfinite(value)
+            inside = is_number and all(
                 limit is None or _COMPARE[name](value, limit) for name, limit in bounds.items()
             )
             if not inside:
@@ -156,8 +158,7 @@ class MethodConfig(Options):
         out: dict[str, Any] = {"method": self.method, "version": self.version}
         for spec in dataclasses.fields(self):
             value = getattr(self, spec.name)
-            if value != spec.default:
-                out[spec.name] = list(value) if isinstance(value, tuple) else value
+            out[spec.name] = list(value) if isinstance(value, tuple) else value
         return out
 
     @classmethod
@@ -170,10 +171,10 @@ class MethodConfig(Options):
         data = dict(data)
         data.pop("method", None)
         version = data.pop("version", cls.version)
-        if not isinstance(version, int) or version > cls.version:
+        if type(version) is not int or version != cls.version:
             raise ConfigError(
-                f"{cls.__name__}: version must be at most {cls.version}, got {version!r}; "
-                "the recipe was written by a newer leantune: upgrade with pip install -U leantune"
+                f"{cls.__name__}: version must be {cls.version}, got {version!r}; the recipe was "
+                "written by another version of leantune: install that one, or write it anew"
             )
         cls.refuse_unknown(data)
         return cls(**data)

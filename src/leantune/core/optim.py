@@ -1,13 +1,11 @@
 """Optimisers for parameters with sparse gradients, stepped together with any other as one."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer, SparseAdam
-
-from leantune.errors import ConfigError
 
 
 class PairedOptimizer(Optimizer):
@@ -65,62 +63,10 @@ class PairedOptimizer(Optimizer):
         return {**super().__getstate__(), "parts": self.parts}
 
 
-class EntryAdam(Optimizer):
-    """Adam for sparse gradients that counts the steps of every entry by itself.
-
-    ``torch.optim.SparseAdam`` corrects the bias of an entry's first step as if it were the
-    optimiser's n-th: such an entry moves by up to 3.2 times the learning rate. Here a first step is
-    a first step, of one learning rate, whenever it comes.
-
-    Args:
-        params: parameters with sparse gradients.
-        lr: the learning rate.
-        betas: decay of the two moments.
-        eps: added to the root of the second moment.
-    """
-
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-    ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps})
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Move the entries that have a gradient; the others' moments do not decay."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self._move(p, p.grad.coalesce(), group)
-        return loss
-
-    def _move(self, p: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
-        state = self.state[p]
-        if not state:
-            state["steps"] = torch.zeros_like(p, dtype=torch.float32)
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
-        at, g = tuple(grad.indices()), grad.values()
-        beta1, beta2 = group["betas"]
-        steps = state["steps"][at] + 1
-        m = state["exp_avg"][at].lerp(g, 1 - beta1)
-        v = state["exp_avg_sq"][at].lerp(g.square(), 1 - beta2)
-        state["steps"][at], state["exp_avg"][at], state["exp_avg_sq"][at] = steps, m, v
-        corrected = (v / (1 - beta2**steps)).sqrt() + group["eps"]
-        move = m / (1 - beta1**steps) / corrected * -group["lr"]
-        p.index_put_(at, move.to(p.dtype), accumulate=True)
-
-
 def paired(
     kind: type[Optimizer],
     params: Sequence[nn.Parameter],
-    sparse: Mapping[nn.Parameter, bool],
+    sparse: Sequence[nn.Parameter],
     options: Mapping[str, Any],
 ) -> Optimizer:
     """Return ``kind`` over ``params``, joined by a sparse Adam over those with sparse gradients.
@@ -128,32 +74,15 @@ def paired(
     Args:
         kind: any torch optimiser class.
         params: the parameters that train.
-        sparse: those with sparse gradients -> whether bias is corrected for each entry.
+        sparse: those with sparse gradients.
         options: of ``kind``; the sparse Adam takes ``lr``, ``betas`` and ``eps`` of them. Weight
             decay is not applied to sparse gradients.
     """
-    dense = [p for p in params if p not in sparse]
-    shared = {k: options[k] for k in ("lr", "betas", "eps") if k in options}
+    is_sparse = {id(p) for p in sparse}
+    dense = [p for p in params if id(p) not in is_sparse]
+    thin = [p for p in params if id(p) in is_sparse]
     parts: list[Optimizer] = [kind(dense, **options)] if dense else []
-    for of_entry, sparse_kind in ((False, SparseAdam), (True, EntryAdam)):
-        chosen = [p for p in params if sparse.get(p) is of_entry]
-        if chosen:
-            parts.append(sparse_kind(chosen, **shared))
+    if thin:
+        shared = {k: options[k] for k in ("lr", "betas", "eps") if k in options}
+        parts.append(SparseAdam(thin, **shared))
     return parts[0] if len(parts) == 1 else PairedOptimizer(parts)
-
-
-def refuse_dense(optimizer: Optimizer, sparse: Mapping[nn.Parameter, bool]) -> None:
-    """Raise where an optimiser for dense gradients holds a parameter with sparse ones.
-
-    Raises:
-        ConfigError: there is such a parameter.
-    """
-    parts = optimizer.parts if isinstance(optimizer, PairedOptimizer) else [optimizer]
-    for part in parts:
-        held = [p for group in part.param_groups for p in group["params"] if p in sparse]
-        if held and not isinstance(part, SparseAdam | EntryAdam | torch.optim.SGD):
-            raise ConfigError(
-                f"session: optimizer must take sparse gradients, got {type(part).__name__} over "
-                f"{len(held)} parameters that have them; make it with "
-                f"session.optimizer(torch.optim.{type(part).__name__}, lr=...)"
-            )

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
 from leantune.errors import UnsupportedError
-from leantune.measure._step import iter_tensors
+from leantune.measure.step import iter_tensors
 
 Node = Any  # torch types neither C++ nodes nor the nodes of Python Functions usefully.
 
@@ -55,8 +55,8 @@ _FUNCTION_KINDS = {
     "CheckpointFunction": CHECKPOINT,
     "NoopSaveInputs": CHECKPOINT,
     "CompiledFunction": "compiled region",
-    # What a store kept: the whole input, or some rows of it.
-    "Linear": "linear input",
+    # What a converted linear kept: the whole input, or some rows of it.
+    "SaveForBackward": "linear input",
 }
 _LINEAR_OPERATIONS = {"Addmm", "Mm"}
 # Reentrant checkpointing keeps generator states on ctx; they are no activations, and the

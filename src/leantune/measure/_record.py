@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from leantune.measure import _graph
-from leantune.measure._entries import Book, Entry
-from leantune.measure._step import Step, iter_tensors
+import leantune.measure._graph as _graph
+from leantune.measure.entries import Book, Entry
+from leantune.measure.step import Step, iter_tensors
 
 BATCH_INPUT = "batch input"
 HIDDEN = "hidden on ctx"

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from leantune.ops.backend import on_gpu
+
 
 class RandomState:
     """The generator states of the CPU and of the CUDA devices in use, as of construction."""
@@ -15,7 +17,7 @@ class RandomState:
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         self._cpu = torch.get_rng_state()
         # A model on the CPU must not create a CUDA context.
-        devices = {t.device for t in tensors if t.device.type == "cuda"}
+        devices = {t.device for t in tensors if on_gpu(t)}
         self._cuda = {device: torch.cuda.get_rng_state(device) for device in devices}
 
     def restore(self) -> None:

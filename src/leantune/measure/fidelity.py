@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from leantune.errors import ConfigError
-from leantune.measure._entries import owner
 from leantune.measure._restore import RandomState, find_session, preserved
-from leantune.measure._step import Batch, LossFn, Step, iter_tensors, make_step
-from leantune.measure._text import table
+from leantune.measure.entries import owner
+from leantune.measure.step import Batch, LossFn, Step, iter_tensors, make_step
+from leantune.measure.text import table
 
 _ALL = "all of the above"
 # A self-normalised sum of independent errors exceeds 5 once in a million draws of the test.

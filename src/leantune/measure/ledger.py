@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from leantune.errors import UnsupportedError
-from leantune.measure._entries import LEDGERS, Book, Entry, LedgerName, owner
 from leantune.measure._record import BATCH_INPUT, record_forward
 from leantune.measure._restore import preserved
-from leantune.measure._step import Batch, iter_tensors, make_step
-from leantune.measure._text import format_bytes, table
+from leantune.measure.entries import LEDGERS, Book, Entry, LedgerName, owner
+from leantune.measure.step import Batch, iter_tensors, make_step
+from leantune.measure.text import format_bytes, table
 
 _STATE = "optimizer state"
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from leantune.errors import ConfigError
-from leantune.measure._text import format_bytes, table
+from leantune.measure.text import format_bytes, table
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,15 @@ work is done by ``torch.utils.checkpoint`` in its non-reentrant form.
 
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from leantune.core.config import MethodConfig
+from leantune.core.conversion import Conversion
 from leantune.core.registry import MethodSpec, register
-from leantune.core.session import Session
+from leantune.core.runtime import Runtime
 from leantune.core.sites import Site
 
 _FLAGS = ("gradient_checkpointing", "_gradient_checkpointing_func")
@@ -21,36 +22,34 @@ _FLAGS = ("gradient_checkpointing", "_gradient_checkpointing_func")
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint(MethodConfig):
-    """Recompute chosen blocks in backward; exact, at the cost of one more forward of each."""
+    """Checkpointing recomputes chosen blocks in backward; exact, for one more forward of each."""
 
     method: ClassVar[str] = "checkpoint"
 
 
-@dataclass
-class _Switched:
-    """Modules whose checkpointing was switched on, and how it stood before."""
+class CheckpointedBlocks(Conversion):
+    """Blocks whose own checkpointing was switched on, and how it stood before."""
 
-    modules: list[tuple[nn.Module, dict]]
+    def __init__(self, modules: list[nn.Module]) -> None:
+        self._before = [(m, {k: v for k, v in vars(m).items() if k in _FLAGS}) for m in modules]
+        for module in modules:
+            settings: dict[str, Any] = vars(module)
+            settings["_gradient_checkpointing_func"] = partial(checkpoint, use_reentrant=False)
+            settings["gradient_checkpointing"] = True
 
     def undo(self) -> None:
-        for block, before in self.modules:
+        """Put the flags back as they were."""
+        for module, before in self._before:
             for name in _FLAGS:
-                block.__dict__.pop(name, None)
-                if name in before:
-                    block.__dict__[name] = before[name]
-
-    def merge(self) -> None:
-        self.undo()
+                vars(module).pop(name, None)
+            vars(module).update(before)
 
 
-def _attach(model: nn.Module, sites: list[Site], config: Checkpoint, session: Session) -> _Switched:
+def _convert(
+    model: nn.Module, sites: list[Site], config: Checkpoint, runtime: Runtime
+) -> CheckpointedBlocks:
     """Switch on transformers' own per-block checkpointing, block by block."""
-    modules = [site.module for site in sites] + _holders(model, sites)
-    before = [(m, {k: v for k, v in vars(m).items() if k in _FLAGS}) for m in modules]
-    for module in modules:
-        module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)  # type: ignore[assignment]
-        module.gradient_checkpointing = True  # type: ignore[assignment]
-    return _Switched(before)
+    return CheckpointedBlocks([site.module for site in sites] + _holders(model, sites))
 
 
 def _holders(model: nn.Module, sites: list[Site]) -> list[nn.Module]:
@@ -77,12 +76,12 @@ def _check(site: Site, config: Checkpoint) -> str | None:
 register(
     MethodSpec(
         config=Checkpoint,
-        axis="saved",
+        axis="recompute",
         roles=("block",),
         summary="gradient checkpointing: keep each block's input, recompute the rest",
         source="Chen et al., arXiv 1604.06174",
-        attach=_attach,
+        convert=_convert,
         check=_check,
-        neutral={},
+        identity_options={},
     )
 )

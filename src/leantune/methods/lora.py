@@ -4,16 +4,17 @@ Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import nn
 
 from leantune.core.config import MethodConfig, option
+from leantune.core.conversion import Conversion
+from leantune.core.linear import is_conv1d, trained_in_place_of_weight
 from leantune.core.registry import MethodSpec, register
-from leantune.core.session import Session
+from leantune.core.runtime import Runtime
 from leantune.core.sites import Site
-from leantune.core.swap import stand_ins
 from leantune.errors import UnsupportedError
 
 _HEADS = ("classifier", "score", "qa_outputs")
@@ -22,7 +23,7 @@ _FLAGS = ("peft_config", "_hf_peft_config_loaded")
 
 @dataclass(frozen=True, kw_only=True)
 class LoRA(MethodConfig):
-    """Train low-rank factors beside frozen linears, through ``peft``.
+    """LoRA trains low-rank factors beside frozen linears, through ``peft``.
 
     The adapter that ``model.save_pretrained`` writes is a plain PEFT one. Every linear inside the
     model's blocks is adapted by default.
@@ -38,15 +39,16 @@ class LoRA(MethodConfig):
     )
 
 
-@dataclass
-class _Injected:
-    """An injected adapter, and what the model looked like before."""
+class InjectedAdapter(Conversion):
+    """An injected adapter knows what the model looked like before."""
 
-    model: nn.Module
-    requires_grad: list[tuple[nn.Parameter, bool]]
-    flags: dict[str, Any]
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.requires_grad = [(p, p.requires_grad) for p in model.parameters()]
+        self.flags = {name: model.__dict__[name] for name in _FLAGS if name in model.__dict__}
 
     def undo(self) -> None:
+        """Take the adapter's layers out, and put flags back as they were."""
         from peft.tuners.tuners_utils import BaseTunerLayer
         from peft.utils import ModulesToSaveWrapper
 
@@ -63,6 +65,7 @@ class _Injected:
         self.model.__dict__.update(self.flags)
 
     def merge(self) -> None:
+        """Fold the factors into the weights, copy trained heads, and take the layers out."""
         from peft.tuners.lora import LoraLayer
         from peft.utils import ModulesToSaveWrapper
 
@@ -75,7 +78,9 @@ class _Injected:
         self.undo()
 
 
-def _attach(model: nn.Module, sites: list[Site], config: LoRA, session: Session) -> _Injected:
+def _convert(
+    model: nn.Module, sites: list[Site], config: LoRA, runtime: Runtime
+) -> InjectedAdapter:
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import ModulesToSaveWrapper
@@ -92,16 +97,12 @@ def _attach(model: nn.Module, sites: list[Site], config: LoRA, session: Session)
         lora_dropout=config.dropout,
         target_modules=[site.name for site in sites],
         modules_to_save=heads if config.train_head and heads else None,
-        fan_in_fan_out=any(type(site.module).__name__ == "Conv1D" for site in sites),
+        fan_in_fan_out=any(is_conv1d(site.module) for site in sites),
     )
-    before = _Injected(
-        model=model,
-        requires_grad=[(p, p.requires_grad) for p in model.parameters()],
-        flags={name: model.__dict__[name] for name in _FLAGS if name in model.__dict__},
-    )
+    injected = InjectedAdapter(model)
     # The factors' start is the session's choice, and the caller's generators do not move.
     with torch.random.fork_rng():
-        torch.manual_seed(session.seed)
+        torch.manual_seed(runtime.seed)
         try:
             if hasattr(model, "add_adapter"):
                 model.add_adapter(wanted)  # type: ignore[operator]
@@ -109,10 +110,10 @@ def _attach(model: nn.Module, sites: list[Site], config: LoRA, session: Session)
                 inject_adapter_in_model(wanted, model)
         except BaseException:
             # peft changes one layer after the other: take back those it came to.
-            before.undo()
+            injected.undo()
             raise
     # peft freezes all but its own; what another method trains beside it goes on training.
-    for parameter in stand_ins(model):
+    for parameter in trained_in_place_of_weight(model):
         parameter.requires_grad_(True)
     for module in model.modules():
         # New modules are in training mode, whatever the model is in.
@@ -120,18 +121,18 @@ def _attach(model: nn.Module, sites: list[Site], config: LoRA, session: Session)
             module.train(module.get_base_layer().training)
         elif isinstance(module, ModulesToSaveWrapper):
             module.train(module.original_module.training)
-    return before
+    return injected
 
 
 register(
     MethodSpec(
         config=LoRA,
-        axis="weights",
+        axis="trained",
         roles=("linear",),
         summary="low-rank factors beside frozen linears, by peft",
         source="Hu et al., arXiv 2106.09685",
-        selects=lambda site, config: site.block is not None,
-        attach=_attach,
-        example={"rank": 4},
+        default_sites=lambda site, config: site.block is not None,
+        convert=_convert,
+        test_options={"rank": 4},
     )
 )

@@ -3,34 +3,37 @@
 Legend: n rows (all leading dimensions flattened), d_out, d_in, k = keep_ratio d_out units.
 
     "example":  S = each row of G, all but its k largest entries set to zero
-    "unified":  S = the k columns of G with the largest sum of magnitudes over the rows
+    "unified":  S = G, all but the k columns with the largest sum of magnitudes set to zero
     dW = S^T X,  dX = S W,  db = column sums of S
     "weight":   dX = G W and db as ever, dW = the keep_ratio d_out d_in largest entries of G^T X
 
 Source: Sun, Ren, Ma and Wang, "meProp: Sparsified Back Propagation for Accelerated Deep Learning
 with Reduced Overfitting", ICML 2017, arXiv 1706.06197 ("example" and, there called unified top-k,
 "unified"). "weight" is what the SparseGrad paper, arXiv 2410.07383, compares with under this name.
-Every variant is biased, and nothing of what is dropped is kept for later steps.
+Every variant is biased, and nothing of what is dropped is kept for later steps. The products run
+over the zeros, too: this is a baseline for quality, which saves no arithmetic.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from leantune.core.config import MethodConfig, option
+from leantune.core.conversion import SwapConversion
+from leantune.core.linear import Swap, converted, is_conv1d, swap
 from leantune.core.registry import MethodSpec, register
-from leantune.core.session import Session
+from leantune.core.runtime import Runtime
 from leantune.core.sites import Site
-from leantune.core.swap import with_cut, with_rule
-from leantune.ops.stores import Cut, Factors, grad_weight
+from leantune.ops.rows import OuterProduct
 
 
 @dataclass(frozen=True, kw_only=True)
 class MeProp(MethodConfig):
-    """Keep ``keep_ratio`` of each linear's output gradient, by magnitude; forward is exact.
+    """meProp keeps ``keep_ratio`` of each linear's output gradient, by magnitude; forward is exact.
 
     Weight, bias and input gradient all come from what is kept, so lower layers see a thinner
     gradient, too. Any optimiser steps the dense, mostly zero gradients. Trainable linears inside
@@ -42,97 +45,130 @@ class MeProp(MethodConfig):
     keep_ratio: float = option(0.04, gt=0, le=1, help="share of output units (or entries) kept")
     variant: Literal["example", "unified", "weight"] = option(
         "unified",
-        help="what is kept: of each row its own largest units, one set of units for the batch "
-        "(which also saves the arithmetic), or the largest entries of the weight's gradient",
+        help="what is kept: of each row its own largest units (the paper's), one set of units for "
+        "the batch (the paper's), or the largest entries of the weight's gradient (the comparison "
+        "of the SparseGrad paper)",
     )
 
 
+def keep_example(grad: Tensor, keep_ratio: float) -> Tensor:
+    """Return ``grad`` (..., d_out) with all but the k largest entries of each row set to zero."""
+    k = _count(keep_ratio, grad.shape[-1])
+    kept = grad.abs().topk(k, dim=-1, sorted=False).indices
+    return torch.zeros_like(grad).scatter(-1, kept, grad.gather(-1, kept))
+
+
+def keep_units(grad: Tensor, keep_ratio: float) -> Tensor:
+    """Return ``grad`` (..., d_out) with all but the k largest columns, summed, set to zero."""
+    k = _count(keep_ratio, grad.shape[-1])
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    sums = grad.abs().flatten(0, -2).sum(0, dtype=wide)
+    is_kept = torch.zeros_like(sums, dtype=torch.bool)
+    is_kept[sums.topk(k, sorted=False).indices] = True
+    return torch.where(is_kept, grad, 0.0)
+
+
+def keep_entries(grad: Tensor, keep_ratio: float) -> Tensor:
+    """Return ``grad`` of any shape with all but its ``keep_ratio`` largest entries set to zero."""
+    flat = grad.flatten()
+    kept = flat.abs().topk(_count(keep_ratio, flat.numel()), sorted=False).indices
+    return torch.zeros_like(flat).scatter(0, kept, flat[kept]).view(grad.shape)
+
+
+def _count(keep_ratio: float, total: int) -> int:
+    return max(1, round(keep_ratio * total))
+
+
 @dataclass(frozen=True)
-class KeepExample:
-    """Keeps each row's own largest entries."""
+class ThinGradient:
+    """A thin gradient is what a forward hook makes of the gradient of its module's output."""
 
-    keep_ratio: float
+    config: MeProp
+    runtime: Runtime
 
-    def __call__(self, rows: Tensor) -> Cut:
-        """Return ``rows`` (n, d_out) with all but the k largest of each row set to zero."""
-        k = count(self.keep_ratio, rows.shape[1])
-        if k == rows.shape[1]:
-            return Cut(rows)
-        kept = rows.abs().topk(k, dim=1, sorted=False).indices
-        return Cut(torch.zeros_like(rows).scatter(1, kept, rows.gather(1, kept)))
+    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        """Let backward see the kept entries of the output's gradient alone."""
+        if module.training and not self.runtime.is_exact and output.requires_grad:
+            output.register_hook(self._thin)
+
+    def _thin(self, grad: Tensor) -> Tensor:
+        keep = keep_example if self.config.variant == "example" else keep_units
+        return keep(grad, self.config.keep_ratio)
 
 
 @dataclass(frozen=True)
-class KeepUnits:
-    """Keeps one set of output units for the whole batch."""
+class LargestEntries:
+    """The largest entries of a weight's gradient train the weight; the rest is zero."""
 
+    layer: nn.Module
     keep_ratio: float
+    runtime: Runtime
 
-    def __call__(self, rows: Tensor) -> Cut:
-        """Return the k columns of ``rows`` (n, d_out) with the largest sums, and which they are."""
-        k = count(self.keep_ratio, rows.shape[1])
-        if k == rows.shape[1]:
-            return Cut(rows)
-        sums = rows.abs().sum(0, dtype=torch.promote_types(rows.dtype, torch.float32))
-        units = sums.topk(k, sorted=False).indices.sort().values
-        return Cut(rows.index_select(1, units), units)
-
-
-@dataclass
-class KeepEntries:
-    """The rule that keeps the largest entries of a weight's gradient; the rest is zero."""
-
-    keep_ratio: float
-    width: int | None = None
+    @property
+    def parameter(self) -> Tensor:
+        """The layer's own weight."""
+        return self.layer.get_parameter("weight")
 
     def project(self, rows: Tensor) -> Tensor:
         """Return the rows: all of the gradient is formed before it is thinned out."""
         return rows
 
-    def grad(self, factors: Sequence[Factors]) -> Tensor:
-        """Return the gradient (d_out, d_in), dense in memory, ``keep_ratio`` of it not zero."""
-        grad = grad_weight(factors)
-        flat = grad.flatten()
-        k = count(self.keep_ratio, flat.numel())
-        if k == flat.numel():
-            return grad
-        kept = flat.abs().topk(k, sorted=False).indices
-        return torch.zeros_like(flat).scatter(0, kept, flat[kept]).view(grad.shape)
+    def grad(self, outer: OuterProduct) -> Tensor:
+        """Return the gradient in the weight's shape, dense in memory, mostly zero."""
+        grad = outer.dense()
+        if not self.runtime.is_exact:
+            grad = keep_entries(grad, self.keep_ratio)
+        return grad.t() if is_conv1d(self.layer) else grad
 
 
-def count(keep_ratio: float, total: int) -> int:
-    """Return how many of ``total`` are kept: at least one."""
-    return max(1, round(keep_ratio * total))
+class ThinnedLinears(SwapConversion):
+    """Linears whose gradients are thinned out, by hooks or in a module that stands for each."""
+
+    def __init__(self, swaps: Sequence[Swap], handles: Sequence[RemovableHandle]) -> None:
+        super().__init__(swaps)
+        self._handles = list(handles)
+
+    def undo(self) -> None:
+        """Take hooks and modules out again."""
+        while self._handles:
+            self._handles.pop().remove()
+        super().undo()
 
 
-def _build(site: Site, config: MeProp, session: Session) -> nn.Module:
-    if config.variant == "weight":
-        return with_rule(site.module, None, KeepEntries(config.keep_ratio), session)
-    keep = KeepExample if config.variant == "example" else KeepUnits
-    return with_cut(site.module, keep(config.keep_ratio), session)
+def _convert(
+    model: nn.Module, sites: list[Site], config: MeProp, runtime: Runtime
+) -> ThinnedLinears:
+    if config.variant != "weight":
+        thin = ThinGradient(config, runtime)
+        return ThinnedLinears([], [site.module.register_forward_hook(thin) for site in sites])
+    swaps: list[Swap] = []
+    for site in sites:
+        entries = LargestEntries(site.module, config.keep_ratio, runtime)
+        swaps.append(swap(model, site.name, converted(site.module, runtime, subspace=entries)))
+    return ThinnedLinears(swaps, [])
+
+
+def _trains(site: Site) -> bool:
+    return site.module.get_parameter("weight").requires_grad
 
 
 def _check(site: Site, config: MeProp) -> str | None:
-    if not site.module.weight.requires_grad:  # type: ignore[union-attr]
+    if not _trains(site):
         return "the weight must train, got a frozen one; leave it out with sites="
     return None
-
-
-def _selects(site: Site, config: MeProp) -> bool:
-    return site.block is not None and site.module.weight.requires_grad  # type: ignore[union-attr]
 
 
 register(
     MethodSpec(
         config=MeProp,
-        axis="weights",
+        axis="trained",
         roles=("linear",),
         summary="back-propagate only the largest entries of each linear's output gradient",
         source="Sun et al., ICML 2017, arXiv 1706.06197",
-        selects=_selects,
-        build=_build,
+        convert=_convert,
+        default_sites=lambda site, config: site.block is not None and _trains(site),
         check=_check,
-        neutral={"keep_ratio": 1.0},
-        example={"keep_ratio": 0.25},
+        identity_options={"keep_ratio": 1.0},
+        test_options={"keep_ratio": 0.25},
     )
 )

@@ -1,28 +1,22 @@
-"""What to save of a session: recipe.json and safetensors, written atomically, versions checked."""
+"""Files: written atomically, read with checks; a session's folder of JSON and safetensors."""
 
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from leantune.core.config import MethodConfig
-from leantune.core.ranks import is_sharded
-from leantune.core.registry import config_from_dict
+from leantune.core.distributed import is_sharded
+from leantune.core.recipe import RECIPE_FILE
 from leantune.errors import ConfigError, UnsupportedError
 
-if TYPE_CHECKING:
-    from leantune.core.session import Session
-
-RECIPE_FORMAT = 1
-RECIPE_FILE = "recipe.json"
 WEIGHTS_FILE = "weights.safetensors"
 STATE_FILE = "session.safetensors"
 
@@ -109,40 +103,6 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         ) from error
 
 
-def recipe_to_dict(methods: tuple[MethodConfig, ...], seed: int) -> dict[str, Any]:
-    """Return the JSON form of a recipe."""
-    return {
-        "format": RECIPE_FORMAT,
-        "seed": seed,
-        "methods": [m.to_dict() for m in methods],
-    }
-
-
-def recipe_from_dict(data: Any) -> tuple[tuple[MethodConfig, ...], int]:
-    """Read a recipe's JSON form: (methods, seed).
-
-    Raises:
-        ConfigError: not a recipe, from a newer version, or with an unknown key.
-    """
-    if not isinstance(data, Mapping) or not isinstance(data.get("methods"), list):
-        raise ConfigError(f"recipe: methods must be a list of method entries, got {data!r}")
-    version = data.get("format", RECIPE_FORMAT)
-    if not isinstance(version, int) or version > RECIPE_FORMAT:
-        raise ConfigError(
-            f"recipe: format must be at most {RECIPE_FORMAT}, got {version!r}; it was written by a "
-            "newer leantune: upgrade with pip install -U leantune"
-        )
-    unknown = set(data) - {"format", "seed", "methods"}
-    if unknown:
-        raise ConfigError(
-            f"recipe: keys must be format, seed, methods, got {min(unknown, key=str)!r}"
-        )
-    seed = data.get("seed", 0)
-    if not isinstance(seed, int) or isinstance(seed, bool):
-        raise ConfigError(f"recipe: seed must be an integer, got {seed!r}")
-    return tuple(config_from_dict(m) for m in data["methods"]), seed
-
-
 def trained_weights(model: nn.Module) -> dict[str, Tensor]:
     """Return what trains, by name, as the model's ``state_dict`` has it: a session's saved weights.
 
@@ -157,10 +117,25 @@ def _trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {n: p for n, p in model.named_parameters() if p.requires_grad}
 
 
-def save_session(session: "Session", folder: Path) -> None:
-    """Write one session's folder: see :meth:`Session.save`."""
-    recipe = recipe_to_dict(session.methods, session.seed)
-    trained = _trained_parameters(session.model)
+def write_session(
+    folder: Path,
+    recipe: Mapping[str, Any],
+    model: nn.Module,
+    make_state: Callable[[], Mapping[str, Tensor]],
+) -> None:
+    """Write recipe, trained weights and state to ``folder``, all or nothing.
+
+    Args:
+        folder: is replaced.
+        recipe: the JSON form.
+        model: whose trained weights are written.
+        make_state: gives the session's state; called once the folder can be written.
+
+    Raises:
+        UnsupportedError: parameters are sharded.
+        OSError: the disk is full; what was there before survives.
+    """
+    trained = _trained_parameters(model)
     # Asked of the parameters: a sharded model's state_dict may wait for the other processes.
     sharded = [name for name, parameter in trained.items() if is_sharded(parameter)]
     if sharded:
@@ -171,27 +146,25 @@ def save_session(session: "Session", folder: Path) -> None:
         )
     with atomic_folder(folder) as fresh:
         write_atomic(fresh / RECIPE_FILE, json.dumps(recipe, indent=2) + "\n")
-        save_tensors(fresh / WEIGHTS_FILE, trained_weights(session.model))
-        save_tensors(fresh / STATE_FILE, session.state_dict())
+        save_tensors(fresh / WEIGHTS_FILE, trained_weights(model))
+        save_tensors(fresh / STATE_FILE, make_state())
 
 
-def read_recipe(folder: Path) -> tuple[tuple[MethodConfig, ...], int]:
-    """Read the recipe of a saved session.
+def read_json(path: Path) -> Any:
+    """Read one JSON file.
 
     Raises:
-        ConfigError: no recipe there, or one that cannot be read.
+        ConfigError: the file is missing or no valid JSON.
     """
-    path = folder / RECIPE_FILE
     try:
-        data = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError as error:
+        return json.loads(path.read_text("utf-8"))
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise ConfigError(
-            f"load: folder must hold {RECIPE_FILE}, got none in {folder}; give the folder that "
-            "session.save wrote"
+            f"load: folder must hold {path.name}, got none in {path.parent}; give the folder that "
+            "leantune wrote"
         ) from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"load: {path} must be valid JSON, got {error}") from error
-    return recipe_from_dict(data)
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:

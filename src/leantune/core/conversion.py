@@ -1,0 +1,78 @@
+"""What one method did to one model: the live object behind each config of a recipe."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from leantune.core.linear import Swap
+from leantune.errors import ConfigError
+
+
+class Conversion(ABC):
+    """A conversion is what one config did to one model, and everything that this takes later.
+
+    The session keeps one for each config, in the order in which they were made, and undoes them in
+    reverse. Two configs of one method are two conversions that never see each other.
+
+    Attributes:
+        can_merge: whether plain modules can compute what the converted model computes.
+        num_calibration_batches: how many batches :meth:`calibrate` wants; 0 where none is needed.
+        sparse_parameters: trained parameters whose gradients are sparse tensors.
+    """
+
+    can_merge: bool = True
+    num_calibration_batches: int = 0
+    sparse_parameters: Sequence[nn.Parameter] = ()
+
+    def calibrate(self, batches: Iterable[Any]) -> None:
+        """Find the method's starting point in some batches; does nothing by default.
+
+        Args:
+            batches: of the form that the model is called with (``model(**batch)``).
+        """
+
+    def on_step(self, step: int) -> None:
+        """Act after optimiser step number ``step``, counted from 1; does nothing by default."""
+
+    @abstractmethod
+    def undo(self) -> None:
+        """Put back the very objects and flags that were there before; trained weights stay."""
+
+    def merge(self) -> None:
+        """Fold what was trained into the plain modules, and put those back."""
+        self.undo()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return what a resumed run needs besides weights and optimiser, by name."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take a state on, so that the run goes on as if it had never stopped.
+
+        Raises:
+            ConfigError: the state is damaged, or of another model or recipe.
+        """
+        if state:
+            raise ConfigError(
+                f"session: state must hold what this recipe keeps, got an entry {min(state)!r} "
+                "that no method here keeps; apply the recipe that the state was saved with"
+            )
+
+
+class SwapConversion(Conversion):
+    """A conversion that only put modules into others' places takes them out again.
+
+    Args:
+        swaps: in the order in which they were made.
+    """
+
+    def __init__(self, swaps: Sequence[Swap]) -> None:
+        self.swaps = list(swaps)
+
+    def undo(self) -> None:
+        """Put the old modules back, the last one first."""
+        while self.swaps:
+            self.swaps[-1].undo()
+            self.swaps.pop()

@@ -1,0 +1,122 @@
+"""Counter-based random numbers: a function of (seed, site, draw number), never of a generator.
+
+Dimension letters: n numbers.
+"""
+
+import hashlib
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_MASK32 = 0xFFFFFFFF
+_MASK64 = 0xFFFFFFFFFFFFFFFF
+# Odd and below 2**31: the product with a 32-bit word stays inside int64, so nothing overflows.
+_MULTIPLIERS = (0x7FEB352D, 0x21F0AAAD, 0x735A2D97)
+_DRAW_STEP = 0x5851F42D
+
+
+class RandomKey(NamedTuple):
+    """A key names one draw of random numbers; equal keys give equal numbers on every device.
+
+    A recomputed forward asks with the same key and so draws the same rows again. No generator
+    advances, and the caller's global stream stays untouched.
+
+    Args:
+        seed: any integer, taken modulo 2**64; the session's seed with the process's rank folded in.
+        counter: () int64 in [0, 2**32), on the device where numbers are made; counts the training
+            forwards of the model.
+        stream: any integer, taken modulo 2**64; tells sites apart.
+    """
+
+    seed: int
+    counter: Tensor
+    stream: int = 0
+
+    def at(self, stream: int) -> "RandomKey":
+        """Return the key of the same draw at another site."""
+        return RandomKey(self.seed, self.counter, stream)
+
+
+def uniform(key: RandomKey, n: int) -> Tensor:
+    """Return uniform numbers that depend on the key and their position, and on nothing else.
+
+    The counter is never read on the host: there is no sync, and one CUDA graph serves every step.
+    Integer arithmetic throughout gives the same bits on every device.
+
+    Each round multiplies a 32-bit word into 63 bits and folds the upper half onto the lower; the
+    counter enters after the first round, so draws do not share the order of the positions.
+
+    Args:
+        key: seed, counter and stream.
+        n: how many numbers, in [0, 2**32).
+
+    Returns:
+        (n,) float32 in [0, 1), multiples of 2**-24, on the counter's device.
+
+    Source: multiply-and-fold rounds as in the wyhash family; seed mixing as in SplitMix64.
+    """
+    x = _words(key, torch.arange(n, device=key.counter.device))
+    return _to_unit(_fold(x, _MULTIPLIERS[2]))
+
+
+def uniform_at(key: RandomKey, rows: Tensor, columns: Tensor) -> Tensor:
+    """Return the uniform number that belongs to each (row, column), whatever else is asked for.
+
+    A table that is computed in pieces, of any size and order, gets the same numbers.
+
+    Args:
+        key: seed, counter and stream.
+        rows: int64 in [0, 2**32).
+        columns: int64 in [0, 2**32); rows and columns broadcast.
+
+    Returns:
+        The broadcast shape, float32 in [0, 1), multiples of 2**-24.
+    """
+    x = _words(key, rows.clone()) ^ columns
+    for multiplier in _MULTIPLIERS:
+        x = _fold(x, multiplier)
+    return _to_unit(x)
+
+
+def stream_of(name: str) -> int:
+    """Return the random stream of a site: an integer that depends on its name alone."""
+    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def _words(key: RandomKey, x: Tensor) -> Tensor:
+    """Turn positions into 32-bit words of (key, position); ``x`` is used up."""
+    low, high = _mixed(key.seed, key.stream)
+    x ^= low
+    x = _fold(x, _MULTIPLIERS[0])
+    x = x ^ ((key.counter * _DRAW_STEP + high) & _MASK32)
+    return _fold(x, _MULTIPLIERS[1])
+
+
+def _to_unit(words: Tensor) -> Tensor:
+    words >>= 8
+    return words.to(torch.float32).mul_(2.0**-24)
+
+
+def _fold(x: Tensor, multiplier: int) -> Tensor:
+    product = x * multiplier
+    product ^= product >> 32
+    product &= _MASK32
+    return product
+
+
+@lru_cache(maxsize=4096)
+def _mixed(seed: int, stream: int) -> tuple[int, int]:
+    """Return the lower and the upper word of the mixed seed and stream; fixed for each site."""
+    mixed = _mix64(_mix64(seed) + stream)
+    return mixed & _MASK32, mixed >> 32
+
+
+def _mix64(value: int) -> int:
+    """Return the SplitMix64 finaliser of ``value``: a bijection of 64-bit words."""
+    z = (value + 0x9E3779B97F4A7C15) & _MASK64
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK64
+    return z ^ (z >> 31)
