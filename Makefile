@@ -37,7 +37,7 @@ types: $(VENV)/installed
 
 # Into site/; --strict: a broken link or an unknown name is an error. Nothing is fetched.
 docs: $(VENV)/installed
-	$(VENV)/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
 
 # Build the wheel, install it alone (torch and safetensors, no extra) and train with it.
 wheel: $(VENV)/installed
