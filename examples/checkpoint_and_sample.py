@@ -4,8 +4,8 @@ A block that is recomputed in backward draws its rows there, where the true grad
 known, and keeps nothing more for it.
 """
 
-import toy
 import torch
+import toy
 
 import leantune as lt
 

@@ -1,4 +1,4 @@
-"""How noisy is a sampled gradient, and is it biased? Against the exact gradient of the same batch."""
+"""How noisy is a sampled gradient, and is it biased? Compared with the exact one of a batch."""
 
 import toy
 

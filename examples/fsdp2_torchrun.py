@@ -4,8 +4,8 @@ Start it with ``torchrun --nproc-per-node 2 examples/fsdp2_torchrun.py``; withou
 CPUs over gloo.
 """
 
-import toy
 import torch
+import toy
 from torch import distributed as dist
 from torch.distributed.fsdp import fully_shard
 

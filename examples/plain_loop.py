@@ -1,7 +1,7 @@
 """A plain PyTorch loop: three lines are new, and any optimiser and schedule will do."""
 
-import toy
 import torch
+import toy
 
 import leantune as lt
 

@@ -6,8 +6,8 @@ computes the same, so the converted model is what is kept.
 
 import tempfile
 
-import toy
 import torch
+import toy
 
 import leantune as lt
 

@@ -4,8 +4,8 @@ Gradients and moments of the MLP weights all but vanish, and backward keeps fewe
 with LoRA of the same size on your own task before you choose.
 """
 
-import toy
 import torch
+import toy
 
 import leantune as lt
 

@@ -73,6 +73,7 @@ def test_fsdp2_torchrun() -> None:
     done = subprocess.run(
         [sys.executable, "-m", *command, "--standalone", str(EXAMPLES / "fsdp2_torchrun.py")],
         capture_output=True,
+        check=False,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         timeout=300,
