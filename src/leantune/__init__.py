@@ -1,7 +1,5 @@
 """Fine-tune transformers with less memory and less compute."""
 
-from typing import Any
-
 from leantune._version import __version__
 from leantune.core.apply import apply, load
 from leantune.core.discovery import find_sites
