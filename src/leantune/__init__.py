@@ -13,6 +13,8 @@ from leantune.methods import (
     Checkpoint,
     LoRA,
     MeProp,
+    RoutedFFN,
+    SPTAttention,
 )
 
 __all__ = [
@@ -22,6 +24,8 @@ __all__ = [
     "LeantuneError",
     "LoRA",
     "MeProp",
+    "RoutedFFN",
+    "SPTAttention",
     "Session",
     "SiteError",
     "UnsupportedError",

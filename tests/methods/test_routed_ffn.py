@@ -2,6 +2,8 @@
 
 import copy
 import math
+import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,27 +13,34 @@ import torch
 from models import MODELS
 from oracles import routed_ffn as oracle
 from torch import Tensor, nn
-from torch.autograd.gradcheck import GradcheckError
 
 import leantune as lt
-from leantune.core.sites import find_sites
-from leantune.core.state import trained_weights
-from leantune.core.swap import StoredLinear
+from leantune.core.files import trained_weights
+from leantune.core.linear import ConvertedLinear, converted, swap
 from leantune.errors import ConfigError, SiteError, UnsupportedError
 from leantune.methods.routed_ffn import maths
+from leantune.methods.routed_ffn import module as module_file
+from leantune.methods.routed_ffn.conversion import evenly_spaced_rows
 from leantune.methods.routed_ffn.module import RoutedMLP
 from leantune.ops.groups import has_grouped_product
+from leantune.ops.rows import OuterProduct
 
 # peft asks transformers for a name that transformers is about to drop.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
 ACTIVATIONS = {"llama": oracle.silu, "opt": oracle.relu, "gpt2": oracle.gelu_tanh}
-GATES = ("none", "output", "output_norm", "ste", "spt")
+GATES = ("none", "output")
 
 
 def lora_for(name: str) -> lt.LoRA:
     patterns = {"llama": ["mlp.*_proj"], "opt": ["fc1", "fc2"], "gpt2": ["mlp.c_*"]}
     return lt.LoRA(rank=3, alpha=6.0, sites=patterns[name])
+
+
+@pytest.fixture
+def grouped(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compute all groups in one product, as on a GPU, or one after the other."""
+    monkeypatch.setattr(module_file, "prefers_grouped", lambda rows, ffn: request.param)
 
 
 def layers_of(model: nn.Module) -> list[RoutedMLP]:
@@ -67,10 +76,10 @@ def numbers(tensor: Tensor | None) -> Any:
 
 
 def as_oracle(layer: RoutedMLP, part: str) -> oracle.Linear:
-    view = layer.view(part)
-    out = oracle.Linear(numbers(view.weight), numbers(view.bias))
-    for f in view.factors:
-        out = out._replace(a=numbers(f.a.weight), b=numbers(f.b.weight), scaling=f.scaling)
+    linear, adapters = layer.ffn.linears[part]
+    out = oracle.Linear(numbers(layer.ffn.weight(part)), numbers(linear.bias))
+    for f in adapters:
+        out = out._replace(a=numbers(f.first.weight), b=numbers(f.second.weight), scaling=f.scaling)
     return out
 
 
@@ -83,11 +92,10 @@ def wanted_output(layer: RoutedMLP, name: str, x: Tensor, **changes: Any) -> np.
     kind = changes.pop("gate", config.gate)
     factors = oracle.gate_values(kind, oracle.sigmoid(logits), chosen)
     gate = as_oracle(layer, "gate") if name == "llama" else None
-    options = {"inside": kind == "spt", **changes}
     up, down = as_oracle(layer, "up"), as_oracle(layer, "down")
     act = ACTIVATIONS[name]
     return oracle.routed_ffn(
-        numbers(x), up, down, gate, act, config.num_groups, chosen, factors, **options
+        numbers(x), up, down, gate, act, config.num_groups, chosen, factors, **changes
     )
 
 
@@ -95,25 +103,23 @@ def close(got: Tensor, wanted: np.ndarray, tolerance: float = 1e-10) -> bool:
     return bool(np.abs(numbers(got) - wanted).max() <= tolerance * np.abs(wanted).max())
 
 
-# -- oracles 13 to 16 ------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("with_lora", [False, True])
 @pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("backend", ["loop", "grouped"])
+@pytest.mark.parametrize("grouped", [False, True], indirect=True)
 @pytest.mark.parametrize("name", ACTIVATIONS)
-def test_output_is_the_formulas(name: str, backend: str, gate: str, with_lora: bool) -> None:
+@pytest.mark.usefixtures("grouped")
+def test_output_is_the_formulas(name: str, gate: str, with_lora: bool) -> None:
     methods = (lora_for(name),) if with_lora else ()
-    _, _, layer = make(name, *methods, gate=gate, backend=backend)
+    _, _, layer = make(name, *methods, gate=gate)
     x = tokens()
     got = layer.eval()(x)
     assert close(got, wanted_output(layer, name, x))
     # Controls: another choice, another gate, the down bias once per group, gates in another place.
     assert not close(got, wanted_output(layer, name, x, logits=-numbers(layer.router(x))))
-    if gate not in ("none", "ste"):
+    if gate == "output":
         assert not close(got, wanted_output(layer, name, x, gate="none"), 1e-3)
-        assert not close(got, wanted_output(layer, name, x, inside=gate != "spt"), 1e-3)
-    if layer.view("down").bias is not None:
+        assert not close(got, wanted_output(layer, name, x, before_activation=True), 1e-3)
+    if layer.ffn.linears["down"].linear.bias is not None:
         assert not close(got, wanted_output(layer, name, x, num_down_biases=2), 1e-3)
 
 
@@ -124,19 +130,33 @@ def test_oracles_choose_the_same_groups() -> None:
     assert maths.choose(torch.zeros(2, 5), 2).tolist() == [[0, 1], [0, 1]]
 
 
-CASES = [(name, "spt") for name in MODELS] + [("bert", g) for g in ("none", "ste", "output")]
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_few_groups_are_the_whole_ffn_with_the_others_at_zero(name: str, gate: str) -> None:
+    """The other way to compute the same: all hidden units, times zero where a group is idle."""
+    results = []
+    for is_whole in (False, True):
+        model, _, _ = make(name, gate=gate)
+        for layer in layers_of(model):
+            layer._is_hooked = is_whole
+        output = model(**MODELS[name].batch())
+        output.loss.backward()
+        results.append([output.logits, *(p.grad for p in model.parameters())])
+    for ours, theirs in zip(*results, strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize(("name", "gate"), CASES)
-def test_all_groups_are_the_dense_model(name: str, gate: str) -> None:
-    """At a router of zeros every factor is 1; ``spt`` takes the routed way even then."""
-    plain = MODELS[name].build()
-    model = MODELS[name].build()
+@pytest.mark.parametrize("gate", GATES)
+def test_all_groups_are_the_dense_model(gate: str) -> None:
+    """At a router of zeros every factor is 1."""
+    tiny = MODELS["bert"]
+    plain, model = tiny.build(), tiny.build()
     lt.apply(model, lt.RoutedFFN(num_active=4, gate=gate))
     for layer in layers_of(model):
         nn.init.zeros_(layer.router.weight)
-    batch = MODELS[name].batch()
-    wanted, got = plain(**batch), model(**batch)
+    wanted, got = plain(**tiny.batch()), model(**tiny.batch())
     torch.testing.assert_close(got.logits, wanted.logits, rtol=1e-4, atol=1e-5)
     got.loss.backward()
     wanted.loss.backward()
@@ -146,8 +166,18 @@ def test_all_groups_are_the_dense_model(name: str, gate: str) -> None:
             torch.testing.assert_close(p.grad, grads[n].grad, rtol=1e-4, atol=1e-6)
     for layer in layers_of(model):
         nn.init.constant_(layer.router.bias, 20.0)
-    if gate in ("output", "spt"):
-        assert not torch.allclose(model(**batch).logits, wanted.logits, rtol=1e-4, atol=1e-5)
+    is_same = torch.allclose(model(**tiny.batch()).logits, wanted.logits, rtol=1e-4, atol=1e-5)
+    assert is_same == (gate == "none")
+
+
+def test_exact_is_the_dense_model() -> None:
+    tiny = MODELS["bert"]
+    model = tiny.build()
+    session = lt.apply(model, lt.RoutedFFN())
+    wanted = tiny.build()(**tiny.batch()).logits
+    with session.exact():
+        torch.testing.assert_close(model(**tiny.batch()).logits, wanted)
+    assert not torch.allclose(model(**tiny.batch()).logits, wanted, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
@@ -160,7 +190,7 @@ def test_all_groups_with_lora_are_the_merged_dense_layer(name: str) -> None:
     session.merge()
     assert not layers_of(model) and not any("lora" in n for n, _ in model.named_parameters())
     torch.testing.assert_close(model(**batch).logits, logits)
-    mlp = next(s for s in find_sites(model) if s.role == "mlp")
+    mlp = next(s for s in lt.find_sites(model) if s.role == "mlp")
     if name != "opt":
         torch.testing.assert_close(mlp.module(x), before)
 
@@ -180,13 +210,18 @@ def force(layer: RoutedMLP, x: Tensor, how: str) -> None:
 
 @pytest.mark.parametrize("how", ["as it is", "alike", "all but one alike"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("name", "gate"), [("llama", "output"), ("opt", "spt"), ("gpt2", "none")])
-def test_backends_agree(name: str, gate: str, dtype: torch.dtype, how: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "gate"), [("llama", "output"), ("opt", "output"), ("gpt2", "none")]
+)
+def test_both_ways_to_multiply_agree(
+    name: str, gate: str, dtype: torch.dtype, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Groups without a token, one token alone, every token in one group, strided input."""
     x = tokens(10)
     results = []
-    for backend in ("loop", "grouped"):
-        _, _, layer = make(name, lora_for(name), gate=gate, backend=backend)
+    for is_grouped in (False, True):
+        monkeypatch.setattr(module_file, "prefers_grouped", lambda *_, how=is_grouped: how)
+        _, _, layer = make(name, lora_for(name), gate=gate)
         force(layer, x, how)
         layer.to(dtype)
         for rows in (x, x[:1], x[:, None].expand(-1, 2, -1), x.t().contiguous().t()):
@@ -206,49 +241,49 @@ def test_backends_agree(name: str, gate: str, dtype: torch.dtype, how: str) -> N
                 torch.testing.assert_close(a, b, rtol=64 * eps, atol=64 * eps * max(scale, 1))
 
 
-def test_grouped_product_is_really_used(monkeypatch) -> None:
+def test_grouped_product_is_really_used(monkeypatch: pytest.MonkeyPatch) -> None:
     assert has_grouped_product("cpu", torch.float32)
     assert not has_grouped_product("cpu", torch.float64)
-    calls = []
+    calls: list[int] = []
     real = torch.nn.functional.grouped_mm
     spy = lambda *args, **kwargs: calls.append(1) or real(*args, **kwargs)  # noqa: E731
     monkeypatch.setattr(torch.nn.functional, "grouped_mm", spy)
-    _, _, layer = make("llama", backend="grouped")
-    layer.float()(tokens().float().requires_grad_()).sum().backward()
+    _, _, layer = make("llama")
+    layer.float()(tokens().float())
+    assert not calls, "on the CPU one product per group is faster"
+    monkeypatch.setattr(module_file, "on_gpu", lambda where: True)
+    monkeypatch.setattr(module_file, "has_grouped_product", lambda *_: True)
+    layer(tokens().float().requires_grad_()).sum().backward()
     # Three products, and two gradients of each.
     assert len(calls) == 9
-    layer.config = lt.RoutedFFN(backend="auto")
+    monkeypatch.setattr(module_file, "has_grouped_product", lambda *_: False)
     layer(tokens().float())
-    assert len(calls) == 9, "auto takes the loop on the CPU"
+    assert len(calls) == 9
 
 
-@pytest.mark.parametrize("gate", ["output", "output_norm", "spt"])
+@pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("name", ["llama", "opt"])
-def test_gradients_by_finite_differences(name: str, gate: str) -> None:
+def test_every_gradient_is_the_slope_in_a_random_direction(name: str, gate: str) -> None:
     _, _, layer = make(name, lora_for(name), gate=gate)
-    leaves = {n: p for n, p in layer.named_parameters() if p.requires_grad}
+    x = tokens(40).requires_grad_()
+    leaves = {"x": x, **{n: p for n, p in layer.named_parameters() if p.requires_grad}}
     assert any("lora_A" in n for n in leaves) and "router.weight" in leaves
 
-    def run(x: Tensor, *values: Tensor) -> Tensor:
-        given = dict(zip(leaves, values, strict=True))
-        return torch.func.functional_call(layer, given, (x,))
+    def loss(moved: str, by: Tensor | float) -> Tensor:
+        given = {n: p + by if n == moved else p for n, p in leaves.items()}
+        x = given.pop("x")
+        return torch.func.functional_call(layer, given, (x,)).square().sum()
 
-    x = tokens(4).requires_grad_()
-    values = [p.detach().clone().requires_grad_() for p in leaves.values()]
-    assert torch.autograd.gradcheck(run, (x, *values), eps=1e-7, atol=1e-5)
-
-    class Wrong(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Tensor) -> Tensor:
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
-            return grad * 1.01
-
-    with pytest.raises(GradcheckError):
-        wrong = lambda x, *v: Wrong.apply(run(x, *v))  # noqa: E731
-        torch.autograd.gradcheck(wrong, (x, *values), eps=1e-7, atol=1e-5)
+    grads = torch.autograd.grad(loss("", 0.0), list(leaves.values()), allow_unused=True)
+    for (n, leaf), grad in zip(leaves.items(), grads, strict=True):
+        if gate == "none" and n.startswith("router"):
+            assert grad is None
+            continue
+        step = 1e-6 * torch.randn_like(leaf)  # too small for a token to change its groups
+        slope = (grad * step).sum().item()
+        wanted = 0.5 * (loss(n, step) - loss(n, -step)).item()
+        assert slope == pytest.approx(wanted, rel=1e-4), n
+        assert 1.01 * slope != pytest.approx(wanted, rel=1e-4), n
 
 
 @pytest.mark.parametrize("gate", GATES)
@@ -260,19 +295,6 @@ def test_who_gives_the_router_a_gradient(gate: str) -> None:
         assert grad is None
     else:
         assert grad is not None and (grad.abs().amax(1) > 0).all()
-
-
-def test_straight_through_gate_has_value_one_and_the_gradient_of_p() -> None:
-    p = torch.rand(5, 4, dtype=torch.float64, requires_grad=True)
-    chosen = maths.choose(p, 2)
-    c = maths.coefficients("ste", p, chosen)
-    assert c is not None and (c == 1).all()
-    (grad,) = torch.autograd.grad(c.sum(), p)
-    assert torch.equal(grad, torch.zeros_like(p).scatter(1, chosen, 1.0))
-    assert maths.coefficients("none", p, chosen) is None
-
-
-# -- losses ----------------------------------------------------------------------------------------
 
 
 def test_balance_loss_is_the_formula_and_least_at_an_even_load() -> None:
@@ -306,7 +328,7 @@ def test_balance_loss_spreads_tokens() -> None:
     assert min(loads[-1]) >= 16, loads
 
 
-def test_auxiliary_losses_skip_padding_and_count_once(monkeypatch) -> None:
+def test_balance_loss_skips_padding_and_counts_once(monkeypatch) -> None:
     tiny = MODELS["bert"]
     seen = []
     real = maths.balance_loss
@@ -315,7 +337,7 @@ def test_auxiliary_losses_skip_padding_and_count_once(monkeypatch) -> None:
     losses, grads = [], []
     for checkpoint in (False, True):
         model = tiny.build()
-        methods = (lt.RoutedFFN(balance_weight=0.5, z_weight=0.25),)
+        methods = (lt.RoutedFFN(balance_weight=0.5),)
         session = lt.apply(model, *methods, *((lt.Checkpoint(),) if checkpoint else ()))
         loss = model(**tiny.batch()).loss
         extra = session.auxiliary_loss()
@@ -354,9 +376,6 @@ def test_no_auxiliary_loss_where_none_is_due() -> None:
     assert session.auxiliary_loss().item() == 0.0
 
 
-# -- split and calibration -------------------------------------------------------------------------
-
-
 def plain_and_grouped(name: str, **options: Any) -> tuple[nn.Module, nn.Module, lt.Session]:
     plain, model = MODELS[name].build(), MODELS[name].build()
     session = lt.apply(model, lt.RoutedFFN(split="coactivation", **options))
@@ -383,7 +402,7 @@ def test_reordering_one_weight_alone_changes_the_function() -> None:
     plain, model, _ = plain_and_grouped("llama", num_active=4, gate="none")
     layer = layers_of(model)[0]
     with torch.no_grad():
-        up = layer.view("up").weight
+        up = layer.ffn.weight("up")
         up.copy_(up.flip(0))
     batch = MODELS["llama"].batch()
     assert not torch.allclose(model(**batch).logits, plain(**batch).logits, atol=1e-4)
@@ -415,7 +434,7 @@ def test_units_that_are_active_together_are_found() -> None:
     _, session, layer = make("llama", split="coactivation", num_groups=2, num_active=1)
     with torch.no_grad():
         kinds = torch.arange(32) % 2
-        gate, up = layer.view("gate").weight, layer.view("up").weight
+        gate, up = layer.ffn.weight("gate"), layer.ffn.weight("up")
         gate.zero_()
         gate[:, 0] = 1.0 - 2.0 * kinds[layer.units.permutation]  # type: ignore[union-attr]
         up.zero_()
@@ -433,21 +452,20 @@ def test_units_that_are_active_together_are_found() -> None:
             return self.layer(x)
 
     session.model = Direct()
+    (conversion,) = session.conversions
+    conversion._model, conversion._layers = session.model, [layer]
     session.calibrate([x])
     assert layer.units is not None
     found = kinds[layer.units.permutation].view(2, 16)
     assert (found == found[:, :1]).all() and found[0, 0] != found[1, 0]
     # And the router knows which tokens they fire on.
-    dense = layer.config
-    layer.config = lt.RoutedFFN(num_groups=2, num_active=2, gate="none")
-    wanted = layer(x)
     layer.config = lt.RoutedFFN(num_groups=2, num_active=1, gate="none")
+    wanted = layer.ffn.output(layer.ffn.hidden(x))
     # SiLU is not quite zero where it does not fire.
     assert (layer(x) - wanted).norm() < 0.05 * wanted.norm()
     layer.router.weight.data.neg_()
     layer.router.bias.data.neg_()
     assert (layer(x) - wanted).norm() > 0.9 * wanted.norm()
-    layer.config = dense
 
 
 def test_fitted_router_ranks_groups_better_than_chance() -> None:
@@ -473,7 +491,7 @@ def test_calibration_leaves_modes_and_streams_alone_and_wants_a_token() -> None:
     before = [layer.router.weight.clone() for layer in layers_of(model)]
     state = torch.get_rng_state()
     session.calibrate([tiny.batch(1), tiny.batch(2)])
-    assert torch.equal(torch.get_rng_state(), state) and session.draw == 0
+    assert torch.equal(torch.get_rng_state(), state) and int(session.state_dict()["counter"]) == 0
     assert [m.training for m in model.modules()] == modes
     pairs = zip(before, layers_of(model), strict=True)
     assert all(not torch.equal(b, layer.router.weight) for b, layer in pairs)
@@ -481,9 +499,6 @@ def test_calibration_leaves_modes_and_streams_alone_and_wants_a_token() -> None:
         with pytest.raises(ConfigError, match="must hold at least one real token"):
             session.calibrate(batches)
     assert all(layer.recorder is None for layer in layers_of(model))
-
-
-# -- router, schedule, state -----------------------------------------------------------------------
 
 
 def test_router_starts_from_the_seed_near_one_and_uses_every_group() -> None:
@@ -514,31 +529,37 @@ def test_router_takes_dtype_and_device_of_the_ffn() -> None:
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
 
-def test_schedule() -> None:
-    counts = [maths.num_active_at(step, 8, 2, 12) for step in range(14)]
-    assert counts == [8, 8, 7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2]
-    assert maths.num_active_at(0, 4, 2, 0) == 2
-    assert [maths.num_active_at(s, 4, 2, 1) for s in (0, 1)] == [4, 2]
+def test_evenly_spaced_rows() -> None:
+    x = torch.zeros(2, 5, 3)
+    assert evenly_spaced_rows(x, None, 20).tolist() == list(range(10))
+    assert evenly_spaced_rows(x, None, 5).tolist() == [0, 2, 4, 6, 8]
+    mask = torch.tensor([False, True] * 5)
+    assert evenly_spaced_rows(x, mask, 20).tolist() == [1, 3, 5, 7, 9]
+    assert evenly_spaced_rows(x, mask, 2).tolist() == [1, 5]
+    assert evenly_spaced_rows(x, torch.zeros(10, dtype=torch.bool), 4).tolist() == []
 
 
-def test_schedule_follows_the_steps_and_resumes(tmp_path: Path) -> None:
+def test_configs_of_other_sites_are_calibrated_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each router is fitted once, from the plain model, with the options of its own config."""
     tiny = MODELS["llama"]
-    plain = tiny.build()
-    model = tiny.build()
-    config = lt.RoutedFFN(gate="none", warm_down_steps=2)
-    session = lt.apply(model, config)
-    wanted = plain(**tiny.batch()).logits
-    torch.testing.assert_close(model(**tiny.batch()).logits, wanted)
-    outputs = []
-    for _ in range(3):
-        session.on_step()
-        outputs.append(model(**tiny.batch()).logits)
-    assert not torch.allclose(outputs[0], wanted) and not torch.equal(outputs[0], outputs[1])
-    assert torch.equal(outputs[1], outputs[2])
-    session.save(tmp_path / "saved")
-    other = tiny.build()
-    lt.load(other, tmp_path / "saved")
-    assert torch.equal(other(**tiny.batch()).logits, outputs[2])
+    fits: list[int] = []
+    real = maths.fit_router
+    spy = lambda x, norms, *rest: fits.append(norms.shape[1]) or real(x, norms, *rest)  # noqa: E731
+    monkeypatch.setattr(maths, "fit_router", spy)
+    model, alone = tiny.build(), tiny.build()
+    configs = [lt.RoutedFFN(sites=["layers.0.mlp"], num_groups=2, num_active=1)]
+    configs.append(lt.RoutedFFN(sites=["layers.1.mlp"], num_groups=8, split="coactivation"))
+    session = lt.apply(model, *configs)
+    session.calibrate([tiny.batch(1), tiny.batch(2)])
+    assert fits == [2, 8]
+    assert [c.num_calibration_batches > 0 for c in session.conversions] == [True, True]
+    assert [list(c.state_dict()) for c in session.conversions] == [
+        [],
+        ["model.layers.1.mlp.permutation"],
+    ]
+    lt.apply(alone, configs[1]).calibrate([tiny.batch(1), tiny.batch(2)])
+    routers = layers_of(model)[1].router, layers_of(alone)[0].router
+    assert torch.equal(routers[0].weight, routers[1].weight)
 
 
 @pytest.mark.parametrize("with_lora", [False, True])
@@ -566,7 +587,9 @@ def test_order_of_units_survives_both_ways_of_resuming(with_lora: bool, order: s
     for load in steps if order == "session first" else steps[::-1]:
         load()
     torch.testing.assert_close(other.eval()(**tiny.batch(5)).logits, wanted)
-    bad = {**state, "units.model.layers.0.mlp/permutation": torch.zeros(32, dtype=torch.int64)}
+    name = f"{len(methods) - 1}.routed_ffn/model.layers.0.mlp.permutation"
+    bad = {**state, name: torch.zeros(32, dtype=torch.int64)}
+    assert name in state
     with pytest.raises(ConfigError, match="permutation must be an order of 32 hidden units"):
         again.load_state_dict(bad)
 
@@ -579,11 +602,11 @@ def test_state_dict_keeps_the_original_order(name: str) -> None:
     state, parameters = model.state_dict(), dict(model.named_parameters())
     moved = []
     for site, layer in zip(
-        [s for s in find_sites(plain) if s.role == "mlp"], layers_of(model), strict=True
+        [s for s in lt.find_sites(plain) if s.role == "mlp"], layers_of(model), strict=True
     ):
-        for part in layer._names.keys() & {"up", "gate", "down"}:
-            for tail, wanted in site.modules[part].named_parameters():
-                key = f"{names[id(layer._part(part))]}.{tail}"
+        for part in layer.ffn.linears:
+            for tail, wanted in site.children[part].module.named_parameters():
+                key = f"{names[id(layer.ffn.modules[part])]}.{tail}"
                 assert torch.equal(state[key], wanted)
                 if not torch.equal(parameters[key], wanted):
                     moved.append(key)
@@ -617,9 +640,6 @@ def test_saved_folder_holds_the_router_and_comes_back(tmp_path: Path) -> None:
     assert torch.equal(other.eval()(**batch).logits, model.eval()(**batch).logits)
 
 
-# -- other methods ---------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "opt"])
 def test_sampling_everything_inside_groups_is_exact(name: str) -> None:
     """WTA-CRS finds the linears inside, and at keep_ratio 1 changes nothing."""
@@ -632,9 +652,9 @@ def test_sampling_everything_inside_groups_is_exact(name: str) -> None:
         loss.backward()
         results.append({n: p.grad for n, p in model.named_parameters()})
         inside = [m for layer in layers_of(model) for m in layer.modules()]
-    stored = [m for m in inside if hasattr(m, "store")]
-    assert len(stored) == (6 if name == "llama" else 4)
-    assert not isinstance(layers_of(model)[0].router, StoredLinear)
+    sampled = [m for m in inside if getattr(m, "rows", None) is not None]
+    assert len(sampled) == (6 if name == "llama" else 4)
+    assert not isinstance(layers_of(model)[0].router, ConvertedLinear)
     for n, grad in results[0].items():
         torch.testing.assert_close(results[1][n], grad)
 
@@ -648,12 +668,12 @@ def test_sampled_groups_keep_fewer_bytes_and_have_the_right_mean() -> None:
     lt.apply(sampled, lt.RoutedFFN(), halved)
     assert lt.ledger(sampled, tiny.batch()).activations < lt.ledger(exact, tiny.batch()).activations
     exact(**tiny.batch()).loss.backward()
-    wanted = layers_of(exact)[1].view("down").weight.grad
+    wanted = layers_of(exact)[1].ffn.weight("down").grad
     draws = []
     for _ in range(60):
         sampled.zero_grad()
         sampled(**tiny.batch()).loss.backward()
-        draws.append(layers_of(sampled)[1].view("down").weight.grad.clone())
+        draws.append(layers_of(sampled)[1].ffn.weight("down").grad.clone())
     stack = torch.stack(draws)
     z = (stack.mean(0) - wanted) / (stack.std(0) / math.sqrt(60) + 1e-9)
     assert z.square().mean() < 2.0
@@ -667,7 +687,7 @@ def test_lora_routed_and_sampled_together(name: str) -> None:
     model = tiny.build()
     modules = dict(model.named_modules())
     session = lt.apply(model, lt.LoRA(rank=2), lt.RoutedFFN(), lt.WTACRS(min_rows=2))
-    sampled = [n for n, m in model.named_modules() if isinstance(m, StoredLinear)]
+    sampled = [n for n, m in model.named_modules() if isinstance(m, ConvertedLinear)]
     places = (".mlp.", ".intermediate.", ".fc1.", ".DenseReluDense.")
     in_ffn = [n for n in sampled if any(place in n for place in places)]
     assert in_ffn and all("lora_A" in n for n in sampled)
@@ -697,34 +717,46 @@ def test_frozen_weights_have_no_gradient_and_keep_no_input() -> None:
     assert not any(len(s) == 2 and s[1] == 16 and s[0] not in (3, 12, 4, 8) for s in kept), kept
 
 
-def test_weight_that_a_rule_trains_is_not_cut() -> None:
+def test_linear_that_trains_a_subspace_is_not_cut() -> None:
     """Such a linear needs its whole input: the FFN runs dense, with the other groups at zero."""
-    from leantune.core.swap import swap, with_rule
-    from leantune.ops.stores import Factors, grad_weight
 
     class Whole:
-        width = None
+        def __init__(self, weight: Tensor) -> None:
+            self.parameter = nn.Parameter(weight.detach().clone())
 
         def project(self, rows: Tensor) -> Tensor:
             return rows
 
-        def grad(self, factors: list[Factors]) -> Tensor:
-            return grad_weight(factors)
+        def grad(self, outer: OuterProduct) -> Tensor:
+            return outer.dense()
 
-    _, session, layer = make("llama", gate="output")
+    model, _, layer = make("llama")
     x = tokens()
     wanted = layer(x)
     wanted.square().sum().backward()
-    gradient = layer.view("up").weight.grad
-    old = layer.up_proj if hasattr(layer, "up_proj") else None
+    old = layer.up_proj
     assert isinstance(old, nn.Linear)
+    gradient = old.weight.grad
     old.weight.requires_grad_(False)
-    trained = nn.Parameter(old.weight.detach().clone())
-    swap(layer, "up_proj", with_rule(old, trained, Whole(), session))
+    subspace = Whole(old.weight)
+    swap(layer, "up_proj", converted(old, layer.runtime, subspace=subspace))
     got = layer(x)
     torch.testing.assert_close(got, wanted)
     got.square().sum().backward()
-    torch.testing.assert_close(trained.grad, gradient)
+    torch.testing.assert_close(subspace.parameter.grad, gradient)
+    del model
+
+
+def test_thin_gradients_stay_thin_inside_groups() -> None:
+    """meProp hooks each linear's own forward, which the FFN must then call."""
+    tiny = MODELS["llama"]
+    model = tiny.build()
+    lt.apply(model, lt.MeProp(keep_ratio=0.25), lt.RoutedFFN(balance_weight=0.0))
+    model(**tiny.batch()).loss.backward()
+    for layer in layers_of(model):
+        for part, width in (("up", 32), ("gate", 32), ("down", 16)):
+            grad = layer.ffn.weight(part).grad
+            assert grad is not None and int((grad != 0).any(1).sum()) <= width // 4
 
 
 @pytest.mark.parametrize("name", ["t5", "t5_gated", "gpt2", "distilbert"])
@@ -739,9 +771,6 @@ def test_dropout_inside_the_ffn_still_drops(name: str, num_active: int) -> None:
     assert layer(x).abs().min() > 0
     dropouts[0].p = 1.0
     assert (layer(x) == 0).all()
-
-
-# -- living with transformers ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
@@ -793,21 +822,44 @@ def test_disabled_adapter_is_left_out() -> None:
     x = tokens()
     adapted = layer.eval()(x)
     model.disable_adapters()
-    assert layer.view("up").factors == ()
+    assert layer.ffn.linears["up"].adapters == ()
     assert not torch.allclose(layer(x), adapted)
     model.enable_adapters()
     assert torch.equal(layer(x), adapted)
 
 
 def test_copy_routes_by_its_own_session() -> None:
-    model, session, _ = make("llama", warm_down_steps=4)
+    model, session, layer = make("llama", lora_for("llama"))
     twin = copy.deepcopy(model)
-    session.on_step()
-    assert layers_of(twin)[0].session is twin._leantune_session
-    assert layers_of(twin)[0].session.step == 0
+    other = layers_of(twin)[0]
+    assert other.runtime is twin._leantune_session._runtime is not layer.runtime
+    x = tokens()
+    assert torch.equal(other(x), layer(x))
+    twin.disable_adapters()
+    assert not torch.equal(other(x), layer(x))
+    session.remove()
+    assert layers_of(twin) and not layers_of(model)
 
 
-# -- errors ----------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("name", "most"), [("llama", 92), ("opt", 69)])
+def test_forward_makes_few_calls_of_ours(name: str, most: int) -> None:
+    """A third of what it took while the view of an FFN was built anew in every forward."""
+    _, _, layer = make(name, lora_for(name))
+    x = tokens()
+    layer(x)
+    calls: list[str] = []
+
+    def count(frame: Any, event: str, arg: Any) -> None:
+        if event == "call" and "/leantune/" in frame.f_code.co_filename:
+            calls.append(frame.f_code.co_qualname)
+
+    sys.setprofile(count)
+    try:
+        layer(x)
+    finally:
+        sys.setprofile(None)
+    assert len(calls) <= most, Counter(calls).most_common()
+    assert not any(name.startswith("FFN.__init__") for name in calls)
 
 
 def test_bad_numbers_of_groups() -> None:
@@ -871,12 +923,13 @@ def test_shared_weights_cannot_be_reordered() -> None:
 def test_merge_names_the_way_out() -> None:
     model = MODELS["llama"].build()
     session = lt.apply(model, lt.RoutedFFN())
-    with pytest.raises(UnsupportedError, match=r"got RoutedFFN\(.*session.save\(folder\).*remove"):
+    with pytest.raises(UnsupportedError, match=r"got routed_ffn, .*session.save\(folder\).*remove"):
         session.merge()
     assert len(layers_of(model)) == 2
     session.remove()
-    session = lt.apply(model, lt.RoutedFFN(num_active=4, gate="ste", split="coactivation"))
+    session = lt.apply(model, lt.RoutedFFN(num_active=4, gate="none", split="coactivation"))
     wanted = MODELS["llama"].build()(**MODELS["llama"].batch()).logits
+    assert session.can_merge
     session.merge()
     assert not layers_of(model)
     assert torch.equal(model(**MODELS["llama"].batch()).logits, wanted)

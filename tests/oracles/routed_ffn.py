@@ -47,22 +47,10 @@ def best_groups(logits: Array, num_active: int) -> list[list[int]]:
 
 def gate_values(kind: str, p: Array, chosen: list[list[int]]) -> list[list[float]]:
     """Return the factor of every chosen group."""
-    factors = []
-    for row, groups in zip(p, chosen, strict=True):
-        total = sum(row[g] for g in groups)
-        factors.append(
-            [
-                {
-                    "none": 1.0,
-                    "ste": 1.0,
-                    "output": 2.0 * row[g],
-                    "output_norm": len(groups) * row[g] / total,
-                    "spt": 2.0 * row[g],
-                }[kind]
-                for g in groups
-            ]
-        )
-    return factors
+    return [
+        [{"none": 1.0, "output": 2.0 * row[g]}[kind] for g in groups]
+        for row, groups in zip(p, chosen, strict=True)
+    ]
 
 
 def routed_ffn(
@@ -75,7 +63,7 @@ def routed_ffn(
     chosen: list[list[int]],
     factors: list[list[float]],
     *,
-    inside: bool = False,
+    before_activation: bool = False,
     num_down_biases: int = 1,
 ) -> Array:
     """Return the layer's output, (n, d).
@@ -83,8 +71,7 @@ def routed_ffn(
     Args:
         chosen: groups of each token.
         factors: what multiplies each group.
-        inside: multiply the frozen products alone, before the activation and after the down
-            product (the prototype's way); otherwise the group's whole output.
+        before_activation: multiply the inputs of the activation as well; wrong.
         num_down_biases: how often the down bias is added; anything but 1 is wrong.
     """
     size = len(up.weight) // num_groups
@@ -94,22 +81,20 @@ def routed_ffn(
             y[t] += num_down_biases * down.bias
         for g, c in zip(chosen[t], factors[t], strict=True):
             units = slice(g * size, (g + 1) * size)
-            c_in, c_out = (c, 1.0) if inside else (1.0, c)
-            hidden = act(_outputs(gate or up, units, x[t], c_in))
+            hidden = act((c if before_activation else 1.0) * _outputs(gate or up, units, x[t]))
             if gate is not None:
-                hidden = hidden * _outputs(up, units, x[t], c_in)
-            part = c_in * (down.weight[:, units] @ hidden)
+                hidden = hidden * _outputs(up, units, x[t])
+            part = down.weight[:, units] @ hidden
             if down.a is not None and down.b is not None:
                 part = part + down.scaling * (down.b @ (down.a[:, units] @ hidden))
-            y[t] += c_out * part
+            y[t] += c * part
     return y
 
 
-def _outputs(layer: Linear, units: slice, x: Array, c: float) -> Array:
+def _outputs(layer: Linear, units: slice, x: Array) -> Array:
     out = layer.weight[units] @ x
     if layer.bias is not None:
         out = out + layer.bias[units]
-    out = c * out
     if layer.a is not None and layer.b is not None:
         out = out + layer.scaling * (layer.b[units] @ (layer.a @ x))
     return out

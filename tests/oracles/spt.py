@@ -9,15 +9,6 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 
 
-def scatter_mask(indices: NDArray, num_keys: int) -> NDArray[np.bool_]:
-    """Return (..., n, m), True at the keys that a row of indices names; negative names none."""
-    keep = np.zeros((*indices.shape[:-1], num_keys), dtype=bool)
-    for place in np.ndindex(*indices.shape):
-        if indices[place] >= 0:
-            keep[(*place[:-1], indices[place])] = True
-    return keep
-
-
 def weights(q: Array, k: Array, keep: NDArray[np.bool_], scale: float) -> Array:
     """Return the dense (b, h, n, m) softmax with minus infinity where ``keep`` is False."""
     p = np.zeros(keep.shape)
@@ -58,13 +49,16 @@ def gradients(
     return grad_s @ k, grad_s.swapaxes(-1, -2) @ q, (p * kept).swapaxes(-1, -2) @ grad_output
 
 
-def counted_attention(q: Array, k: Array, v: Array, indices: NDArray, scale: float) -> Array:
-    """Return one head's (n, dv) output where every slot of (n, l) indices counts, repeats too.
+def counted_attention(q: Array, k: Array, v: Array, keep: NDArray[np.bool_], scale: float) -> Array:
+    """Return one head's (n, dv) output where the empty slots of short rows count key 0 again.
 
-    With 0 in empty slots this is the prototype's third defect.
+    This is the prototype's third defect: all rows have as many slots as the longest.
     """
+    num_slots = int(keep.sum(-1).max())
     out = np.zeros((len(q), v.shape[1]))
-    for i, row in enumerate(indices):
+    for i in range(len(q)):
+        row = np.zeros(num_slots, dtype=np.int64)
+        row[: keep[i].sum()] = np.flatnonzero(keep[i])
         s = scale * (k[row] @ q[i])
         e = np.exp(s - s.max())
         out[i] = (e / e.sum()) @ v[row]
@@ -82,43 +76,32 @@ def scramble(output: Array) -> Array:
 
 
 def select(
-    scores: NDArray,
-    visible: NDArray[np.bool_],
-    num_keys: list[int],
-    first: int,
-    num_recent: int,
-    num_sinks: int,
-    ties: str,
-    place: str,
+    scores: NDArray, visible: NDArray[np.bool_], num_keys: list[int], first: int, kind: str
 ) -> list[list[int]]:
     """Return the ascending keys of each row of (n, m) scores by a stable sort of the visible.
 
-    Row i keeps num_keys[i]; it stands at key first + i where place is "self", at its last visible
-    key where it is "causal", and nowhere where it is "cross".
+    Row i keeps num_keys[i], its own key first; it stands at key first + i where kind is "self", at
+    its last visible key where it is "causal", and nowhere where it is "cross". Ties go to the
+    nearest, before the query first.
     """
     chosen = []
     for i in range(len(scores)):
         seen = [j for j in range(scores.shape[1]) if visible[i, j]]
-        own = {"causal": max(seen, default=0), "self": first + i, "cross": len(scores[0])}[place]
-        before = [j for j in seen if j <= own]
-        after = [j for j in seen if j > own]
-        always = set(seen[:num_sinks])
-        if num_recent and place != "cross":
-            always |= set(before[-num_recent:]) | set(after[: num_recent - 1])
-        if ties == "nearest":
-            seen.sort(key=lambda j, own=own: (abs(j - own), j > own))
+        own = {"causal": max(seen, default=0), "self": first + i, "cross": len(scores[0])}[kind]
+        nearest = max((j for j in seen if j <= own and kind != "cross"), default=None)
+        seen.sort(key=lambda j, own=own: (abs(j - own), j > own))
         seen.sort(key=lambda j, row=scores[i]: row[j], reverse=True)
-        seen.sort(key=lambda j, always=always: j not in always)
+        seen.sort(key=lambda j, nearest=nearest: j != nearest)
         chosen.append(sorted(seen[: num_keys[i]]))
     return chosen
 
 
 def select_blocks(
-    scores: NDArray, group: int, size: int, first: int, keep_ratio: float, place: str
+    scores: NDArray, group: int, size: int, first: int, keep_ratio: float, kind: str
 ) -> list[list[int]]:
     """Return the ascending key blocks of each block of ``group`` queries; scores (b, h, n, m).
 
-    A block's own queries vote where place is "self"; its first and those before it elsewhere. The
+    A block's own queries vote where kind is "self"; its first and those before it elsewhere. The
     query's own block is always kept; ties go to the nearest, or ("cross") the last block.
     """
     b, h, n, m = scores.shape
@@ -127,7 +110,7 @@ def select_blocks(
     for x, y, start in np.ndindex(b, h, -(-n // group)):
         begin = start * group
         voters = range(max(0, begin - group + 1), begin + 1)
-        if place == "self":
+        if kind == "self":
             voters = range(begin, min(n, begin + group))
         votes = [
             float(scores[x, y, voters, j * size : (j + 1) * size].sum()) for j in range(num_blocks)
@@ -135,16 +118,16 @@ def select_blocks(
         position = begin + first
         own = position // size
         seen = list(range(num_blocks))
-        if place == "causal":
+        if kind == "causal":
             last = min(position + group, m) - 1
             seen = [j for j in seen if j * size <= last]
         kept = max(1, int(np.ceil(keep_ratio * len(seen) * size - 1e-9)))
         num_kept = -(-kept // size)
         seen.sort(key=lambda j, own=own: (abs(j - own), j > own))
-        if place == "cross":
+        if kind == "cross":
             seen.sort(reverse=True)
         seen.sort(key=lambda j, votes=votes: votes[j], reverse=True)
-        if place != "cross":
+        if kind != "cross":
             seen.sort(key=lambda j, own=own: j != own)
         chosen.append(sorted(seen[:num_kept]))
     return chosen
@@ -161,30 +144,12 @@ def adc_scores(q: Array, codebook: Array, codes_k: NDArray) -> Array:
     return q @ decoded.T
 
 
-def nearest_codeword(z: Array, codebook: Array, metric: str) -> NDArray[np.int64]:
+def nearest_codeword(z: Array, codebook: Array) -> NDArray[np.int64]:
     """Return (n, s) numbers of the nearest codewords of (n, d), the lowest among equals."""
     num_subspaces, num_codewords, width = codebook.shape
     codes = np.zeros((len(z), num_subspaces), dtype=np.int64)
     for i, s in np.ndindex(*codes.shape):
         piece = z[i, s * width : (s + 1) * width]
-        gaps = [np.abs(piece - codebook[s, c]) for c in range(num_codewords)]
-        distances = [float(g.sum() if metric == "l1" else (g**2).sum()) for g in gaps]
+        distances = [float(((piece - codebook[s, c]) ** 2).sum()) for c in range(num_codewords)]
         codes[i, s] = distances.index(min(distances))
     return codes
-
-
-def quantisation_loss(z: Array, codebook: Array) -> float:
-    """Return the prototype's loss of (n, d) vectors."""
-    num_subspaces, num_codewords, width = codebook.shape
-    soft_gap, hard_gap = [], []
-    for row in z:
-        for s in range(num_subspaces):
-            piece = row[s * width : (s + 1) * width]
-            gaps = [np.abs(piece - codebook[s, c]).sum() for c in range(num_codewords)]
-            logits = -np.log(np.maximum(gaps, 1e-5))
-            share = np.exp(logits - logits.max())
-            share /= share.sum()
-            hard = codebook[s, int(np.argmin(gaps))]
-            soft_gap.append((share @ codebook[s] - hard) ** 2)
-            hard_gap.append((piece - hard) ** 2)
-    return float(np.mean(soft_gap) + np.mean(hard_gap))

@@ -1,11 +1,75 @@
-"""What a PEFT LoRA layer looks like from outside: the only file that knows PEFT's names.
+"""What PEFT calls the parts of a LoRA layer; no other file of the package says these names.
 
-Nothing of PEFT is imported: its layers are known by their attributes.
+Layers are read by their attributes alone, so that peft need not be installed.
 """
 
 import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
-_FACTOR = re.compile(r"\.(lora_A|lora_B)\.")
+from torch import nn
+
+from leantune.errors import UnsupportedError
+
+_FACTOR = re.compile(r"\.(lora_A|lora_B)\.[^.]+$")
+_INSIDE = re.compile(rf"\.base_layer$|{_FACTOR.pattern}")
+
+
+class LowRank(NamedTuple):
+    """One adapter of a linear: it adds ``scaling * second(first(dropout(x)))`` to the output.
+
+    Args:
+        first: a linear d_in -> r.
+        second: a linear r -> d_out.
+        scaling: the adapter's factor.
+        dropout: module on the adapter's input.
+    """
+
+    first: nn.Module
+    second: nn.Module
+    scaling: float
+    dropout: nn.Module
+
+
+class Adapted(NamedTuple):
+    """A linear and the adapters that add to its output now; two that are equal compute the same."""
+
+    linear: nn.Module
+    adapters: tuple[LowRank, ...] = ()
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The linear and both factors of each adapter."""
+        return [self.linear, *(m for a in self.adapters for m in (a.first, a.second))]
+
+
+def unwrap(layer: nn.Module) -> Adapted:
+    """Return the linear inside a LoRA layer with its active adapters; any other as it is.
+
+    Raises:
+        UnsupportedError: an adapter that is no plain LoRA.
+    """
+    adapters: tuple[LowRank, ...] = ()
+    while "base_layer" in layer._modules:
+        adapters = (*_active(layer), *adapters)
+        layer = layer.get_submodule("base_layer")
+    return Adapted(layer, adapters)
+
+
+def linears_along(layer: nn.Module, dim: int) -> Iterator[tuple[str, nn.Module]]:
+    """Yield name prefix and module of all that has a layer's output (0) or input (1) features.
+
+    Of a LoRA layer that is the linear inside and one factor of every adapter, active or not: all of
+    them change when features are reordered.
+    """
+    if "base_layer" not in layer._modules:
+        yield "", layer
+        return
+    for prefix, linear in linears_along(layer.get_submodule("base_layer"), dim):
+        yield f"base_layer.{prefix}", linear
+    side = "lora_A" if dim == 1 else "lora_B"
+    for name, factor in layer.get_submodule(side).named_children():
+        yield f"{side}.{name}.", factor
 
 
 def is_factor(name: str) -> bool:
@@ -14,6 +78,37 @@ def is_factor(name: str) -> bool:
 
 
 def is_second_factor(name: str) -> bool:
-    """Return whether a module's name is that of a LoRA layer's second factor, which reads the first
-    one's output."""
-    return ".lora_B." in name
+    """Return whether a module's name is that of a second factor, which reads the first's output."""
+    found = _FACTOR.search(name)
+    return found is not None and found[1] == "lora_B"
+
+
+def base_name(name: str) -> str:
+    """Return the name that a linear has without LoRA layers: of a factor, the layer's name.
+
+    ``mlp.up_proj.lora_A.default`` and ``mlp.up_proj.base_layer`` both give ``mlp.up_proj``.
+    """
+    while found := _INSIDE.search(name):
+        name = name[: found.start()]
+    return name
+
+
+def _active(layer: Any) -> tuple[LowRank, ...]:
+    """Return the adapters that the LoRA layer's own forward would add."""
+    if not hasattr(layer, "lora_A"):
+        kind = f"{type(layer).__module__}.{type(layer).__qualname__}"
+        raise UnsupportedError(f"adapter must be plain LoRA, got {kind}")
+    if layer.disable_adapters and layer.merged:
+        layer.unmerge()
+    if layer.disable_adapters or layer.merged:
+        return ()
+    active = []
+    for name in layer.active_adapters:
+        if name not in layer.lora_A:
+            continue
+        if name in getattr(layer, "lora_variant", {}):
+            kind = type(layer.lora_variant[name]).__name__
+            raise UnsupportedError(f"adapter must be plain LoRA, got {name!r}, a {kind}")
+        factors = layer.lora_A[name], layer.lora_B[name]
+        active.append(LowRank(*factors, layer.scaling[name], layer.lora_dropout[name]))
+    return tuple(active)

@@ -1,7 +1,7 @@
 """A converted model is shown some batches, for methods that start from what they see."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -25,7 +25,9 @@ def run_batches(model: nn.Module, runtime: Runtime, batches: Iterable[Any]) -> I
     try:
         model.eval()
         for batch in batches:
-            fields: Mapping[str, Any] = batch if isinstance(batch, Mapping) else {}
+            fields: Mapping[str, Any] = {}
+            if isinstance(batch, Mapping):
+                fields = cast(Mapping[str, Any], batch)
             runtime.batch = BatchInfo.of(fields)
             with runtime.exact(), torch.no_grad():
                 model(**fields) if fields else model(batch)

@@ -7,7 +7,7 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, cast
 
 from leantune.errors import ConfigError
 
@@ -56,7 +56,7 @@ class Options:
             if spec.name not in self.own_rules:
                 self._check(spec, hints[spec.name])
 
-    def _check(self, spec: dataclasses.Field, hint: Any) -> None:
+    def _check(self, spec: dataclasses.Field[Any], hint: Any) -> None:
         value = getattr(self, spec.name)
         kinds, choices, nullable = _accepted(hint)
         who = f"{type(self).__name__}: {spec.name}"
@@ -83,7 +83,7 @@ class Options:
     def describe(cls) -> list[dict[str, Any]]:
         """List the options: name, rule, default and help, as the command line shows them."""
         hints = typing.get_type_hints(cls)
-        rows = []
+        rows: list[dict[str, Any]] = []
         for spec in dataclasses.fields(cls):
             rule = cls.own_rules.get(spec.name)
             if rule is None:
@@ -127,18 +127,13 @@ class MethodConfig(Options):
     )
 
     def __post_init__(self) -> None:
-        if isinstance(self.sites, str):
-            object.__setattr__(self, "sites", (self.sites,))
-        elif isinstance(self.sites, Sequence):
-            object.__setattr__(self, "sites", tuple(self.sites))
-        self._check_sites()
-        super().__post_init__()
-
-    def _check_sites(self) -> None:
-        ok = self.sites is None or callable(self.sites)
-        if isinstance(self.sites, tuple):
-            ok = bool(self.sites) and all(isinstance(p, str) and p for p in self.sites)
-        if not ok:
+        given: Any = (self.sites,) if isinstance(self.sites, str) else self.sites
+        is_list = False
+        if isinstance(given, Sequence):
+            names = tuple(cast(Sequence[Any], given))
+            is_list = bool(names) and all(isinstance(name, str) and name for name in names)
+            object.__setattr__(self, "sites", names)
+        if not (is_list or self.sites is None or callable(self.sites)):
             raise ConfigError(
                 f"{type(self).__name__}: sites must be a non-empty list of role names or patterns, "
                 f"or a predicate, got {self.sites!r}; leave it out for the method's own choice"
@@ -158,7 +153,8 @@ class MethodConfig(Options):
         out: dict[str, Any] = {"method": self.method, "version": self.version}
         for spec in dataclasses.fields(self):
             value = getattr(self, spec.name)
-            out[spec.name] = list(value) if isinstance(value, tuple) else value
+            is_list = isinstance(value, tuple)
+            out[spec.name] = list(cast(tuple[Any, ...], value)) if is_list else value
         return out
 
     @classmethod
@@ -214,9 +210,11 @@ def _accepted(hint: Any) -> tuple[set[type], tuple[str, ...], bool]:
     return kinds, choices, nullable
 
 
-def _rule(kinds: set[type], choices: tuple[str, ...], bounds: dict, nullable: bool) -> str:
+def _rule(
+    kinds: set[type], choices: tuple[str, ...], bounds: Mapping[str, Any], nullable: bool
+) -> str:
     """Word the constraint on one option, as errors and help print it."""
-    parts = []
+    parts: list[str] = []
     if kinds:
         name = " or ".join(
             sorted({"float": "number", "int": "integer"}.get(k.__name__, k.__name__) for k in kinds)

@@ -20,11 +20,14 @@ class Conversion(ABC):
         can_merge: whether plain modules can compute what the converted model computes.
         num_calibration_batches: how many batches :meth:`calibrate` wants; 0 where none is needed.
         sparse_parameters: trained parameters whose gradients are sparse tensors.
+        needs_sample_ids: whether training batches must carry an integer ``sample_id`` per sample,
+            which the conversion takes out before the model sees the batch.
     """
 
     can_merge: bool = True
     num_calibration_batches: int = 0
     sparse_parameters: Sequence[nn.Parameter] = ()
+    needs_sample_ids: bool = False
 
     def calibrate(self, batches: Iterable[Any]) -> None:  # noqa: B027 (optional)
         """Find the method's starting point in some batches; does nothing by default.

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ STATE_FILE = "session.safetensors"
 
 
 @contextmanager
-def atomic_folder(folder: Path) -> Iterator[Path]:
+def atomic_folder(folder: Path) -> Generator[Path]:
     """Yield an empty folder that takes ``folder``'s place when the block ends without error.
 
     On an error (a full disk, an interrupt) the old folder is still there, untouched.

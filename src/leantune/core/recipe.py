@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 from leantune.core.config import MethodConfig, Options, option
 from leantune.core.registry import config_from_dict
@@ -29,14 +29,14 @@ class Recipe(Options):
     seed: int = option(0, ge=-(2**63), lt=2**63, help="fixes every random choice")
 
     def __post_init__(self) -> None:
-        if isinstance(self.methods, Sequence):
-            object.__setattr__(self, "methods", tuple(self.methods))
-        is_list = isinstance(self.methods, tuple)
-        if not is_list or not all(isinstance(m, MethodConfig) for m in self.methods):
+        given: Any = self.methods
+        methods = tuple(cast(Sequence[Any], given)) if isinstance(given, Sequence) else None
+        if methods is None or not all(isinstance(m, MethodConfig) for m in methods):
             raise ConfigError(
                 f"{type(self).__name__}: methods must be a list of method configs, got "
                 f"{self.methods!r}; for example [leantune.WTACRS(keep_ratio=0.3)]"
             )
+        object.__setattr__(self, "methods", methods)
         super().__post_init__()
 
     def to_dict(self) -> dict[str, Any]:
@@ -57,7 +57,7 @@ class Recipe(Options):
                 f"{who}: recipe must be a mapping of options, got {type(data).__name__}; write one "
                 "'option: value' on each line"
             )
-        values = dict(data)
+        values = dict(cast(Mapping[str, Any], data))
         version = values.pop("format", FORMAT)
         if type(version) is not int or version != FORMAT:
             raise ConfigError(
@@ -70,10 +70,13 @@ class Recipe(Options):
                 raise ConfigError(
                     f"{who}: {spec.name} must be given, got none; {spec.metadata['help']}"
                 )
-        entries = values.pop("methods", ())
+        entries: Any = values.pop("methods", ())
         if not isinstance(entries, Sequence) or isinstance(entries, str):
             raise ConfigError(
                 f"{who}: methods must be a list of entries, got {entries!r}; for example "
                 "methods: [{method: wta_crs, keep_ratio: 0.3}]"
             )
-        return cls(**values, methods=tuple(config_from_dict(entry) for entry in entries))
+        return cls(
+            **values,
+            methods=tuple(config_from_dict(entry) for entry in cast(Sequence[Any], entries)),
+        )

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -96,4 +96,5 @@ def config_from_dict(data: Any) -> MethodConfig:
             f"recipe: each entry of methods must have a 'method' name, got {data!r}; "
             f"methods: {', '.join(_METHODS)}"
         )
-    return get(str(data["method"])).config.from_dict(data)
+    entry = cast(Mapping[str, Any], data)
+    return get(str(entry["method"])).config.from_dict(entry)

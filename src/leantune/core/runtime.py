@@ -1,6 +1,6 @@
 """What methods ask for while a model runs: random keys, batch facts, exactness, extra losses."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -25,7 +25,7 @@ class BatchInfo:
         masks: batch field -> (b, t) bool, True on rows that may have a gradient.
     """
 
-    masks: dict[str, Tensor] = field(default_factory=dict)
+    masks: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
 
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> "BatchInfo":
@@ -141,7 +141,7 @@ class Runtime:
         return RandomKey(self.seed + (rank() << 32), counter)
 
     @contextmanager
-    def exact(self) -> Iterator[None]:
+    def exact(self) -> Generator[None]:
         """Run the plain computation inside: nothing sampled, exact gradients."""
         before, self.is_exact = self.is_exact, True
         try:

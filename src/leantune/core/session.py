@@ -1,6 +1,6 @@
 """A converted model's session: its conversions, from apply to remove or merge."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -203,7 +203,7 @@ class Session:
 
 
 @contextmanager
-def _seeded_generators(model: nn.Module, seed: int) -> Iterator[None]:
+def _seeded_generators(model: nn.Module, seed: int) -> Generator[None]:
     """Seed the generators of the CPU and of the model's GPUs inside, and put them back after."""
     # Only these: to touch another GPU would start CUDA on it.
     used = {p.device for p in model.parameters() if on_gpu(p)}

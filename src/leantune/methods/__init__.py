@@ -3,6 +3,8 @@
 from leantune.methods.checkpoint import Checkpoint
 from leantune.methods.lora import LoRA
 from leantune.methods.meprop import MeProp
+from leantune.methods.routed_ffn import RoutedFFN
+from leantune.methods.spt_attention import SPTAttention
 from leantune.methods.wta_crs import WTACRS
 
 __all__ = [
@@ -10,4 +12,6 @@ __all__ = [
     "Checkpoint",
     "LoRA",
     "MeProp",
+    "RoutedFFN",
+    "SPTAttention",
 ]

@@ -14,7 +14,7 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
-def autocast_off(x: Tensor) -> AbstractContextManager:
+def autocast_off(x: Tensor) -> AbstractContextManager[object]:
     """Return a context without autocast; devices such as meta have none to switch off."""
     device = x.device.type
     if torch.amp.is_autocast_available(device):

@@ -80,7 +80,9 @@ def linear(
         xc = xc.to(dtype)
     trained = None if subspace is None else subspace.parameter
     # Saved first, multiplied second: see _SaveForBackward.
-    placeholder = _SaveForBackward.apply(x, xc, weight, bias, trained, rows, codec, key, subspace)
+    placeholder: Tensor = _SaveForBackward.apply(
+        x, xc, weight, bias, trained, rows, codec, key, subspace
+    )
     bc = None if bias is None else bias.detach()
     return _MatMul.apply(placeholder, xc, weight.detach(), bc, dtype)  # type: ignore[no-any-return]
 

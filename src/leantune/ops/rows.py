@@ -87,9 +87,9 @@ def row_norms(x2d: Tensor) -> Tensor:
     Returns:
         (n,) float32.
     """
-    if x2d.dtype == torch.float64:
-        return torch.linalg.vector_norm(x2d, dim=-1).float()
-    return torch.linalg.vector_norm(x2d, dim=-1, dtype=torch.float32)
+    wide = torch.float64 if x2d.dtype == torch.float64 else torch.float32
+    norms: Tensor = torch.linalg.vector_norm(x2d, dim=-1, dtype=wide)
+    return norms.float()
 
 
 def sample_rows(scores: Tensor, k: int, key: RandomKey) -> tuple[Tensor, Tensor]:

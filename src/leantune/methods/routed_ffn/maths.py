@@ -1,18 +1,10 @@
-"""Pure functions of the routed FFN: choice of groups, gates, losses, splits and router start.
+"""Pure functions of the routed FFN: choice of groups, balance loss and the router's start.
 
-Legend: n tokens, d_model, F hidden units, G groups, A active groups, s calibration tokens.
+Legend: n tokens, d_model, G groups, A active groups, s calibration tokens.
 """
 
 import torch
 from torch import Tensor
-
-
-def num_active_at(step: int, num_groups: int, num_active: int, warm_down_steps: int) -> int:
-    """Return how many groups are active after ``step`` optimiser steps: from G down to A."""
-    left = warm_down_steps - step
-    if left <= 0:
-        return num_active
-    return num_active - (-(num_groups - num_active) * left // warm_down_steps)
 
 
 def choose(logits: Tensor, num_active: int) -> Tensor:
@@ -28,27 +20,6 @@ def choose(logits: Tensor, num_active: int) -> Tensor:
     return order[:, :num_active].sort(dim=-1).values
 
 
-def coefficients(gate: str, p: Tensor, chosen: Tensor) -> Tensor | None:
-    """Return what multiplies each chosen group, (n, A), or None for nothing.
-
-    ``output`` and ``spt``: ``2 p``; ``output_norm``: ``A p / sum of the chosen p``; ``ste``:
-    ``1 + p - stopgrad(p)``, whose value is 1.
-
-    Args:
-        gate: one of the config's choices.
-        p: (n, G) sigmoid of the logits.
-        chosen: (n, A).
-    """
-    if gate == "none":
-        return None
-    picked = p.gather(1, chosen)
-    if gate == "ste":
-        return 1.0 + (picked - picked.detach())
-    if gate == "output_norm":
-        return picked.shape[1] * picked / picked.sum(-1, keepdim=True)
-    return 2.0 * picked
-
-
 def balance_loss(p: Tensor, chosen: Tensor, mask: Tensor | None) -> Tensor:
     """Return ``G / A * sum_g f_g P_g``: 1 where the load is even, up to G / A where it is not.
 
@@ -56,30 +27,18 @@ def balance_loss(p: Tensor, chosen: Tensor, mask: Tensor | None) -> Tensor:
     normalised over groups. Only ``P`` has a gradient.
 
     Args:
-        p: (n, G).
+        p: (n, G), sigmoid of the logits.
         chosen: (n, A).
         mask: (n,) bool, the tokens that count; None for all.
 
     Returns:
         () tensor.
     """
-    weights = _token_weights(mask, p)
+    n, num_groups = p.shape
+    weights = p.new_full((n,), 1.0 / n) if mask is None else mask.to(p) / mask.sum().clamp(min=1)
     share = weights @ torch.zeros_like(p).scatter_(1, chosen, 1.0)  # f, (G,)
     mean = weights @ (p / p.sum(-1, keepdim=True))  # P, (G,)
-    return p.shape[1] / chosen.shape[1] * (share * mean).sum()
-
-
-def z_loss(logits: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the mean square of the logits (n, G) over tokens and groups: 0 where c is 1."""
-    return _token_weights(mask, logits) @ logits.square().mean(-1)
-
-
-def _token_weights(mask: Tensor | None, like: Tensor) -> Tensor:
-    """Return (n,) weights that sum to 1 over the tokens that count."""
-    n = like.shape[0]
-    if mask is None:
-        return like.new_full((n,), 1.0 / n)
-    return mask.to(like) / mask.sum().clamp(min=1)
+    return num_groups / chosen.shape[1] * (share * mean).sum()
 
 
 def fit_router(x: Tensor, norms: Tensor, ridge: float, spread: float) -> tuple[Tensor, Tensor]:

@@ -25,10 +25,11 @@ class WTACRS(MethodConfig):
         "paper's, 'crs' draws all rows (the paper's baseline), 'topk' is biased (the paper's "
         "ablation)",
     )
-    norms: Literal["running", "activation"] = option(
+    norms: Literal["running", "activation", "cache"] = option(
         "running",
-        help="where the gradient norms of a forward draw come from: a running mean by position, or "
-        "nowhere (the activation norm alone)",
+        help="where the gradient norms of a forward draw come from: a running mean by position, "
+        "nowhere (activation norms alone), or each sample's previous visit (the paper's: batches "
+        "must carry sample_id)",
     )
     draw_at: Literal["auto", "forward", "backward"] = option(
         "auto",
@@ -43,3 +44,4 @@ class WTACRS(MethodConfig):
         help="share of the probability that is spread evenly, where gradient norms are a guess",
     )
     decay: float = option(0.9, ge=0, lt=1, help="weight of the past in the running mean")
+    cache_gib: float = option(4.0, gt=0, help="host memory that norms='cache' may take, in GiB")

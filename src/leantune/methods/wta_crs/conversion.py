@@ -3,29 +3,50 @@
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from leantune.core.conversion import SwapConversion
 from leantune.core.linear import Swap, converted, swap
 from leantune.core.runtime import Runtime
 from leantune.core.sites import Site, group_by_input
+from leantune.methods.wta_crs.cache import CachedNorms
 from leantune.methods.wta_crs.config import WTACRS
-from leantune.methods.wta_crs.norms import RunningNorms
+from leantune.methods.wta_crs.norms import NormSource, RunningNorms
 from leantune.methods.wta_crs.policy import SampledRows, SharedInput
 
 
 class SampledLinears(SwapConversion):
-    """Linears with sampled rows keep one state between them: what they know of gradient norms."""
+    """Linears with sampled rows keep one state between them: what they know of gradient norms.
 
-    def __init__(self, swaps: Sequence[Swap], norms: RunningNorms | None) -> None:
+    Args:
+        swaps: of the linears.
+        norms: what they share; None where nothing is guessed.
+        handle: of the hook that takes sample ids out of the batch, where ``norms`` wants them.
+    """
+
+    def __init__(
+        self,
+        swaps: Sequence[Swap],
+        norms: NormSource | None,
+        handle: RemovableHandle | None = None,
+    ) -> None:
         super().__init__(swaps)
+        self.needs_sample_ids = handle is not None
         self._norms = norms
+        self._handle = handle
+
+    def undo(self) -> None:
+        """Put the plain linears back."""
+        if self._handle is not None:
+            self._handle.remove()
+        super().undo()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the running norms by the linear's name."""
+        """Return what is known of gradient norms."""
         return {} if self._norms is None else self._norms.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take saved running norms on.
+        """Take saved norms on.
 
         Raises:
             ConfigError: they are of another model, or not finite.
@@ -42,7 +63,9 @@ def convert(
     """Give each linear a row policy; linears that read one input share their sample."""
     groups = [group for read in group_by_input(sites) for group in _sharing(read)]
     names = [site.name for group in groups for site in group]
-    norms = RunningNorms(names, config.decay) if config.norms == "running" else None
+    norms, handle = _norm_source(names, config), None
+    if isinstance(norms, CachedNorms):
+        handle = model.register_forward_pre_hook(norms.take_ids, with_kwargs=True)
     swaps: list[Swap] = []
     for group in groups:
         first = len(swaps)
@@ -54,7 +77,16 @@ def convert(
             rows = SampledRows(site, column, shared, norms, config, runtime, block)
             new = converted(site.module, runtime, rows=rows)
             swaps.append(swap(model, site.name, new))
-    return SampledLinears(swaps, norms)
+    return SampledLinears(swaps, norms, handle)
+
+
+def _norm_source(names: Sequence[str], config: WTACRS) -> NormSource | None:
+    # In backward the norms are exact.
+    if config.norms == "activation" or config.draw_at == "backward":
+        return None
+    if config.norms == "cache":
+        return CachedNorms(names, config.cache_gib)
+    return RunningNorms(names, config.decay)
 
 
 def _sharing(sites: list[Site]) -> list[list[Site]]:

@@ -4,11 +4,57 @@ Legend: b samples, t token positions, n = b * t rows.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from leantune.errors import ConfigError
+
+
+class NormSource(Protocol):
+    """A norm source guesses the gradient norm of each row before the gradient is known.
+
+    Attributes:
+        ids: (b,) the samples of the current batch, where the source wants to know them.
+    """
+
+    ids: Tensor | None
+
+    def predict(self, shape: torch.Size, columns: Sequence[int]) -> Tensor | None:
+        """Return (n,) float32 relative norms for an input of ``shape`` (b, t, d), or None.
+
+        ``columns`` are the linears that read the input: their squared norms add up, each relative
+        to its own mean, so that no linear drowns the others.
+        """
+        ...
+
+    def update(
+        self,
+        column: int,
+        grad_norms: Tensor,
+        mask: Tensor | None,
+        shape: torch.Size,
+        ids: Tensor | None,
+    ) -> None:
+        """Take note of the exact norms (n,) that the backward of one linear met.
+
+        Args:
+            column: of the linear.
+            grad_norms: (n,) float32.
+            mask: (n,) bool, real rows; None for all.
+            shape: (b, t, d) of the input; others are ignored.
+            ids: (b,) the samples, or None.
+        """
+        ...
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return everything that later guesses depend on."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take a saved state on; a wrong shape or a non-finite value is an error."""
+        ...
 
 
 class RunningNorms:
@@ -22,17 +68,15 @@ class RunningNorms:
         decay: weight of the past, in [0, 1).
     """
 
+    ids: Tensor | None = None
+
     def __init__(self, names: Sequence[str], decay: float) -> None:
         self._names = list(names)
         self._decay = decay
         self._means: dict[int, Tensor] = {}
 
     def predict(self, shape: torch.Size, columns: Sequence[int]) -> Tensor | None:
-        """Return (n,) float32 relative norms for an input of ``shape`` (b, t, d), or None.
-
-        ``columns`` are the linears that read the input: their squared norms add up, each relative
-        to its own mean, so that no linear drowns the others.
-        """
+        """Return (n,) relative norms, the same for every sample; see :class:`NormSource`."""
         if len(shape) < 3:
             return None
         t = shape[-2]
@@ -43,16 +87,14 @@ class RunningNorms:
         return total.sqrt().expand(shape[:-1]).reshape(-1)
 
     def update(
-        self, column: int, grad_norms: Tensor, mask: Tensor | None, shape: torch.Size
+        self,
+        column: int,
+        grad_norms: Tensor,
+        mask: Tensor | None,
+        shape: torch.Size,
+        ids: Tensor | None,
     ) -> None:
-        """Take note of the exact norms (n,) that the backward of one linear met.
-
-        Args:
-            column: of the linear.
-            grad_norms: (n,) float32.
-            mask: (n,) bool, real rows; None for all.
-            shape: (b, t, d) of the input; others are ignored.
-        """
+        """Take note of the exact norms (n,) that the backward of one linear met."""
         if len(shape) < 3:
             return
         squares = grad_norms.square().view(-1, shape[-2])  # (b, t)

@@ -16,17 +16,18 @@ from leantune.core.sites import Site
 from leantune.errors import UnsupportedError
 from leantune.methods.wta_crs import estimators
 from leantune.methods.wta_crs.config import WTACRS
-from leantune.methods.wta_crs.norms import RunningNorms
+from leantune.methods.wta_crs.norms import NormSource
 from leantune.ops.linear import flatten
 from leantune.ops.random import RandomKey, stream_of
 from leantune.ops.rows import KeptRows, OuterProduct, row_norms
 
 
 class Note(NamedTuple):
-    """What backward needs to know of a forward besides the rows: its input's shape, its batch."""
+    """What backward needs to know of a forward besides the rows: input shape, batch, samples."""
 
     shape: torch.Size
     batch: BatchInfo
+    ids: Tensor | None
 
 
 class SharedInput:
@@ -84,7 +85,7 @@ class SampledRows:
         site: Site,
         column: int,
         shared: SharedInput,
-        norms: RunningNorms | None,
+        norms: NormSource | None,
         config: WTACRS,
         runtime: Runtime,
         block: nn.Module | None,
@@ -105,7 +106,8 @@ class SampledRows:
         k = estimators.budget(num_rows, self.config.keep_ratio, self.config.min_rows)
         if k >= num_rows:
             return KeptRows(x), None
-        note = Note(source.shape, self._runtime.batch)
+        ids = None if self._norms is None else self._norms.ids
+        note = Note(source.shape, self._runtime.batch, ids)
         if self._draws_in_backward():
             return KeptRows(x), note
         sample = self._shared.sample_of(source)
@@ -113,9 +115,9 @@ class SampledRows:
             rows = flatten(x)
             mask = note.batch.row_mask(self._mask_field, note.shape)
             scores = row_norms(rows)
-            guess = self._norms and self._norms.predict(note.shape, self._shared.columns)
-            if guess is not None:
-                scores = scores * guess.to(scores.device)
+            if self._norms is not None:
+                guess = self._norms.predict(note.shape, self._shared.columns)
+                scores = scores if guess is None else scores * guess.to(scores.device)
             p = estimators.probabilities(scores, mask, self.config.probability_floor)
             sample = self._sample(rows, p, k, key)
             self._shared.share(source, sample)
@@ -151,7 +153,7 @@ class SampledRows:
         grad_norms = row_norms(grad_output)
         mask = note.batch.row_mask(self._mask_field, note.shape)
         if self._norms is not None:
-            self._norms.update(self._column, grad_norms, mask, note.shape)
+            self._norms.update(self._column, grad_norms, mask, note.shape, note.ids)
         if not wants_check:
             return
         self._is_checked = True

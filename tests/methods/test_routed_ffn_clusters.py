@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from leantune.ops.clusters import balanced_groups
+from leantune.methods.routed_ffn.clusters import balanced_groups
 
 
 @pytest.mark.parametrize(("num_rows", "num_groups"), [(12, 3), (12, 12), (12, 1), (64, 4)])

@@ -11,12 +11,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from leantune.errors import LeantuneError
-from leantune.ops import sparse_parts
-from leantune.ops.rows import uniform_at
-from leantune.ops.sparse import Dropout, sparse_attention
-from leantune.ops.sparse_parts import add_rows_, pack_bits, unpack_bits
-from leantune.ops.stores import Draw
+from leantune.ops.random import RandomKey, uniform_at
+from leantune.ops.sparse_attention import tiles
+from leantune.ops.sparse_attention.attention import sparse_attention
+from leantune.ops.sparse_attention.tiles import pack_bits, unpack_bits
 
 Operands = tuple[Tensor, Tensor, Tensor]
 # b, h, hk, n, m, d, dv: grouped heads, odd sizes, one of everything, more keys than queries.
@@ -27,7 +25,6 @@ SHAPES = [
     (2, 2, 2, 5, 3, 8, 2),
 ]
 SCALE = 0.7
-FORMS = ("indices", "bits")
 
 
 def operands(shape: tuple[int, ...], dtype: torch.dtype = torch.float64, seed: int = 0) -> Operands:
@@ -41,34 +38,26 @@ def operands(shape: tuple[int, ...], dtype: torch.dtype = torch.float64, seed: i
 def choose(
     shape: tuple[int, ...], heads: int, num_kept: int, *, causal: bool, seed: int = 1
 ) -> Tensor:
-    """Random distinct visible keys of each query, ascending, then -1; (b, heads, n, num_kept)."""
+    """Random visible keys of each query, at most num_kept; (b, heads, n, m) bool."""
     b, _, _, n, m, _, _ = shape
     rng = np.random.default_rng(seed)
-    indices = np.full((b, heads, n, num_kept), -1, dtype=np.int32)
+    keep = np.zeros((b, heads, n, m), dtype=bool)
     for place in np.ndindex(b, heads, n):
         num_visible = max(0, min(m, m - n + place[2] + 1)) if causal else m
-        chosen = np.sort(rng.permutation(num_visible)[:num_kept])
-        indices[(*place, slice(len(chosen)))] = chosen
-    return torch.from_numpy(indices)
-
-
-def encode(indices: Tensor, num_keys: int, form: str) -> Tensor:
-    """The same choice as indices or as bits."""
-    if form == "indices":
-        return indices
-    return pack_bits(torch.from_numpy(oracle.scatter_mask(indices.numpy(), num_keys)))
+        keep[place][rng.permutation(num_visible)[:num_kept]] = True
+    return torch.from_numpy(keep)
 
 
 def expected(
-    x: Operands, indices: Tensor, grad_output: Tensor, kept: Any = 1.0, **how: Any
+    x: Operands, keep: Tensor, grad_output: Tensor, kept: Any = 1.0, **how: Any
 ) -> tuple[np.ndarray, ...]:
     """Output and the three gradients by the oracle, key heads repeated and summed again."""
     q, k, v = (t.detach().double().numpy() for t in x)
     h, hk = q.shape[1], k.shape[1]
     k, v = k.repeat(h // hk, 1), v.repeat(h // hk, 1)
-    keep = oracle.scatter_mask(indices.numpy().repeat(h // indices.shape[1], 1), k.shape[2])
-    out = oracle.attention(q, k, v, keep, SCALE, kept)
-    dq, dk, dv = oracle.gradients(q, k, v, keep, SCALE, grad_output.double().numpy(), kept, **how)
+    chosen = keep.numpy().repeat(h // keep.shape[1], 1)
+    out = oracle.attention(q, k, v, chosen, SCALE, kept)
+    dq, dk, dv = oracle.gradients(q, k, v, chosen, SCALE, grad_output.double().numpy(), kept, **how)
     groups = (dk.shape[0], hk, h // hk)
     return (
         out,
@@ -78,10 +67,8 @@ def expected(
     )
 
 
-def run(
-    x: Operands, indices: Tensor, grad_output: Tensor, form: str = "indices", **how: Any
-) -> tuple[np.ndarray, ...]:
-    out = sparse_attention(*x, encode(indices, x[1].shape[2], form), scale=SCALE, **how)
+def run(x: Operands, keep: Tensor, grad_output: Tensor, **how: Any) -> tuple[np.ndarray, ...]:
+    out = sparse_attention(*x, pack_bits(keep), scale=SCALE, **how)
     grads = torch.autograd.grad(out, x, grad_output.to(out.dtype))
     return tuple(t.detach().double().numpy() for t in (out, *grads))
 
@@ -96,23 +83,26 @@ def error(actual: tuple[np.ndarray, ...], wanted: tuple[np.ndarray, ...]) -> flo
     )
 
 
-@pytest.mark.parametrize("form", [*FORMS, "blocks"])
+@pytest.mark.parametrize("block_size", [None, 4])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("num_kept", [1, 4, 20])
 @pytest.mark.parametrize("part", [70, 2**21])
 def test_equals_dense_attention_under_the_scattered_mask(
-    part: int, shape: tuple[int, ...], num_kept: int, causal: bool, form: str, monkeypatch: Any
+    part: int,
+    shape: tuple[int, ...],
+    num_kept: int,
+    causal: bool,
+    block_size: int | None,
+    monkeypatch: Any,
 ) -> None:
     """20 keys exceed every m, so that case is dense attention; parts of one to all rows."""
-    monkeypatch.setattr(sparse_parts, "_PART_NUMBERS", part)
+    monkeypatch.setattr(tiles, "_TILE_NUMBERS", part)
     x = operands(shape)
-    indices = choose(shape, shape[1], num_kept, causal=causal)
+    keep = choose(shape, shape[1], num_kept, causal=causal)
     grad_output = torch.randn(*x[0].shape[:3], shape[6], dtype=torch.float64)
-    wanted = expected(x, indices, grad_output)
-    how = {"block_size": 4} if form == "blocks" else {}
-    how["is_causal"] = causal
-    actual = run(x, indices, grad_output, form.replace("blocks", "bits"), **how)
+    wanted = expected(x, keep, grad_output)
+    actual = run(x, keep, grad_output, block_size=block_size, is_causal=causal)
     assert error(actual, wanted) < 1e-12
     assert error(actual, tuple(1.01 * w for w in wanted)) > 1e-3
 
@@ -121,74 +111,67 @@ def test_equals_dense_attention_under_the_scattered_mask(
     ("dtype", "tolerance"),
     [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)],
 )
-@pytest.mark.parametrize("form", FORMS)
-def test_low_precision_accumulates_in_float32(
-    form: str, dtype: torch.dtype, tolerance: float
-) -> None:
+def test_low_precision_accumulates_in_float32(dtype: torch.dtype, tolerance: float) -> None:
     shape = (2, 4, 2, 33, 33, 16, 16)
     x = operands(shape, dtype)
-    indices = choose(shape, 4, 33, causal=True)
+    keep = choose(shape, 4, 33, causal=True)
     grad_output = torch.randn(2, 4, 33, 16).to(dtype)
-    actual = run(x, indices, grad_output, form)
-    assert error(actual, expected(x, indices, grad_output)) < tolerance
-    assert sparse_attention(*x, indices, scale=SCALE).dtype == dtype
+    actual = run(x, keep, grad_output)
+    assert error(actual, expected(x, keep, grad_output)) < tolerance
+    assert sparse_attention(*x, pack_bits(keep), scale=SCALE).dtype == dtype
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_gradcheck_where_row_dots_are_negative(form: str) -> None:
+def test_gradcheck_where_row_dots_are_negative() -> None:
     shape = (1, 2, 1, 4, 5, 3, 2)
     x = operands(shape)
-    choice = encode(choose(shape, 2, 3, causal=True), 5, form)
-    out = sparse_attention(*x, choice, scale=SCALE)
+    bits = pack_bits(choose(shape, 2, 3, causal=True))
+    out = sparse_attention(*x, bits, scale=SCALE)
     # sum_j P dP = dO . O; half of the rows get either sign.
     for sign in (1.0, -1.0):
         assert torch.autograd.gradcheck(
-            lambda *t, s=sign: (s * sparse_attention(*t, choice, scale=SCALE) * out.detach()).sum(),
+            lambda *t, s=sign: (s * sparse_attention(*t, bits, scale=SCALE) * out.detach()).sum(),
             x,
         )
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_score_gradients_sum_to_zero_in_each_row(form: str) -> None:
+def test_score_gradients_sum_to_zero_in_each_row() -> None:
     """A shift of all keys by one vector moves every score of a row alike, so nothing may change."""
     shape = (1, 2, 2, 9, 9, 4, 4)
     x = operands(shape)
     grad_output = torch.randn(1, 2, 9, 4, dtype=torch.float64)
     # With equal queries the sum of grad_k over keys is q times the sum of all grad_scores.
     q = x[0].detach()[:, :, :1].expand_as(x[0]).clone().requires_grad_()
-    indices = choose(shape, 2, 4, causal=True)
-    _, _, grad_k, _ = run((q, *x[1:]), indices, grad_output, form)
+    keep = choose(shape, 2, 4, causal=True)
+    _, _, grad_k, _ = run((q, *x[1:]), keep, grad_output)
     assert np.abs(grad_k.sum(2)).max() < 1e-13
-    broken = expected((q, *x[1:]), indices, grad_output, clamp_row_dot=True)
+    broken = expected((q, *x[1:]), keep, grad_output, clamp_row_dot=True)
     assert np.abs(broken[2].sum(2)).max() > 1e-2
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_the_prototypes_gradient_and_layout_are_noticed(form: str) -> None:
+def test_the_prototypes_gradient_and_layout_are_noticed() -> None:
     """Controls: a row dot clamped at zero, and the scrambled output, fail the comparison above."""
     shape = (2, 4, 4, 13, 13, 6, 6)
     x = operands(shape)
-    indices = choose(shape, 4, 4, causal=True)
+    keep = choose(shape, 4, 4, causal=True)
     grad_output = torch.randn(2, 4, 13, 6, dtype=torch.float64)
-    actual = run(x, indices, grad_output, form)
-    wanted = expected(x, indices, grad_output)
-    clamped = expected(x, indices, grad_output, clamp_row_dot=True)
+    actual = run(x, keep, grad_output)
+    wanted = expected(x, keep, grad_output)
+    clamped = expected(x, keep, grad_output, clamp_row_dot=True)
     assert error(actual, wanted) < 1e-12
     assert error(actual[1:3], clamped[1:3]) > 1e-2
     assert error(actual[:1], (oracle.scramble(wanted[0]),)) > 1e-1
 
 
-@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("scrambled", [False, True])
-def test_an_output_feature_reads_its_own_head_and_feature_only(scrambled: bool, form: str) -> None:
+def test_an_output_feature_reads_its_own_head_and_feature_only(scrambled: bool) -> None:
     shape = (1, 4, 2, 6, 6, 3, 5)
     q, k, _ = operands(shape)
-    choice = encode(choose(shape, 4, 3, causal=True), 6, form)
+    bits = pack_bits(choose(shape, 4, 3, causal=True))
     lands = []
     for head, feature in np.ndindex(2, 5):
         v = torch.zeros(1, 2, 6, 5, dtype=torch.float64)
         v[:, head, :, feature] = 1.0
-        out = sparse_attention(q, k, v, choice, scale=SCALE).detach().numpy()
+        out = sparse_attention(q, k, v, bits, scale=SCALE).detach().numpy()
         out = oracle.scramble(out) if scrambled else out
         wanted = np.zeros_like(out)
         wanted[:, 2 * head : 2 * head + 2, :, feature] = 1.0
@@ -196,99 +179,80 @@ def test_an_output_feature_reads_its_own_head_and_feature_only(scrambled: bool, 
     assert not any(lands) if scrambled else all(lands)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_batch_and_head_permutations_commute(form: str) -> None:
+def test_batch_and_head_permutations_commute() -> None:
     shape = (3, 4, 4, 8, 8, 4, 4)
     x = operands(shape)
-    choice = encode(choose(shape, 4, 3, causal=True), 8, form)
-    out = sparse_attention(*x, choice, scale=SCALE)
+    bits = pack_bits(choose(shape, 4, 3, causal=True))
+    out = sparse_attention(*x, bits, scale=SCALE)
     batch, head = torch.tensor([2, 0, 1]), torch.tensor([3, 1, 0, 2])
-    moved = [t[batch][:, head] for t in (*x, choice)]
+    moved = [t[batch][:, head] for t in (*x, bits)]
     assert torch.equal(sparse_attention(*moved, scale=SCALE), out[batch][:, head])
-
-
-def test_equal_neighbours_count_once_and_empty_slots_not_at_all() -> None:
-    shape = (1, 1, 1, 3, 4, 3, 3)
-    x = operands(shape)
-    doubled = torch.tensor([[0, 0, 2], [1, 1, 1], [-1, -1, -1]], dtype=torch.int32)[None, None]
-    plain = torch.tensor([[0, 2], [1, -1], [-1, -1]], dtype=torch.int32)[None, None]
-    grad_output = torch.randn(1, 1, 3, 3, dtype=torch.float64)
-    wanted = expected(x, plain, grad_output)
-    assert error(run(x, doubled, grad_output), wanted) < 1e-12
-    for kind in (torch.int16, torch.int64):
-        assert error(run(x, plain.to(kind), grad_output), wanted) < 1e-12
-    assert not wanted[0][0, 0, 2].any()
 
 
 def test_short_rows_that_count_key_0_again_are_noticed() -> None:
     """Control: the prototype's padding slots mean key 0, and its softmax counts them."""
     shape = (1, 2, 2, 9, 9, 4, 4)
     x = operands(shape)
-    indices = choose(shape, 2, 5, causal=True)
+    keep = choose(shape, 2, 5, causal=True)
     grad_output = torch.randn(1, 2, 9, 4, dtype=torch.float64)
-    actual = run(x, indices, grad_output)
+    actual = run(x, keep, grad_output)
     q, k, v = (t.detach().numpy() for t in x)
-    filled = indices.clamp(min=0).numpy()
+    chosen = keep.numpy()
     wrong = np.stack(
-        [oracle.counted_attention(q[0, h], k[0, h], v[0, h], filled[0, h], SCALE) for h in range(2)]
+        [oracle.counted_attention(q[0, h], k[0, h], v[0, h], chosen[0, h], SCALE) for h in range(2)]
     )[None]
-    right = expected(x, indices, grad_output)[0]
+    right = expected(x, keep, grad_output)[0]
     assert error(actual[:1], (right,)) < 1e-12
     assert error(actual[:1], (wrong,)) > 1e-1
     # Rows without an empty slot agree: it is the short ones that the control is about.
-    full = (indices >= 0).all(-1).numpy()
+    full = chosen.sum(-1) == 5
     assert np.allclose(right[full], wrong[full])
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_queries_without_a_key_give_zero_and_no_gradient(form: str) -> None:
+def test_queries_without_a_key_give_zero_and_no_gradient() -> None:
     shape = (1, 2, 1, 6, 6, 4, 4)
     x = operands(shape)
-    indices = choose(shape, 2, 3, causal=False)
-    indices[:, :, :2] = -1
+    keep = choose(shape, 2, 3, causal=False)
+    keep[:, :, :2] = False
     grad_output = torch.randn(1, 2, 6, 4, dtype=torch.float64)
-    clean = run(x, indices, grad_output, form)
+    clean = run(x, keep, grad_output)
     assert not clean[0][:, :, :2].any() and not clean[1][:, :, :2].any()
     with torch.no_grad():
         x[0][:, :, :2] = 7.0
     grad_output[:, :, :2] = float("nan")
-    dirty = run(x, indices, grad_output, form)
+    dirty = run(x, keep, grad_output)
     for a, b in zip(clean, dirty, strict=True):
         assert np.isfinite(a).all() and np.array_equal(a, b)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_no_slots_and_no_keys_give_zero(form: str) -> None:
-    for m, num_kept in ((5, 0), (0, 0), (0, 2)):
-        shape = (1, 2, 2, 4, m, 3, 3)
-        x = operands(shape)
-        indices = torch.full((1, 2, 4, num_kept), -1, dtype=torch.int32)
-        for part in run(x, indices, torch.ones(1, 2, 4, 3, dtype=torch.float64), form):
+def test_no_chosen_keys_and_no_keys_give_zero() -> None:
+    for m in (5, 0):
+        x = operands((1, 2, 2, 4, m, 3, 3))
+        keep = torch.zeros(1, 2, 4, m, dtype=torch.bool)
+        for part in run(x, keep, torch.ones(1, 2, 4, 3, dtype=torch.float64)):
             assert not part.any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("form", FORMS)
-def test_large_scores_stay_finite(form: str, dtype: torch.dtype) -> None:
+def test_large_scores_stay_finite(dtype: torch.dtype) -> None:
     shape = (1, 2, 2, 16, 16, 8, 8)
     q, k, v = (t.detach() for t in operands(shape, dtype))
     q, k = q * 60, k * 60
     assert (q.double() @ k.double().mT).abs().max() > 1e4
     x = (q.requires_grad_(), k.requires_grad_(), v.requires_grad_())
-    parts = run(x, choose(shape, 2, 5, causal=True), torch.randn(1, 2, 16, 8), form)
+    parts = run(x, choose(shape, 2, 5, causal=True), torch.randn(1, 2, 16, 8))
     assert all(np.isfinite(p).all() for p in parts)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_later_tokens_change_no_earlier_bit(form: str) -> None:
+def test_later_tokens_change_no_earlier_bit() -> None:
     shape = (2, 4, 2, 40, 40, 8, 8)
     x = tuple(t.detach() for t in operands(shape, torch.float32))
-    choice = encode(choose(shape, 4, 9, causal=True), 40, form)
-    out = sparse_attention(*x, choice, scale=SCALE, is_causal=True)
+    bits = pack_bits(choose(shape, 4, 9, causal=True))
+    out = sparse_attention(*x, bits, scale=SCALE, is_causal=True)
     changed = [t.clone() for t in x]
     for t in changed:
         t[:, :, 23:] = torch.randn_like(t[:, :, 23:])
-    other = sparse_attention(*changed, choice, scale=SCALE, is_causal=True)
+    other = sparse_attention(*changed, bits, scale=SCALE, is_causal=True)
     assert torch.equal(out[:, :, :23], other[:, :, :23])
     assert not torch.equal(out[:, :, 23:], other[:, :, 23:])
     # The prototype's layout carries later positions into earlier ones.
@@ -296,28 +260,26 @@ def test_later_tokens_change_no_earlier_bit(form: str) -> None:
     assert not np.array_equal(a[:, :, :23], b[:, :, :23])
 
 
-def make_dropout(p: float = 0.4, number: int = 3, stream: int = 7) -> Dropout:
-    return Dropout(p, Draw(5, torch.tensor(number)), stream)
+def dropped(number: int = 3, stream: int = 7) -> dict[str, Any]:
+    return {"dropout": 0.4, "key": RandomKey(5, torch.tensor(number), stream)}
 
 
 @pytest.mark.parametrize("part", [30, 2**21])
-@pytest.mark.parametrize("form", [*FORMS, "blocks"])
+@pytest.mark.parametrize("block_size", [None, 4])
 def test_dropout_is_the_counted_mask_however_it_is_cut(
-    form: str, part: int, monkeypatch: Any
+    part: int, block_size: int | None, monkeypatch: Any
 ) -> None:
     shape = (2, 3, 1, 10, 10, 4, 4)
     x = operands(shape)
-    indices = choose(shape, 3, 4, causal=False)
-    monkeypatch.setattr(sparse_parts, "_PART_NUMBERS", part)
-    u = uniform_at(5, 7, torch.tensor(3), torch.arange(60)[:, None], torch.arange(10))
+    keep = choose(shape, 3, 4, causal=False)
+    monkeypatch.setattr(tiles, "_TILE_NUMBERS", part)
+    u = uniform_at(dropped()["key"], torch.arange(60)[:, None], torch.arange(10))
     kept = (u >= 0.4).double().div(0.6).view(2, 3, 10, 10).numpy()
     grad_output = torch.randn(2, 3, 10, 4, dtype=torch.float64)
-    wanted = expected(x, indices, grad_output, kept)
-    how: dict[str, Any] = {"block_size": 3} if form == "blocks" else {}
-    form = form.replace("blocks", "bits")
-    dropout = make_dropout()
-    assert error(run(x, indices, grad_output, form, dropout=dropout, **how), wanted) < 1e-12
-    assert error(run(x, indices, grad_output, form, **how), wanted) > 1e-1
+    wanted = expected(x, keep, grad_output, kept)
+    how = {"block_size": block_size}
+    assert error(run(x, keep, grad_output, **dropped(), **how), wanted) < 1e-12
+    assert error(run(x, keep, grad_output, **how), wanted) > 1e-1
 
 
 @pytest.mark.parametrize("block_size", [None, 4])
@@ -325,13 +287,12 @@ def test_dropout_is_the_counted_mask_however_it_is_cut(
 def test_bias_is_added_and_has_its_gradient(
     bias_shape: tuple[int, ...], block_size: int | None, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(sparse_parts, "_PART_NUMBERS", 60)
+    monkeypatch.setattr(tiles, "_TILE_NUMBERS", 60)
     shape = (2, 4, 2, 9, 9, 4, 4)
     q, k, v = operands(shape)
     bias = torch.randn(bias_shape, dtype=torch.float64).requires_grad_()
-    indices = choose(shape, 4, 5, causal=True)
+    keep = choose(shape, 4, 5, causal=True)
     grad_output = torch.randn(2, 4, 9, 4, dtype=torch.float64)
-    keep = torch.from_numpy(oracle.scatter_mask(indices.numpy(), 9))
     out = sparse_attention(
         q, k, v, pack_bits(keep), scale=SCALE, bias=bias, is_causal=True, block_size=block_size
     )
@@ -360,11 +321,11 @@ def test_dropout_depends_on_draw_stream_and_chunk_and_drops_its_share() -> None:
     shape = (1, 1, 1, 1024, 64, 2, 1)
     q, k, v = (t.detach() for t in operands(shape, torch.float32))
     v = torch.ones_like(v)
-    indices = torch.arange(64, dtype=torch.int32).expand(1, 1, 1024, 64).contiguous()
+    keep = torch.ones(1, 1, 1024, 64, dtype=torch.bool)
     q = torch.zeros_like(q)  # equal weights: an output is the share kept, over 1 - p
     out = [
-        sparse_attention(q, k, v, indices, scale=1.0, dropout=d)
-        for d in (make_dropout(), make_dropout(number=4), make_dropout(stream=8), make_dropout())
+        sparse_attention(q, k, v, pack_bits(keep), scale=1.0, **d)
+        for d in (dropped(), dropped(number=4), dropped(stream=8), dropped())
     ]
     assert torch.equal(out[0], out[3])
     assert not torch.equal(out[0], out[1]) and not torch.equal(out[0], out[2])
@@ -389,28 +350,27 @@ class _Largest(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("form", [*FORMS, "blocks"])
+@pytest.mark.parametrize("block_size", [None, 4])
 @pytest.mark.parametrize("with_dropout", [False, True])
-def test_only_q_k_v_and_the_choice_are_saved_and_no_square_is_made(
-    with_dropout: bool, form: str, monkeypatch: Any
+def test_only_q_k_v_and_the_bits_are_saved_and_no_square_is_made(
+    with_dropout: bool, block_size: int | None, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(sparse_parts, "_PART_NUMBERS", 2**12)
+    monkeypatch.setattr(tiles, "_TILE_NUMBERS", 2**12)
     n, num_kept = 256, 16
     shape = (1, 2, 1, n, n, 8, 4)
     x = operands(shape, torch.float32)
-    choice = encode(choose(shape, 2, num_kept, causal=True), n, form.replace("blocks", "bits"))
+    bits = pack_bits(choose(shape, 2, num_kept, causal=True))
     saved: list[Tensor] = []
-    dropout = make_dropout() if with_dropout else None
+    how = dropped() if with_dropout else {}
     with (
         torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t),
         _Largest() as seen,
     ):
-        size = 16 if form == "blocks" else None
-        out = sparse_attention(*x, choice, scale=SCALE, dropout=dropout, block_size=size)
+        out = sparse_attention(*x, bits, scale=SCALE, **how, block_size=block_size)
         out.sum().backward()
     kept = sum(t.numel() * t.itemsize for t in saved)
     # The draw number of dropout is one int64.
-    chosen = 4 * 2 * n * num_kept if form == "indices" else 2 * n * n // 8
+    chosen = 2 * n * n // 8
     assert kept == 4 * sum(t.numel() for t in x) + chosen + 8 * with_dropout
     # The specification's formula, values and an int32 index for every kept key, is the bound.
     assert chosen <= 2 * n * num_kept * (4 + 4)
@@ -423,57 +383,56 @@ def test_only_q_k_v_and_the_choice_are_saved_and_no_square_is_made(
 def test_nothing_is_saved_or_computed_for_frozen_inputs() -> None:
     shape = (1, 2, 2, 5, 5, 3, 3)
     q, k, v = operands(shape)
-    indices = choose(shape, 2, 3, causal=True)
+    keep = choose(shape, 2, 3, causal=True)
     saved: list[Tensor] = []
     with (
         torch.no_grad(),
         torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t),
     ):
-        sparse_attention(q, k, v, indices, scale=SCALE)
+        sparse_attention(q, k, v, pack_bits(keep), scale=SCALE)
     assert not saved
-    full = torch.autograd.grad(sparse_attention(q, k, v, indices, scale=SCALE).sum(), (q, k, v))
+    out = sparse_attention(q, k, v, pack_bits(keep), scale=SCALE)
+    full = torch.autograd.grad(out.sum(), (q, k, v))
     for i in range(3):
         alone = [t if j == i else t.detach() for j, t in enumerate((q, k, v))]
-        out = sparse_attention(*alone, indices, scale=SCALE)
+        out = sparse_attention(*alone, pack_bits(keep), scale=SCALE)
         assert torch.equal(torch.autograd.grad(out.sum(), alone[i])[0], full[i])
 
 
 def test_autocast_computes_in_its_dtype_and_returns_gradients_in_the_inputs() -> None:
     shape = (1, 2, 2, 9, 9, 4, 4)
     x = operands(shape, torch.float32)
-    indices = choose(shape, 2, 4, causal=True)
+    keep = choose(shape, 2, 4, causal=True)
     with torch.autocast("cpu", torch.bfloat16):
-        out = sparse_attention(*x, indices, scale=SCALE)
+        out = sparse_attention(*x, pack_bits(keep), scale=SCALE)
     low = [t.detach().bfloat16() for t in x]
-    assert torch.equal(out, sparse_attention(*low, indices, scale=SCALE))
+    assert torch.equal(out, sparse_attention(*low, pack_bits(keep), scale=SCALE))
     out.float().square().sum().backward()
     assert all(t.grad is not None and t.grad.dtype == torch.float32 for t in x)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_strided_inputs_and_grad_outputs(form: str) -> None:
+def test_strided_inputs_and_grad_outputs() -> None:
     shape = (2, 4, 2, 13, 13, 6, 5)
     x = operands(shape)
     strided = tuple(
         t.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for t in x
     )
-    indices = choose(shape, 4, 4, causal=True)
+    keep = choose(shape, 4, 4, causal=True)
     grad_output = torch.randn(2, 13, 4, 5, dtype=torch.float64).transpose(1, 2)
     for a, b in zip(
-        run(x, indices, grad_output.contiguous(), form),
-        run(strided, indices, grad_output, form),
+        run(x, keep, grad_output.contiguous()),
+        run(strided, keep, grad_output),
         strict=True,
     ):
         assert np.array_equal(a, b)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_two_runs_give_the_same_bits(form: str) -> None:
+def test_two_runs_give_the_same_bits() -> None:
     shape = (2, 4, 2, 64, 64, 16, 16)
     x = operands(shape, torch.float32)
-    indices = choose(shape, 4, 16, causal=True)
+    keep = choose(shape, 4, 16, causal=True)
     grad_output = torch.randn(2, 4, 64, 16)
-    for a, b in zip(*(run(x, indices, grad_output, form) for _ in range(2)), strict=True):
+    for a, b in zip(*(run(x, keep, grad_output) for _ in range(2)), strict=True):
         assert np.array_equal(a, b)
 
 
@@ -481,32 +440,14 @@ def test_two_runs_give_the_same_bits(form: str) -> None:
 def test_gpu_gives_the_same_bits_twice_and_the_cpus_values() -> None:
     shape = (2, 4, 2, 64, 64, 16, 16)
     x = operands(shape, torch.float32)
-    indices = choose(shape, 4, 16, causal=True)
+    keep = choose(shape, 4, 16, causal=True)
     grad_output = torch.randn(2, 4, 64, 16)
     there = tuple(t.detach().cuda().requires_grad_() for t in x)
     first, second = (
-        sparse_attention(*there, indices.cuda(), scale=SCALE, dropout=None) for _ in range(2)
+        sparse_attention(*there, pack_bits(keep).cuda(), scale=SCALE) for _ in range(2)
     )
     grads = [torch.autograd.grad(o, there, grad_output.cuda()) for o in (first, second)]
     assert torch.equal(first, second)
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
     on_gpu = tuple(t.detach().double().cpu().numpy() for t in (first, *grads[0]))
-    assert error(on_gpu, run(x, indices, grad_output)) < 1e-5
-
-
-def test_add_rows_adds_repeats() -> None:
-    target, rows = torch.zeros(3, 2), torch.arange(8.0).view(4, 2)
-    add_rows_(target, torch.tensor([2, 0, 2, 2]), rows)
-    assert target.tolist() == [[2.0, 3.0], [0.0, 0.0], [10.0, 13.0]]
-
-
-def test_bad_shapes_name_field_and_way_out() -> None:
-    q, k, v = operands((1, 4, 2, 5, 5, 3, 3))
-    indices = torch.zeros(1, 3, 5, 2, dtype=torch.int32)
-    with pytest.raises(LeantuneError, match=r"choice must have shape .*got \(1, 3, 5, 2\)"):
-        sparse_attention(q, k, v, indices, scale=SCALE)
-    with pytest.raises(LeantuneError, match="heads that divides the 4 heads of q, got 3"):
-        sparse_attention(q, k[:, :1].expand(1, 3, 5, 3), v, indices, scale=SCALE)
-    with pytest.raises(LeantuneError, match=r"bias must have shape .*got \(1, 4, 5, 4\)"):
-        bits = torch.zeros(1, 4, 5, 1, dtype=torch.uint8)
-        sparse_attention(q, k, v, bits, scale=SCALE, bias=torch.zeros(1, 4, 5, 4))
+    assert error(on_gpu, run(x, keep, grad_output)) < 1e-5

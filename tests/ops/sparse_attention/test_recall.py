@@ -2,15 +2,15 @@
 
 import importlib.util
 import pydoc_data.topics
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from leantune.methods.spt_attention.pq import Quantised
-from leantune.ops.choice import Features, Rule, View, choose
-from leantune.ops.codebooks import kmeans
-from leantune.ops.sparse_parts import unpack_bits
+from leantune.ops.sparse_attention.codebooks import kmeans, quantise
+from leantune.ops.sparse_attention.tiles import unpack_bits
+from leantune.ops.sparse_attention.top_keys import KeyBudget, Visibility, top_keys
 from leantune.train.demo import demo_model_path
 
 KEEP_RATIO = 0.125
@@ -30,19 +30,18 @@ class Table:
         return torch.eye(m).expand(len(self.scores[batch]), 1, m, m)
 
 
-def chosen(features: Features, q: Tensor, num_keys: int) -> Tensor:
+def chosen(factors: Any, q: Tensor, num_keys: int) -> Tensor:
     """Return which keys (b, h, n, m) an eighth are, bool."""
-    rule = Rule(None, KEEP_RATIO, 1, num_recent=0)
-    picked = choose(features, q, num_keys, rule, View("self", None), in_bits=True)
-    return unpack_bits(picked, num_keys)
+    bits = top_keys(factors, q, num_keys, KeyBudget(KEEP_RATIO), Visibility("self", None))
+    return unpack_bits(bits, num_keys)
 
 
 def scores_of(q: Tensor, k: Tensor) -> Tensor:
     return q @ k.mT * q.shape[-1] ** -0.5
 
 
-def mass(features: Features, q: Tensor, k: Tensor) -> float:
-    return float((scores_of(q, k).softmax(-1) * chosen(features, q, k.shape[2])).sum(-1).mean())
+def mass(factors: Any, q: Tensor, k: Tensor) -> float:
+    return float((scores_of(q, k).softmax(-1) * chosen(factors, q, k.shape[2])).sum(-1).mean())
 
 
 @pytest.fixture(scope="module")
@@ -75,12 +74,13 @@ def test_codes_hold_what_the_ladder_says_on_real_text(real: list[tuple[Tensor, T
         heads = torch.stack([kmeans(x, 4, 16, 10, seed=0) for x in pooled])
         layer = kmeans(pooled.flatten(0, 1)[::4], 4, 16, 10, seed=0)[None]
         exact = mass(Table(scores_of(q, k)), q, k)
-        adc = mass(Quantised.of(q, k, heads, "l2", "adc"), q, k)
-        match = mass(Quantised.of(q, k, layer, "l2", "match"), q, k)
+        adc = mass(quantise(q, k, heads, "adc"), q, k)
+        match = mass(quantise(q, k, layer, "match"), q, k)
         chance = mass(Table(torch.rand(4, 12, 128, 128)), q, k)
         assert exact > adc > match > chance
         assert adc > 0.8 * exact and match > 0.5 * exact
-        assert abs(chance - KEEP_RATIO) < 0.02
+        # The own key, which is always kept, weighs a little more than others.
+        assert abs(chance - KEEP_RATIO) < 0.04
 
 
 def test_a_codeword_for_every_key_chooses_exactly() -> None:
@@ -88,9 +88,9 @@ def test_a_codeword_for_every_key_chooses_exactly() -> None:
     q, k = torch.randn(1, 2, 16, 8), torch.randn(1, 2, 40, 8)
     own = k[0][:, None]  # (heads, 1 subspace, 40 codewords, width)
     exact = chosen(Table(scores_of(q, k)), q, 40)
-    assert torch.equal(chosen(Quantised.of(q, k, own, "l2", "adc"), q, 40), exact)
+    assert torch.equal(chosen(quantise(q, k, own, "adc"), q, 40), exact)
     coarse = own[:, :, :2]
-    assert not torch.equal(chosen(Quantised.of(q, k, coarse, "l2", "adc"), q, 40), exact)
+    assert not torch.equal(chosen(quantise(q, k, coarse, "adc"), q, 40), exact)
 
 
 def test_more_codewords_and_finer_subspaces_hold_more() -> None:
@@ -99,7 +99,7 @@ def test_more_codewords_and_finer_subspaces_hold_more() -> None:
     q, k = (centres[:, :, torch.randint(12, (96,))] + torch.randn(1, 1, 96, 16) for _ in "qk")
     pooled = torch.cat([q, k], 2)[0, 0]
     held = [
-        mass(Quantised.of(q, k, kmeans(pooled, s, e, 10, seed=0)[None], "l2", "adc"), q, k)
+        mass(quantise(q, k, kmeans(pooled, s, e, 10, seed=0)[None], "adc"), q, k)
         for s, e in ((1, 2), (2, 8), (4, 16), (8, 32))
     ]
     assert held == sorted(held)

@@ -1,0 +1,188 @@
+"""A model with routed FFNs: how they come in, how they are calibrated, and how they go.
+
+Legend: s tokens that are kept, d_model, F hidden units, G groups.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from leantune.core.calibration import run_batches
+from leantune.core.conversion import SwapConversion
+from leantune.core.distributed import broadcast
+from leantune.core.ffn import HiddenUnits, view_ffn
+from leantune.core.linear import swap, trained_in_place_of_weight
+from leantune.core.runtime import Runtime
+from leantune.core.sites import Site
+from leantune.errors import ConfigError, UnsupportedError
+from leantune.methods.routed_ffn import maths
+from leantune.methods.routed_ffn.clusters import balanced_groups
+from leantune.methods.routed_ffn.config import RoutedFFN
+from leantune.methods.routed_ffn.module import RoutedMLP
+
+_TOKENS_PER_BATCH, _MAX_TOKENS = 512, 2048
+_RIDGE = 1e-2
+_SPREAD = 0.1
+"""Root mean square of a fitted router's logits: gates start within about 5 % of 1."""
+
+
+def refusal(site: Site, config: RoutedFFN) -> str | None:
+    """Say why an FFN cannot be routed, or None."""
+    names = {name for name, _ in site.module.named_children()}
+    if names & {"experts", "router"}:
+        return f"FFN must not be a mixture of experts already, got {type(site.module).__name__}"
+    lost = [part for part in ("up", "down", "activation") if part not in site.children]
+    if lost:
+        kind = type(site.module).__name__
+        return f"FFN must have up, down and activation modules, got {kind} without {lost[0]}"
+    try:
+        ffn = view_ffn({part: child.module for part, child in site.children.items()})
+    except UnsupportedError as error:
+        return str(error)
+    weights = [ffn.weight(part) for part in ffn.linears]
+    if not all(weight.is_floating_point() for weight in weights):
+        return f"weights must be floating point, got {weights[0].dtype}"
+    if config.split == "coactivation":
+        whole = [p for p in ffn.linears if trained_in_place_of_weight(ffn.modules[p])]
+        if whole:
+            return (
+                f"split must be 'contiguous' where {whole[0]} trains a subspace, got 'coactivation'"
+            )
+    width = len(weights[0])
+    if width % config.num_groups:
+        near = [n for n in range(2, 65) if width % n == 0]
+        return (
+            f"num_groups must divide the FFN's width {width}, got {config.num_groups}; it could "
+            f"be {', '.join(map(str, near[:8])) or '1'}"
+        )
+    return None
+
+
+class RoutedFFNs(SwapConversion):
+    """The routed FFNs of one config are calibrated together and know nothing of others."""
+
+    num_calibration_batches = 8
+
+    def __init__(self, model: nn.Module, config: RoutedFFN, runtime: Runtime) -> None:
+        super().__init__([])
+        self.can_merge = config.is_dense
+        self._model = model
+        self._config = config
+        self._runtime = runtime
+        self._layers: list[RoutedMLP] = []
+        self._units: dict[str, HiddenUnits] = {}
+
+    def add(self, site: Site) -> None:
+        """Put a routed FFN into a site's place."""
+        layer = RoutedMLP(self._model, site, self._config, self._runtime)
+        self._layers.append(layer)
+        self.swaps.append(swap(self._model, site.name, layer))
+        for name in site.also_replaced:
+            self.swaps.append(swap(self._model, name, nn.Identity()))
+        if layer.units is not None:
+            self._units[f"{site.name}.permutation"] = layer.units
+            # Until calibration shows what is active together: weight rows that point alike.
+            first = "gate" if "gate" in layer.ffn.linears else "up"
+            layer.units.reorder(_order(layer, layer.ffn.weight(first).detach()))
+
+    def undo(self) -> None:
+        """Put the hidden units back into their original order, and the old modules back."""
+        for units in self._units.values():
+            units.restore()
+        super().undo()
+
+    def calibrate(self, batches: Iterable[Any]) -> None:
+        """Run batches through the plain FFNs; then group units and fit the routers.
+
+        The first 2,048 real tokens, at most 512 of a batch, are kept with their hidden activations
+        in every layer meanwhile.
+
+        Raises:
+            ConfigError: there is no batch, or none with a real token.
+        """
+        kept: list[list[tuple[Tensor, Tensor]]] = [[] for _ in self._layers]
+        for layer, pairs in zip(self._layers, kept, strict=True):
+            layer.recorder = lambda *seen, pairs=pairs: pairs.append(_thin(*seen))
+        try:
+            for _ in run_batches(self._model, self._runtime, batches):
+                if all(sum(len(x) for x, _ in pairs) >= _MAX_TOKENS for pairs in kept):
+                    break
+        finally:
+            for layer in self._layers:
+                layer.recorder = None
+        for layer, pairs in zip(self._layers, kept, strict=True):
+            if not sum(len(x) for x, _ in pairs):
+                raise ConfigError(
+                    "RoutedFFN: batches must hold at least one real token for calibration, got "
+                    "none; give session.calibrate a few training batches"
+                )
+            x, hidden = (torch.cat(seen)[:_MAX_TOKENS] for seen in zip(*pairs, strict=True))
+            _fit(layer, x, hidden)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the order of the hidden units of each FFN that was reordered."""
+        return {name: units.permutation.cpu() for name, units in self._units.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Reorder the hidden units as they were when the state was saved.
+
+        Raises:
+            ConfigError: the state has no order of these units, or something else.
+        """
+        super().load_state_dict({k: v for k, v in state.items() if k not in self._units})
+        for name, units in self._units.items():
+            units.load(state.get(name, torch.empty(0)))
+
+
+def convert(model: nn.Module, sites: list[Site], config: RoutedFFN, runtime: Runtime) -> RoutedFFNs:
+    """Route every FFN of ``sites``, or none if one of them cannot be."""
+    conversion = RoutedFFNs(model, config, runtime)
+    try:
+        for site in sites:
+            conversion.add(site)
+    except BaseException:
+        conversion.undo()
+        raise
+    return conversion
+
+
+def _thin(x: Tensor, hidden: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    rows = evenly_spaced_rows(x, mask, _TOKENS_PER_BATCH)
+    return x.flatten(0, -2)[rows], hidden.flatten(0, -2)[rows]
+
+
+def evenly_spaced_rows(x: Tensor, mask: Tensor | None, num_rows: int) -> Tensor:
+    """Return the numbers of at most ``num_rows`` real rows, evenly spaced among them.
+
+    Args:
+        x: (..., d).
+        mask: bool, one for each row of ``x``: which are real; None for all.
+        num_rows: limit.
+
+    Returns:
+        (at most num_rows,) int64, ascending.
+    """
+    total = x.shape[:-1].numel()
+    rows = torch.arange(total, device=x.device) if mask is None else mask.nonzero().flatten()
+    wanted = min(len(rows), num_rows)
+    return rows[torch.arange(wanted, device=x.device) * len(rows) // max(wanted, 1)]
+
+
+@torch.no_grad()
+def _fit(layer: RoutedMLP, x: Tensor, hidden: Tensor) -> None:
+    """Group units by activations (s, F), then regress the groups' norms on inputs (s, d_model)."""
+    hidden = hidden.float()
+    # Processes that were shown other rows follow the first one.
+    if layer.units is not None:
+        order = broadcast(_order(layer, hidden.abs().t()))
+        layer.units.reorder(order)
+        hidden = hidden[:, order]
+    norms = hidden.unflatten(1, (layer.config.num_groups, -1)).norm(dim=-1)
+    layer.set_router(*map(broadcast, maths.fit_router(x, norms, _RIDGE, _SPREAD)))
+
+
+def _order(layer: RoutedMLP, features: Tensor) -> Tensor:
+    """Return the order that groups a layer's hidden units by their features (F, any)."""
+    return balanced_groups(features, layer.config.num_groups, layer.uniform(len(features)))

@@ -1,0 +1,141 @@
+"""Sparse attention in a model: which sites can have it, and what one config did to them."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from leantune.core.calibration import run_batches
+from leantune.core.conversion import Conversion
+from leantune.core.distributed import is_distributed
+from leantune.core.runtime import Runtime
+from leantune.core.sites import Site
+from leantune.errors import ConfigError
+from leantune.integrations import attention as registry
+from leantune.methods.spt_attention.attention import SparseAttention
+from leantune.methods.spt_attention.config import SPTAttention
+
+# Training forwards between two steps of the codebooks.
+_REFRESH_STEPS = 20
+
+
+class SPTConversion(Conversion):
+    """The sites that one config made sparse, each with codebooks of its own.
+
+    Attributes:
+        num_forwards: training forwards of the model so far, counted on the host.
+    """
+
+    num_calibration_batches = 8
+
+    def __init__(
+        self, model: nn.Module, sites: list[Site], config: SPTAttention, runtime: Runtime
+    ) -> None:
+        self.can_merge = config.keep_ratio == 1.0
+        self.num_forwards = 0
+        self._model = model
+        self._runtime = runtime
+        self._children = [
+            (s.module, SparseAttention(s, _shape(s, config), config, runtime)) for s in sites
+        ]
+        for module, child in self._children:
+            module.add_module(registry.CHILD, child.train(module.training))
+        self._redirected = registry.redirect(model, [s.name for s in sites])
+        runtime.at_forward_begin(self._begin_forward)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        # A model that is read in another process finds its attention there.
+        registry.register_interface()
+
+    def _begin_forward(self) -> None:
+        """Count a training forward, after processes agree on codebooks that the last one moved.
+
+        Not inside that forward: there one process may run dense where another does not, and a
+        block that checkpointing recomputes must find the codebooks as they were.
+        """
+        if not (self._model.training and torch.is_grad_enabled()):
+            return
+        has_moved = self.num_forwards > 0 and self.num_forwards % _REFRESH_STEPS == 0
+        self.num_forwards += 1
+        for _, child in self._children:
+            if has_moved and is_distributed():
+                child.average_over_ranks()
+            child.is_refresh_due = self.num_forwards % _REFRESH_STEPS == 0
+
+    def calibrate(self, batches: Iterable[Any]) -> None:
+        """Set the codebooks of every site by k-means of its queries and keys in some batches.
+
+        Raises:
+            ConfigError: no batch, or fewer vectors than codewords.
+        """
+        try:
+            for _, child in self._children:
+                child.collected = []
+            for _ in run_batches(self._model, self._runtime, batches):
+                pass
+            for _, child in self._children:
+                child.init_codebooks()
+        finally:
+            for _, child in self._children:
+                child.collected = None
+
+    def undo(self) -> None:
+        """Take the children out, and let the model's configurations name what they did before."""
+        for module, child in self._children:
+            if module._modules.get(registry.CHILD) is child:
+                delattr(module, registry.CHILD)
+        registry.direct_back(self._redirected)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the codebooks of every site and the forwards so far; empty before calibration."""
+        if not all(child.is_calibrated for _, child in self._children):
+            return {}
+        books = {f"{child.name}.codebooks": child.codebooks for _, child in self._children}
+        return {**books, "num_forwards": torch.tensor(self.num_forwards)}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take codebooks on, so that a resumed run moves them in step.
+
+        Raises:
+            ConfigError: codebooks of other sites, of another shape, or with numbers that are not
+                finite.
+        """
+        names = {f"{child.name}.codebooks": child for _, child in self._children}
+        wrong = set(state) ^ {*names, "num_forwards"} if state else set[str]()
+        if wrong:
+            raise ConfigError(
+                f"SPTAttention: state must hold the codebooks of {len(names)} sites, got one that "
+                f"differs in {min(wrong)!r}; load onto the base model that was saved from"
+            )
+        for name, child in names.items():
+            child.is_calibrated = False
+            if state:
+                child.load_codebooks(state[name])
+        self.num_forwards = int(state.get("num_forwards", 0))
+
+
+def _shape(site: Site, config: SPTAttention) -> tuple[int, int, int, int]:
+    """Return the shape of a site's codebooks: key heads, subspaces, codewords, their width."""
+    head_width = registry.head_width(site.module)
+    assert head_width is not None, site.name
+    key: Any = site.children["key"].module if "key" in site.children else None
+    module: Any = site.module
+    num_key_heads = module.num_heads if key is None else key.out_features // head_width
+    width = config.subspace_width
+    return int(num_key_heads), head_width // width, config.num_codewords, width
+
+
+def check(site: Site, config: SPTAttention) -> str | None:
+    """Say why a site cannot be sparse, or None."""
+    reason, width = registry.refusal(site.module), registry.head_width(site.module)
+    if reason is not None or width is None:
+        return reason
+    if width % config.subspace_width:
+        divisors = ", ".join(str(w) for w in range(1, width + 1) if width % w == 0)
+        return (
+            f"subspace_width must divide the head width {width}, got {config.subspace_width}; "
+            f"give one of {divisors}"
+        )
+    return None

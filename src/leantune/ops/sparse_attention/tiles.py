@@ -1,0 +1,182 @@
+"""How attention over chosen keys is cut into tiles, so that transient memory stays bounded.
+
+Legend: b batch, h query heads, hk key heads, n queries, m keys, d width; a tile holds p pairs of a
+batch and a key head, x queries (the query heads of one key head times some rows) and y keys.
+
+The chosen keys are a plain tensor of bits, (b, h, n, ceil(m / 8)) uint8: bit j % 8 of byte j // 8
+is set where key j is chosen.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from leantune.ops.backend import by_device
+
+# Numbers in one transient tensor; a GPU wants larger products.
+_TILE_NUMBERS = 2**19
+_TILE_NUMBERS_GPU = 2**24
+
+
+def tile_numbers(x: Tensor) -> int:
+    """Return how many numbers a transient tensor may hold on the device of ``x``."""
+    return by_device(x, cpu=_TILE_NUMBERS, gpu=_TILE_NUMBERS_GPU)
+
+
+def slices(num: int, step: int) -> list[slice]:
+    """Cut ``num`` items into slices of ``step`` items, of one item where step is below 1."""
+    step = max(1, step)
+    return [slice(start, min(start + step, num)) for start in range(0, num, step)]
+
+
+def pack_bits(keep: Tensor) -> Tensor:
+    """Return one bit per entry of ``keep`` (..., m) bool: (..., ceil(m / 8)) uint8."""
+    num_bytes = -(-keep.shape[-1] // 8)
+    padded = F.pad(keep, (0, 8 * num_bytes - keep.shape[-1])).contiguous()
+    if num_bytes == 0:
+        return padded.to(torch.uint8)
+    words = padded.view(torch.int64)
+    # The product brings byte i of a word to bit 56 + i; no two of its terms share a bit.
+    return ((words * 0x0102040810204080) >> 56).bitwise_and_(0xFF).to(torch.uint8)
+
+
+def unpack_bits(bits: Tensor, num_keys: int) -> Tensor:
+    """Return the (..., num_keys) bool that ``bits`` (..., >= num_keys / 8) uint8 hold."""
+    if num_keys == 0:
+        return bits[..., :0].to(torch.bool)
+    words = bits[..., : -(-num_keys // 8)].to(torch.int64) * 0x0101010101010101
+    words &= 0x8040201008040201 - 2**64
+    return (words.view(torch.uint8) != 0)[..., :num_keys]
+
+
+class AttentionArgs(NamedTuple):
+    """The arguments of attention that are no tensors.
+
+    Attributes:
+        scale: the factor of the products.
+        dropout: the probability that a weight is dropped.
+        seed, stream: of the random key of dropout, without its counter.
+        is_causal: query i chose no key behind position ``m - n + i``.
+        block_size: this many neighbouring queries chose few different keys; or None.
+    """
+
+    scale: float
+    dropout: float
+    seed: int
+    stream: int
+    is_causal: bool
+    block_size: int | None
+
+
+class Tile(NamedTuple):
+    """Some queries and the keys that these queries read.
+
+    Attributes:
+        queries: batches, query heads and rows.
+        keys: batches, key heads and keys.
+        keep: (p, x, y) bool: which keys are chosen.
+        columns: (y,) int64: the numbers of the keys.
+    """
+
+    queries: tuple[slice, slice, slice]
+    keys: tuple[slice, slice, slice | Tensor]
+    keep: Tensor
+    columns: Tensor
+
+
+class BitmaskTiles:
+    """The tiles of one attention call whose chosen keys are bits.
+
+    Queries are tensors (b, h, n, any), keys (b, hk, m, any). A tile of either is (p, x, any) or
+    (p, y, any), which is what batched products read.
+    """
+
+    def __init__(self, q: Tensor, k: Tensor, bits: Tensor, args: AttentionArgs) -> None:
+        self.shape = q.shape[:3]
+        self.num_keys = k.shape[2]
+        self.group = q.shape[1] // k.shape[1]
+        self.bits = bits
+        self.args = args
+
+    def __iter__(self) -> Iterator[Tile]:
+        b, h, n = self.shape
+        if self.num_keys == 0:
+            return
+        if self.args.block_size is not None:
+            steps = (1, self.group, self.args.block_size)
+        else:
+            numbers, per_row = tile_numbers(self.bits), h * self.num_keys
+            steps = (numbers // (per_row * n), h, numbers // per_row)
+        for batch in slices(b, steps[0]):
+            for heads in slices(h, steps[1]):
+                for rows in slices(n, steps[2]):
+                    yield self._tile(batch, heads, rows)
+
+    def _tile(self, batch: slice, heads: slice, rows: slice) -> Tile:
+        stop = self.num_keys
+        if self.args.is_causal:
+            stop = min(stop, stop - self.shape[2] + rows.stop)
+        keep = unpack_bits(self.bits[batch, heads, rows], stop)
+        keys: slice | Tensor = slice(0, stop)
+        columns = torch.arange(stop, device=keep.device)
+        if self.args.block_size is not None:
+            keys = columns = keep.flatten(0, -2).any(0).nonzero()[:, 0]
+            keep = keep[..., keys]
+        key_heads = slice(heads.start // self.group, heads.stop // self.group)
+        return Tile((batch, heads, rows), (batch, key_heads, keys), self._flatten(keep), columns)
+
+    def _flatten(self, x: Tensor) -> Tensor:
+        """Return (b', h', x', y) as (p, x, y): the query heads of one key head stand together."""
+        return x.unflatten(1, (-1, self.group)).flatten(0, 1).flatten(1, 2)
+
+    def _unflatten(self, x: Tensor, tile: Tile) -> Tensor:
+        sizes = [s.stop - s.start for s in tile.queries]
+        return x.reshape(*sizes, x.shape[-1])
+
+    def load_queries(self, x: Tensor, tile: Tile) -> Tensor:
+        """Return a tile's part (p, x, any) of ``x`` (b, h, n, any)."""
+        return self._flatten(x[tile.queries])
+
+    def store_queries_(self, target: Tensor, tile: Tile, values: Tensor) -> None:
+        """Write values (p, x, any) to a tile's part of ``target`` (b, h, n, any)."""
+        target[tile.queries] = self._unflatten(values, tile).to(target.dtype)
+
+    def load_keys(self, x: Tensor, tile: Tile) -> Tensor:
+        """Return a tile's part (p, y, any) of ``x`` (b, hk, m, any)."""
+        return x[tile.keys[:2]][:, :, tile.keys[2]].flatten(0, 1)
+
+    def add_keys_(self, target: Tensor, tile: Tile, values: Tensor) -> None:
+        """Add values (p, y, any) to a tile's part of ``target`` (b, hk, m, any)."""
+        part = target[tile.keys[:2]]
+        values = values.view(*part.shape[:2], *values.shape[1:])
+        if isinstance(tile.keys[2], slice):
+            part[:, :, tile.keys[2]] += values
+        else:
+            part.index_add_(2, tile.keys[2], values)
+
+    def row_numbers(self, tile: Tile) -> Tensor:
+        """Return the number of each query among all of the call, (p, x, 1) int64."""
+        numbers = torch.arange(self.shape.numel(), device=self.bits.device)
+        return self._flatten(numbers.view(*self.shape, 1)[tile.queries])
+
+    def load_bias(self, bias: Tensor, tile: Tile) -> Tensor:
+        """Return a tile's part (p, x, y) of the bias (b or 1, h or 1, n or 1, m)."""
+        shape = self._unflatten(tile.keep, tile).shape
+        part = bias[_present(bias, tile)][..., tile.keys[2]]
+        return self._flatten(part.expand(shape))
+
+    def add_bias_(self, target: Tensor, tile: Tile, values: Tensor) -> None:
+        """Add values (p, x, y) to the bias, summed over the axes that the bias does not have."""
+        values = self._unflatten(values, tile)
+        repeated = [i for i in range(3) if target.shape[i] == 1 and values.shape[i] > 1]
+        values = values.sum(repeated, keepdim=True) if repeated else values
+        target[_present(target, tile)][..., tile.keys[2]] += values
+
+
+def _present(bias: Tensor, tile: Tile) -> tuple[slice, ...]:
+    """Return the slices of a tile's queries along the axes that a bias has."""
+    pairs = zip(tile.queries, bias.shape, strict=False)
+    return tuple(s if size > 1 else slice(0, 1) for s, size in pairs)

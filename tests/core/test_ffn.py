@@ -1,0 +1,351 @@
+"""The view of an FFN: one product for every kind of layer, whole and in slices, built once."""
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import leantune as lt
+from leantune.core.adapters import base_name, is_factor, is_second_factor, linears_along, unwrap
+from leantune.core.ffn import FFN, HiddenUnits, LinearView, view_ffn
+from leantune.core.linear import converted, swap
+from leantune.core.runtime import Runtime
+from leantune.errors import ConfigError, UnsupportedError
+from leantune.ops.random import RandomKey
+from leantune.ops.rows import KeptRows, OuterProduct
+
+# peft asks transformers for a name that transformers is about to drop.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
+D, F = 4, 6
+
+
+class AllRows:
+    """Keeps every row, and counts how often it was asked."""
+
+    num_kept = 0
+
+    def keep(self, x: Tensor, source: Tensor, key: RandomKey) -> tuple[KeptRows, Any]:
+        self.num_kept += 1
+        return KeptRows(x), None
+
+    def outer_product(self, kept: KeptRows, note: Any, grad_output: Tensor) -> OuterProduct:
+        return OuterProduct(grad_output, kept.rows.flatten(0, -2))
+
+    def nbytes(self, shape: torch.Size, dtype: torch.dtype) -> int:
+        return shape.numel() * dtype.itemsize
+
+
+class Whole:
+    """Trains a copy of the weight instead of the weight."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.parameter = nn.Parameter(weight.detach().clone())
+
+    def project(self, rows: Tensor) -> Tensor:
+        return rows
+
+    def grad(self, outer: OuterProduct) -> Tensor:
+        return outer.dense()
+
+
+def conv1d(d_in: int, d_out: int) -> nn.Module:
+    from transformers.pytorch_utils import Conv1D
+
+    layer = Conv1D(d_out, d_in)
+    nn.init.normal_(layer.bias)
+    return layer
+
+
+class Parts(nn.Module):
+    """An FFN's modules under one roof."""
+
+    def __init__(self, modules: dict[str, nn.Module]) -> None:
+        super().__init__()
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if "gate" not in self._modules:
+            return self.down(self.activation(self.up(x)))
+        return self.down(self.activation(self.gate(x)) * self.up(x))
+
+    def view(self, before: FFN | None = None) -> FFN:
+        return view_ffn(dict(self.named_children()), before)
+
+
+def parts(kind: str, dtype: torch.dtype = torch.float64) -> Parts:
+    build: Callable[..., nn.Module] = conv1d if "conv1d" in kind else nn.Linear
+    modules = {"up": build(D, F), "down": build(F, D), "activation": nn.SiLU()}
+    if "gated" in kind:
+        modules["gate"] = build(D, F)
+    ffn = Parts(modules).to(dtype)
+    if "lora" in kind:
+        linears = [n for n, m in ffn.named_children() if hasattr(m, "weight")]
+        lt.apply(ffn, lt.LoRA(rank=2, alpha=5.0, sites=linears))
+        for name, parameter in ffn.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter)
+    if "converted" in kind:
+        runtime = Runtime(ffn, 0)
+        for name, module in list(ffn.named_modules()):
+            if name and not list(module.children()) and hasattr(module, "weight"):
+                swap(ffn, name, converted(module, runtime, rows=AllRows()))
+    return ffn
+
+
+KINDS = ("plain", "gated", "conv1d", "lora", "gated lora", "conv1d lora", "gated lora converted")
+
+
+def by_slices(ffn: FFN, x: Tensor, num: int) -> Tensor:
+    low = ffn.project(x)
+    outputs = [piece.run(x, low) for piece in ffn.slices(num)]
+    y, *rest = [sum(part) for part in zip(*outputs, strict=True)]
+    return ffn.finish(y, rest)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_slices_make_up_the_ffn(kind: str) -> None:
+    ffn = parts(kind)
+    x = torch.randn(7, D, dtype=torch.float64)
+    wanted = ffn(x)
+    torch.testing.assert_close(by_slices(ffn.view(), x, 3), wanted)
+    view = ffn.view()
+    torch.testing.assert_close(view.output(view.hidden(x)), wanted)
+    # The control: a slice is missing.
+    low = view.project(x)
+    first, *rest = view.slices(3)[0].run(x, low)
+    assert not torch.allclose(view.finish(first, rest), wanted)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scales_of_slices_multiply_their_hidden_units(kind: str) -> None:
+    ffn = parts(kind).view()
+    x, scale = torch.randn(7, D, dtype=torch.float64), torch.rand(7, 3, dtype=torch.float64)
+    low = ffn.project(x)
+    outputs = [s.run(x, low, scale[:, g : g + 1]) for g, s in enumerate(ffn.slices(3))]
+    y, *rest = [sum(part) for part in zip(*outputs, strict=True)]
+    torch.testing.assert_close(ffn.finish(y, rest), ffn.output(ffn.hidden(x), scale))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_views_share_memory_with_the_parameters(kind: str) -> None:
+    ffn = parts(kind)
+    held = {p.untyped_storage().data_ptr() for p in ffn.parameters()}
+    for piece in (*ffn.view().slices(2), ffn.view().stacked(2)):
+        for part in piece.parts:
+            assert all(view.weight.untyped_storage().data_ptr() in held for view in part)
+    stacked = ffn.view().stacked(2)
+    for i, piece in enumerate(ffn.view().slices(2)):
+        for one, all_of_it in zip(piece.parts, stacked.parts, strict=True):
+            for a, b in zip(one, all_of_it, strict=True):
+                assert torch.equal(a.weight, b.weight[i])
+                assert a.bias is b.bias is None or torch.equal(a.bias, b.bias[i])
+
+
+@pytest.mark.parametrize("kind", ["gated lora", "lora"])
+def test_gradients_of_a_slice(kind: str) -> None:
+    ffn = parts(kind)
+    names = [n for n, p in ffn.named_parameters() if p.requires_grad]
+    assert any("lora_A" in n for n in names) and any("lora_B" in n for n in names)
+
+    def run(x: Tensor, scale: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+        with torch.nn.utils.stateless._reparametrize_module(
+            ffn, dict(zip(names, values, strict=True))
+        ):
+            view = ffn.view()
+            return tuple(view.slices(3)[1].run(x, view.project(x), scale))
+
+    x = torch.randn(2, D, dtype=torch.float64, requires_grad=True)
+    scale = torch.rand(2, 1, dtype=torch.float64, requires_grad=True)
+    values = [ffn.get_parameter(n).detach().clone().requires_grad_() for n in names]
+    assert torch.autograd.gradcheck(run, (x, scale, *values))
+
+
+def test_products_go_through_the_row_policy_in_training_alone() -> None:
+    policy = AllRows()
+    ffn = parts("plain", torch.float32)
+    ffn.up = converted(ffn.up, Runtime(ffn, 0), rows=policy)
+    x = torch.randn(5, D)
+    assert ffn.view().is_sampled
+    view = LinearView.of(ffn.up).chunk(0, 2)[0]
+    view.multiply(x).sum().backward()
+    assert policy.num_kept == 1
+    grad = ffn.up.weight.grad
+    assert isinstance(grad, Tensor) and (grad[3:] == 0).all()
+    torch.testing.assert_close(grad[:3], x.sum(0).expand(3, D))
+    with ffn.up.runtime.exact():
+        view.multiply(x)
+    with torch.no_grad():
+        view.multiply(x)
+    ffn.eval()
+    view.multiply(x)
+    assert policy.num_kept == 1 and not ffn.view().is_sampled
+
+
+def test_view_is_built_once_until_something_changes() -> None:
+    ffn = parts("gated lora", torch.float32)
+    x = torch.randn(5, D)
+    view = ffn.view()
+
+    def is_kept() -> bool:
+        """Ask for the view again; whether or not it is the same one, it must be right."""
+        nonlocal view
+        now = ffn.view(view)
+        torch.testing.assert_close(by_slices(now, x, 2), ffn(x))
+        kept, view = now is view, now
+        return kept
+
+    assert is_kept()
+    ffn.eval()
+    assert is_kept()
+    ffn.train()
+    # Sharding replaces parameter objects before and after each forward.
+    ffn.up.base_layer.weight = nn.Parameter(torch.randn(F, D))
+    ffn.up.lora_A["default"].weight = nn.Parameter(torch.randn(2, D))
+    assert is_kept()
+    changes: list[tuple[Callable[[], Any], bool]] = [
+        (lambda: ffn.up.enable_adapters(False), True),
+        (lambda: ffn.up.enable_adapters(True), True),
+        (lambda: ffn.down.merge(), True),
+        (lambda: ffn.down.unmerge(), True),
+        (lambda: ffn.gate.set_scale("default", 3.0), True),
+        (lambda: ffn.up.update_layer("more", 3, 4, config=lora_config()), False),
+        (lambda: ffn.up.set_adapter("more"), True),
+        (lambda: ffn.up.set_adapter(["default", "more"]), True),
+        (lambda: swap_in(ffn, "up.lora_A.default"), True),
+        (lambda: swap_in(ffn, "gate.base_layer"), True),
+        (lambda: setattr(ffn, "activation", nn.ReLU()), True),
+    ]
+    for change, is_new in changes:
+        change()
+        assert is_kept() != is_new
+        assert is_kept()
+
+
+def lora_config() -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(r=3, lora_alpha=4)
+
+
+def swap_in(ffn: Parts, name: str) -> None:
+    swap(ffn, name, converted(ffn.get_submodule(name), Runtime(ffn, 0), rows=AllRows()))
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda t: pickle.loads(pickle.dumps(t))])
+def test_copies_have_views_of_their_own(how: Callable[[Any], Any]) -> None:
+    ffn = parts("gated lora converted", torch.float32)
+    ffn.cached = ffn.view()
+    other = how(ffn)
+    assert other.view(other.cached) is other.cached
+    assert other.view(ffn.cached) is not ffn.cached
+    with torch.no_grad():
+        other.up.base_layer.weight.zero_()
+    x = torch.randn(5, D)
+    torch.testing.assert_close(by_slices(other.cached, x, 2), other(x))
+    assert not torch.allclose(other(x), ffn(x))
+
+
+def test_merged_adapter_that_is_switched_off_is_taken_out() -> None:
+    ffn = parts("lora", torch.float32)
+    x = torch.randn(5, D)
+    base = ffn.up.base_layer(x)
+    ffn.up.merge()
+    assert unwrap(ffn.up).adapters == ()
+    ffn.up.enable_adapters(False)
+    assert not torch.allclose(ffn.up.base_layer(x), base)
+    view = LinearView.of(unwrap(ffn.up).linear)
+    torch.testing.assert_close(view.multiply(x), base)
+
+
+@pytest.mark.parametrize("kind", ["lora", "conv1d lora"])
+def test_linears_that_belong_to_features(kind: str) -> None:
+    """Of merged and disabled adapters as well: they come back."""
+    layer = parts(kind).up
+    layer.merge()
+    layer.enable_adapters(False)
+    for dim, names in (
+        (0, ["base_layer.", "lora_B.default."]),
+        (1, ["base_layer.", "lora_A.default."]),
+    ):
+        found = dict(linears_along(layer, dim))
+        assert list(found) == names
+        assert all(m is layer.get_submodule(n.rstrip(".")) for n, m in found.items())
+    assert dict(linears_along(layer.base_layer, 0)) == {"": layer.base_layer}
+
+
+def test_names_of_factors() -> None:
+    model = nn.Module()
+    model.mlp = parts("gated lora")
+    names = [n for n, _ in model.named_modules() if n]
+    assert {base_name(n) for n in names if is_factor(n)} == {
+        f"mlp.{p}" for p in ("up", "gate", "down")
+    }
+    assert [n for n in names if is_second_factor(n)] == [
+        n for n in names if n.endswith("lora_B.default")
+    ]
+    assert base_name("mlp.up.base_layer") == base_name("mlp.up") == "mlp.up"
+    assert not is_factor("mlp.up.base_layer") and not is_factor("mlp.up.lora_A")
+
+
+def test_what_trains_something_else_is_not_divisible() -> None:
+    ffn = parts("plain")
+    assert ffn.view().is_divisible
+    ffn.up = converted(ffn.up, Runtime(ffn, 0), subspace=Whole(ffn.up.weight))
+    assert not ffn.view().is_divisible
+
+
+def test_other_modules_are_refused() -> None:
+    class Special(nn.Linear):
+        pass
+
+    for module in (Special(D, F), nn.ReLU()):
+        ffn = parts("plain")
+        ffn.up = module
+        with pytest.raises(UnsupportedError, match=r"linear must be nn\.Linear, Conv1D or a LoRA"):
+            ffn.view()
+    ffn.up = nn.Module()
+    ffn.up.base_layer = nn.Linear(D, F)
+    with pytest.raises(UnsupportedError, match=r"adapter must be plain LoRA, got .*Module"):
+        ffn.view()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_order_of_hidden_units_is_the_same_function(kind: str) -> None:
+    ffn = parts(kind)
+    linears = {part: part for part in ffn.view().linears}
+    x = torch.randn(5, D, dtype=torch.float64)
+    wanted, before = ffn(x), {n: p.clone() for n, p in ffn.named_parameters()}
+    saved = {n: p.clone() for n, p in ffn.state_dict().items()}
+    units = HiddenUnits(ffn, ffn, linears)
+    order = torch.randperm(F)
+    units.reorder(order)
+    torch.testing.assert_close(ffn(x), wanted)
+    assert not torch.equal(
+        unwrap(ffn.up).linear.weight,
+        before["up.base_layer.weight" if "lora" in kind else "up.weight"],
+    )
+    # Files keep the original order, and load in it.
+    state = ffn.state_dict()
+    assert torch.equal(state.pop("permutation"), order)
+    assert all(torch.equal(state[n], saved[n]) for n in saved) and state.keys() == saved.keys()
+    ffn.load_state_dict({n: 2 * p for n, p in saved.items()}, strict=False)
+    units.load(torch.arange(F))
+    assert all(torch.equal(p, 2 * before[n]) for n, p in ffn.named_parameters())
+    with pytest.raises(ConfigError, match="permutation must be an order of 6 hidden units"):
+        units.load(torch.zeros(F, dtype=torch.int64))
+
+
+def test_shared_weight_cannot_be_reordered() -> None:
+    ffn = parts("plain")
+    model = nn.Module()
+    model.one, model.two = ffn, copy.copy(ffn)
+    with pytest.raises(
+        UnsupportedError, match=r"no weight is shared, got one\.up\.weight tied to two\.up"
+    ):
+        HiddenUnits(model, ffn, {"up": "up", "down": "down"})
