@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from bench import rows
 from bench.models import batches, glue, minilm
-from leantune.core.sites import find_sites
+from leantune.core.discovery import find_sites
 from leantune.methods.sparse_grad import maths
 
 RESULT = "sparse_grad_energy"
@@ -35,7 +35,7 @@ def main(num_calibration: int = 30, num_held_out: int = 6, num_steps: int = 100)
         return [{k: v for k, v in next(stream).items() if k != "sample_id"} for _ in range(n)]
 
     calibration, held_out = take(num_calibration), take(num_held_out)
-    linears = {s.name: s for s in find_sites(model) if s.part in ("up", "gate", "down")}
+    linears = {s.name: s for s in find_sites(model) if s.part in ("mlp.up", "mlp.gate", "mlp.down")}
     bases = _bases(model, linears, calibration)
     found = [_row(0, _shares(model, linears, held_out, bases))]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0)
@@ -76,7 +76,7 @@ def _bases(
             if key not in grams:
                 d_out, d_in = grad.shape
                 grams[key] = torch.zeros(d_out, d_out), torch.zeros(d_in, d_in)
-            maths.accumulate_grams(*grams[key], grad, normalize=False)
+            maths.accumulate_grams(*grams[key], grad)
     found = {key: (maths.basis(out), maths.basis(inn)) for key, (out, inn) in grams.items()}
     random: dict[str, Pair] = {}
     for key, pair in found.items():
@@ -104,6 +104,14 @@ def _shares(
     sums: dict[str, list[float]] = {name: [] for name in bases}
     for layer, grad in _gradients(model, linears, shown):
         for name, pairs in bases.items():
-            share = maths.energy_share(maths.rotate(grad, *pairs[layer]), DENSITY)
+            share = _energy_share(maths.rotate(grad, *pairs[layer]), DENSITY)
             sums[name].append(share.item())
     return {name: sum(values) / len(values) for name, values in sums.items()}
+
+
+def _energy_share(matrix: Tensor, density: float) -> Tensor:
+    """Return the share of the squared Frobenius norm that the largest entries hold, a () tensor."""
+    # The ratio to the largest entry: squares neither overflow nor vanish.
+    energy = (matrix / matrix.abs().amax()).square().flatten()
+    k = max(1, round(density * energy.numel()))
+    return energy.topk(k, sorted=False).values.sum() / energy.sum()

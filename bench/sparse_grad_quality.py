@@ -35,8 +35,7 @@ RECIPES: dict[str, Recipe] = {
     "LoRA 7": (lt.LoRA(rank=7, sites=BERT_MLP),),
     "meProp, unified 4 %": (lt.MeProp(sites=BERT_MLP),),
     "top-k of dW 1 %": (lt.MeProp(sites=BERT_MLP, variant="weight", keep_ratio=0.01),),
-    "SparseGrad, fixed": (lt.SparseGrad(),),
-    "SparseGrad, refreshed": (lt.SparseGrad(selection="refreshed", refresh_steps=50),),
+    "SparseGrad, fixed": (lt.SparseGrad(selection="fixed"),),
     "SparseGrad, block": (lt.SparseGrad(selection="block"),),
     "SparseGrad, every step": (lt.SparseGrad(selection="step"),),
     "SparseGrad, block + WTA-CRS 0.3": (

@@ -61,7 +61,7 @@ class Case:
         found: dict[str, tuple[MethodConfig, ...]] = {
             FULL: (),
             self.lora: (lt.LoRA(rank=self.lora_rank, sites=self.mlp),),
-            "SparseGrad, fixed": (lt.SparseGrad(),),
+            "SparseGrad, fixed": (lt.SparseGrad(selection="fixed"),),
             "SparseGrad, block": (block,),
             "SparseGrad, block + WTA-CRS 0.1": (block, lt.WTACRS(keep_ratio=0.1)),
             "SparseGrad, the paper's form": (lt.SparseGrad(selection="step"),),
@@ -167,7 +167,7 @@ def _measure(case: Case, device: torch.device, num_rounds: int) -> list[dict[str
         session = lt.apply(model, *methods) if methods else None
         # Beside LoRA everything else trains, too, as in the paper.
         for n, p in model.named_parameters():
-            stands_in = n.endswith((".trained", ".applied", ".refreshes"))
+            stands_in = n.endswith((".delta", ".rotated_weight", ".merged_delta"))
             if session is not None and not stands_in and not _is_mlp_weight(n):
                 p.requires_grad_(True)
         if session is not None:
@@ -176,8 +176,8 @@ def _measure(case: Case, device: torch.device, num_rounds: int) -> list[dict[str
         steps[name] = _step(model, optimizer, case.batch(device, 0))
         steps[name]()
         bytes_of[name] = _mlp_bytes(case, model, optimizer, session)
-        applied = [p for n, p in model.named_parameters() if n.endswith(".applied")]
-        copies[name] = sum(map(_num_bytes, applied)) * case.whole_layers // case.num_layers
+        merged = [p for n, p in model.named_parameters() if n.endswith(".merged_delta")]
+        copies[name] = sum(map(_num_bytes, merged)) * case.whole_layers // case.num_layers
         saved[name] = lt.ledger(model, (case.batch(device, 0),)).activations
     stats = compare_steps(steps, reference=FULL, rounds=num_rounds)
     full, lora = bytes_of[FULL], bytes_of[case.lora]
@@ -244,7 +244,9 @@ def _mlp_bytes(
     """
     per_layer = 0
     for name, p in model.named_parameters():
-        is_ours = _is_mlp_weight(name) or ".lora_" in name or name.endswith(".trained")
+        is_ours = (
+            _is_mlp_weight(name) or ".lora_" in name or name.endswith((".delta", ".rotated_weight"))
+        )
         if not is_ours or p.grad is None:
             continue
         state = optimizer.state.get(p, {})

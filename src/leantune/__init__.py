@@ -14,6 +14,7 @@ from leantune.methods import (
     LoRA,
     MeProp,
     RoutedFFN,
+    SparseGrad,
     SPTAttention,
 )
 
@@ -28,6 +29,7 @@ __all__ = [
     "SPTAttention",
     "Session",
     "SiteError",
+    "SparseGrad",
     "UnsupportedError",
     "__version__",
     "apply",

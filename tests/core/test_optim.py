@@ -1,4 +1,4 @@
-"""Optimisers for sparse gradients: paired with a dense one, and with bias corrected by entry."""
+"""A sparse Adam and another optimiser that act as one."""
 
 import copy
 
@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from leantune.core.optim import EntryAdam, PairedOptimizer, paired, refuse_dense
-from leantune.errors import ConfigError
+from leantune.core.optim import PairedOptimizer, paired
 
 # torch's own warning about its own sparse tensors.
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")
@@ -19,9 +18,9 @@ def sparse(positions: list[int], values: list[float]) -> Tensor:
     return torch.sparse_coo_tensor(at, torch.tensor(values), SHAPE, check_invariants=False)
 
 
-def pair(**options) -> tuple[nn.Parameter, nn.Parameter, torch.optim.Optimizer]:
+def pair(kind: type[torch.optim.Optimizer] = torch.optim.AdamW, **options):
     dense, thin = nn.Parameter(torch.ones(5)), nn.Parameter(torch.ones(SHAPE))
-    return dense, thin, paired(torch.optim.AdamW, [dense, thin], {thin: False}, options)
+    return dense, thin, paired(kind, [dense, thin], [thin], options)
 
 
 def set_gradients(dense: nn.Parameter, thin: nn.Parameter, seed: int) -> None:
@@ -31,12 +30,14 @@ def set_gradients(dense: nn.Parameter, thin: nn.Parameter, seed: int) -> None:
     thin.grad = sparse(picked, torch.randn(3, generator=rng).tolist())
 
 
-def test_each_part_does_what_it_does_alone() -> None:
-    dense, thin, optimizer = pair(lr=0.1, weight_decay=0.5)
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adagrad])
+def test_each_part_does_what_it_does_alone(kind: type[torch.optim.Optimizer]) -> None:
+    """Adagrad has a state before its first step."""
+    dense, thin, optimizer = pair(kind, lr=0.1, weight_decay=0.5)
     assert isinstance(optimizer, PairedOptimizer)
     alone = [nn.Parameter(p.detach().clone()) for p in (dense, thin)]
     parts = [
-        torch.optim.AdamW([alone[0]], lr=0.1, weight_decay=0.5),
+        kind([alone[0]], lr=0.1, weight_decay=0.5),
         torch.optim.SparseAdam([alone[1]], lr=0.1),
     ]
     for seed in range(4):
@@ -50,6 +51,13 @@ def test_each_part_does_what_it_does_alone() -> None:
     assert dense.grad is None and thin.grad is None
 
 
+def test_parameters_of_one_sort_need_no_pair() -> None:
+    dense, thin, _ = pair(lr=0.1)
+    assert type(paired(torch.optim.AdamW, [dense], [thin], {"lr": 0.1})) is torch.optim.AdamW
+    alone = paired(torch.optim.AdamW, [thin], [thin], {"lr": 0.1, "weight_decay": 0.5})
+    assert type(alone) is torch.optim.SparseAdam and alone.param_groups[0]["lr"] == 0.1
+
+
 def test_schedulers_reach_every_part() -> None:
     dense, thin, optimizer = pair(lr=0.1)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
@@ -57,7 +65,7 @@ def test_schedulers_reach_every_part() -> None:
         set_gradients(dense, thin, seed)
         optimizer.step()
         schedule.step()
-    rates = [g["lr"] for part in optimizer.parts for g in part.param_groups]
+    rates = [g["lr"] for part in (optimizer.sparse, optimizer.dense) for g in part.param_groups]
     assert rates == [g["lr"] for g in optimizer.param_groups] == [0.025, 0.025]
 
 
@@ -82,18 +90,19 @@ def test_a_resumed_pair_goes_on_to_the_bit(way: str) -> None:
     assert other.param_groups[1]["lr"] == 0.1
 
 
-def test_a_later_group_goes_to_the_first_part() -> None:
-    _, _, optimizer = pair(lr=0.1)
+def test_a_later_group_is_the_dense_optimizers_with_its_defaults() -> None:
+    _, _, optimizer = pair(lr=0.1, weight_decay=0.5)
     late = nn.Parameter(torch.ones(2))
     optimizer.add_param_group({"params": [late]})
-    assert [len(part.param_groups) for part in optimizer.parts] == [2, 1]
+    assert [len(part.param_groups) for part in (optimizer.sparse, optimizer.dense)] == [1, 2]
+    assert optimizer.param_groups[2]["weight_decay"] == 0.5
     late.grad = torch.ones(2)
     optimizer.step()
     assert (late < 1).all()
     fresh = pair(lr=0.1)[2]
     fresh.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
     fresh.load_state_dict(optimizer.state_dict())
-    assert fresh.parts[0].param_groups[1]["params"][0] in fresh.state
+    assert fresh.dense.param_groups[1]["params"][0] in fresh.state
 
 
 def test_closure_is_evaluated_once() -> None:
@@ -106,37 +115,3 @@ def test_closure_is_evaluated_once() -> None:
         return 3.0
 
     assert optimizer.step(closure) == 3.0 and len(calls) == 1
-
-
-@pytest.mark.parametrize(("kind", "is_right"), [(EntryAdam, True), (torch.optim.SparseAdam, False)])
-def test_a_late_first_step_is_one_learning_rate(kind, is_right: bool) -> None:
-    """torch's sparse Adam, the control, moves an entry first met late by up to 3.16 rates."""
-    p = nn.Parameter(torch.zeros(SHAPE))
-    optimizer = kind([p], lr=0.1)
-    for _ in range(500):
-        p.grad = sparse([0], [1.0])
-        optimizer.step()
-    p.grad = sparse([7], [-2.0])
-    optimizer.step()
-    moved = float(p.detach().flatten()[7])
-    assert (abs(moved - 0.1) < 1e-6) is is_right
-    assert is_right or moved == pytest.approx(0.199, abs=0.001)
-
-
-def test_entries_met_at_every_step_move_as_under_adam() -> None:
-    p, q = (nn.Parameter(torch.ones(SHAPE)) for _ in range(2))
-    ours, theirs = EntryAdam([p], lr=0.1), torch.optim.Adam([q], lr=0.1)
-    for seed in range(5):
-        q.grad = torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed))
-        p.grad = sparse(list(range(12)), q.grad.flatten().tolist())
-        ours.step()
-        theirs.step()
-    torch.testing.assert_close(p, q)
-
-
-def test_a_dense_optimizer_over_sparse_gradients_is_refused() -> None:
-    dense, thin, optimizer = pair(lr=0.1)
-    refuse_dense(optimizer, {thin: False})
-    refuse_dense(torch.optim.Adam([dense]), {thin: False})
-    with pytest.raises(ConfigError, match=r"got Adam over 1 .*session\.optimizer\(torch\.o"):
-        refuse_dense(torch.optim.Adam([dense, thin]), {thin: False})

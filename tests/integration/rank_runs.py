@@ -12,9 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import leantune as lt
 from leantune.core.config import MethodConfig
-from leantune.core.ranks import is_sharded, rank, whole
-from leantune.methods.sparse_grad import layer as layer_module
-from leantune.methods.sparse_grad.conversion import Conversion
+from leantune.core.distributed import full_tensor, is_sharded, rank
+from leantune.methods.sparse_grad.conversion import SparseGradConversion
 from leantune.methods.spt_attention import attention as attention_module
 
 NUM_STEPS = 5
@@ -71,7 +70,6 @@ def sparse_grad(
     calibrates: str = "before",
     rows: str = "same",
     dropout: float = 0.0,
-    is_summed: bool = True,
     end: str | None = None,
     optimizer_options: dict[str, Any] | None = None,
     num_micro_batches: int = 1,
@@ -83,12 +81,11 @@ def sparse_grad(
         how: None, "ddp", "fsdp" or "fsdp root".
         calibrates: "before" or "after" the model is wrapped.
         rows: what each process is shown: the "same" batches or its "own" part of them.
-        is_summed: False leaves out the sum of scores over ranks, the control.
         end: "merge" or "remove" before the values are read.
     """
     model = dropped_out(MODELS[kind].build().double(), dropout)
     torch.manual_seed(1000 + rank())
-    fields = {"density": 0.1, "refresh_steps": 2, "num_calibration_steps": 2, **options}
+    fields = {"density": 0.1, "num_calibration_batches": 2, **options}
     session = lt.apply(model, lt.SparseGrad(selection=selection, **fields), seed=3)
     shown = [batch(kind, seed) for seed in (100, 101)]
     shown = shown if rows == "same" else [part(b) for b in shown]
@@ -97,16 +94,11 @@ def sparse_grad(
     wrapped = wrap(model, kind, how)
     if calibrates == "after":
         session.calibrate(shown)
-    (change,) = session.changes
-    assert isinstance(change, Conversion)
-    layers = change.layers
+    (change,) = session.conversions
+    assert isinstance(change, SparseGradConversion)
     # A whole weight that the old module kept would undo what sharding saves.
     assert how != "fsdp" or all(is_sharded(swap.old.weight) for swap in change.swaps)
-    first = [None if n.indices is None else n.indices.clone() for n in layers]
     optimizer = session.optimizer(torch.optim.AdamW, lr=0.02, **(optimizer_options or {}))
-    before = layer_module.sum_over_ranks
-    if not is_summed:
-        layer_module.sum_over_ranks = lambda tensor: tensor
     for step in range(NUM_STEPS):
         for i in range(num_micro_batches):
             loss = wrapped(**part(batch(kind, num_micro_batches * step + i))).loss
@@ -114,14 +106,12 @@ def sparse_grad(
         optimizer.step()
         optimizer.zero_grad()
         session.on_step()
-    layer_module.sum_over_ranks = before
     named = dict(model.named_parameters())
     return {
-        "bases": [n.bases.q_out for n in layers],
-        "first": first,
-        "masks": [n.indices for n in layers],
+        "bases": [rule.bases.q_out for rule in change.rules],
+        "masks": [rule.indices for rule in change.rules],
         "moments": {
-            f"{name}:{key}": whole(value).detach()
+            f"{name}:{key}": full_tensor(value).detach()
             for name, p in named.items()
             for key, value in optimizer.state.get(p, {}).items()
         },
@@ -133,7 +123,7 @@ def values(session: lt.Session, end: str | None = None) -> dict[str, Tensor]:
     """Return the model's whole state, after ``session.merge()`` or ``remove()`` if ``end`` says."""
     if end is not None:
         getattr(session, end)()
-    return {n: whole(v).detach().clone() for n, v in session.model.state_dict().items()}
+    return {n: full_tensor(v).detach().clone() for n, v in session.model.state_dict().items()}
 
 
 def calibrated_start(
@@ -180,10 +170,10 @@ def sharded_order() -> dict[str, dict[str, Tensor]]:
     session.calibrate([batch("llama", 100)])
     shard(model, "llama")
     session.load_state_dict(first)
-    before = {n: whole(p).detach().clone() for n, p in model.named_parameters()}
+    before = {n: full_tensor(p).detach().clone() for n, p in model.named_parameters()}
     state = model.state_dict()
     model.load_state_dict(state)
-    after = {n: whole(p).detach() for n, p in model.named_parameters()}
+    after = {n: full_tensor(p).detach() for n, p in model.named_parameters()}
     return {"state": values(session), "before": before, "after": after}
 
 

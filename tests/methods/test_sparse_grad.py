@@ -13,30 +13,19 @@ from stats import mean_check
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import BertConfig, BertForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
 import leantune as lt
 from leantune.errors import ConfigError, SiteError
-from leantune.methods.sparse_grad import layer as layer_module
-from leantune.methods.sparse_grad.conversion import Conversion
-from leantune.methods.sparse_grad.layer import Layer
-from leantune.ops.stores import Factors
+from leantune.methods.sparse_grad.conversion import SparseGradConversion
+from leantune.methods.sparse_grad.subspace import Collect, SubspaceRule
 
 # torch's own warning about its own sparse tensors.
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")
 
 D_OUT, D_IN, NUM_ROWS = 24, 16, 10
-SELECTIONS = ["fixed", "refreshed", "block", "step"]
-DENSE = ["fixed", "refreshed", "block"]
-SMALL_BERT = BertConfig(
-    vocab_size=99,
-    hidden_size=16,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    intermediate_size=32,
-    max_position_embeddings=32,
-)
+SELECTIONS = ["block", "fixed", "step"]
+DENSE = ["block", "fixed"]
 
 
 class One(nn.Module):
@@ -72,9 +61,13 @@ def convert(model: nn.Module, **options) -> lt.Session:
     return session
 
 
-def layer_of(session: lt.Session, at: int = 0) -> Layer:
-    (change,) = (c for c in session.changes if isinstance(c, Conversion))
-    return change.layers[at]
+def conversion_of(session: lt.Session) -> SparseGradConversion:
+    (conversion,) = (c for c in session.conversions if isinstance(c, SparseGradConversion))
+    return conversion
+
+
+def rule_of(session: lt.Session, at: int = 0) -> SubspaceRule:
+    return conversion_of(session).rules[at]
 
 
 def dense_weight(model: One) -> Tensor:
@@ -101,13 +94,13 @@ def test_at_full_density_everything_is_the_plain_linears(selection: str, conv: b
     model = build(conv=conv)
     x = rows(1)
     plain = build(conv=conv)(x).detach()
-    layer = layer_of(convert(model, selection=selection, density=1.0))
+    rule = rule_of(convert(model, selection=selection, density=1.0))
     loss = model(x)
     assert abs(float(loss.detach() - plain)) < 1e-11 * float(plain)
     loss.backward()
     wanted = dense_gradient(conv, x)
-    q_out, q_in = layer.bases.q_out, layer.bases.q_in
-    grad = layer.module.trained.grad.to_dense().view(D_OUT, D_IN)
+    q_out, q_in = rule.bases.q_out, rule.bases.q_in
+    grad = rule.parameter.grad.to_dense().view(D_OUT, D_IN)
     torch.testing.assert_close(q_out @ grad @ q_in.t(), wanted["up.weight"], rtol=1e-9, atol=1e-11)
     assert not torch.allclose(q_out @ grad @ q_in, wanted["up.weight"]), "the transposed basis"
     for name in ("first.weight", "first.bias", "up.bias"):
@@ -117,51 +110,18 @@ def test_at_full_density_everything_is_the_plain_linears(selection: str, conv: b
 
 
 @pytest.mark.parametrize("selection", SELECTIONS)
-def test_rows_without_a_gradient_can_be_skipped(
-    selection: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Padding has none; in the last block of a classifier only the first token has one."""
-    left: list[int] = []
-    skipping = layer_module._without_zero_rows
-
-    def counted(factors: Factors) -> Factors:
-        kept = skipping(factors)
-        left.append(len(kept.left))
-        return kept
-
-    monkeypatch.setattr(layer_module, "_without_zero_rows", counted)
-    mask = torch.arange(12) < torch.tensor([[5], [9]])
-    ids = torch.arange(24).view(2, 12)
-    batch = {"input_ids": ids, "attention_mask": mask.long(), "labels": torch.tensor([0, 1])}
-    grads: list[list[Tensor]] = []
-    for skip in (False, True):
-        torch.manual_seed(0)
-        model = BertForSequenceClassification(SMALL_BERT).double()
-        config = lt.SparseGrad(selection=selection, density=0.1, skip_zero_rows=skip)
-        session = lt.apply(model, config)
-        session.calibrate([batch])
-        torch.manual_seed(1)  # dropout
-        model(**batch).loss.backward()
-        (change,) = (c for c in session.changes if isinstance(c, Conversion))
-        grads.append([n.module.trained.grad.to_dense() for n in change.layers])
-    assert left == [2, 2, 14, 14]  # down and up of the last block, then of the first
-    for ours, wanted in zip(*grads, strict=True):
-        torch.testing.assert_close(ours, wanted, rtol=1e-10, atol=1e-14)
-
-
-@pytest.mark.parametrize("selection", SELECTIONS)
 @pytest.mark.parametrize("shape", [(), (3,), (2, 3), (2, 1, 3)])
 def test_any_number_of_leading_dimensions(selection: str, shape: tuple[int, ...]) -> None:
     model = build(bias=False)
-    layer = layer_of(convert(model, selection=selection))
+    rule = rule_of(convert(model, selection=selection))
     x = rows(1, *shape) if shape else rows(1, 1)[0]
     model(x).backward()
     one_by_one = build(bias=False)
-    other = layer_of(convert(one_by_one, selection=selection, density=1.0 if not shape else 0.1))
+    other = rule_of(convert(one_by_one, selection=selection, density=1.0 if not shape else 0.1))
     flat = x.reshape(-1, D_IN)
     one_by_one(flat).backward()
     if shape:
-        got, wanted = (n.module.trained.grad.to_dense() for n in (layer, other))
+        got, wanted = (n.parameter.grad.to_dense() for n in (rule, other))
         torch.testing.assert_close(got, wanted)
     assert model.up.bias is None
 
@@ -169,29 +129,30 @@ def test_any_number_of_leading_dimensions(selection: str, shape: tuple[int, ...]
 @pytest.mark.parametrize("selection", DENSE)
 def test_selected_entries_are_the_oracles(selection: str) -> None:
     model = build()
-    session = convert(model, selection=selection, num_outliers=5 if selection == "block" else 0)
-    layer, x = layer_of(session), rows(1)
+    session = convert(model, selection=selection)
+    rule, x = rule_of(session), rows(1)
     model(x).backward()
     y = (x @ model.first.weight.t() + model.first.bias).detach()
     grad_output = 2 * WEIGHTS * (y @ model.up.weight.t() + model.up.bias).detach()
-    chosen = layer.indices.tolist()
-    q_out, q_in = layer.bases.q_out.numpy(), layer.bases.q_in.numpy()
+    q_out, q_in = rule.bases.q_out.numpy(), rule.bases.q_in.numpy()
+    is_block = selection == "block"
+    chosen = list(range(q_out.shape[1] * q_in.shape[1])) if is_block else rule.indices.tolist()
     wanted = oracle.selected_gradient(y.numpy(), grad_output.numpy(), q_out, q_in, chosen)
-    got = layer.module.trained.grad.numpy()
-    assert got.shape == (layer.num_entries,) == (len(chosen),)
+    got = rule.parameter.grad.flatten().numpy()
+    assert got.shape == (len(chosen),) == ((5 * 8,) if is_block else (rule.num_entries,))
     assert np.linalg.norm(got - wanted) < 1e-12 * np.linalg.norm(wanted)
     assert np.linalg.norm(got * 1.01 - wanted) > 1e-12 * np.linalg.norm(wanted)
 
 
 def test_each_step_sends_exactly_the_largest_entries() -> None:
     model = build()
-    layer = layer_of(convert(model, selection="step", num_entries=7))
+    rule = rule_of(convert(model, selection="step", density=7 / 384))
     x = rows(1)
     model(x).backward()
-    assert layer.module.trained.grad.is_sparse and layer.module.trained.grad._nnz() == 7
-    grad = layer.module.trained.grad.coalesce()
+    assert rule.parameter.grad.is_sparse and rule.parameter.grad._nnz() == 7
+    grad = rule.parameter.grad.coalesce()
     dense = dense_gradient(False, x)["up.weight"]
-    rotated = oracle.rotate(dense.numpy(), layer.bases.q_out.numpy(), layer.bases.q_in.numpy())
+    rotated = oracle.rotate(dense.numpy(), rule.bases.q_out.numpy(), rule.bases.q_in.numpy())
     kept = oracle.top_entries(rotated, 7)
     at = grad.indices()
     assert (at[0] * D_IN + at[1]).tolist() == kept
@@ -201,24 +162,24 @@ def test_each_step_sends_exactly_the_largest_entries() -> None:
 @pytest.mark.parametrize("selection", DENSE)
 def test_micro_batches_add_up(selection: str) -> None:
     model = build()
-    layer = layer_of(convert(model, selection=selection))
+    rule = rule_of(convert(model, selection=selection))
     model(rows(1, 6)).backward()
-    whole = layer.module.trained.grad.clone()
+    whole = rule.parameter.grad.clone()
     model.zero_grad()
     for half in rows(1, 6).split(3):
         model(half).backward()
-    torch.testing.assert_close(layer.module.trained.grad, whole)
+    torch.testing.assert_close(rule.parameter.grad, whole)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("selection", DENSE)
 def test_autocast_errs_no_more_than_the_plain_linear(selection: str, dtype: torch.dtype) -> None:
     model = build()
-    layer = layer_of(convert(model, selection=selection))
+    rule = rule_of(convert(model, selection=selection))
     model.float()
     x = rows(1).float()
     exact = build()
-    q_out, q_in = (q.double() for q in (layer.bases.q_out, layer.bases.q_in))
+    q_out, q_in = (q.double() for q in (rule.bases.q_out, rule.bases.q_in))
     plain = build().float()
     with torch.autocast("cpu", dtype=dtype):
         losses = [m(x) for m in (model, plain)]
@@ -228,10 +189,10 @@ def test_autocast_errs_no_more_than_the_plain_linear(selection: str, dtype: torc
 
     def picked(dense: Tensor) -> Tensor:
         flat = (q_out.t() @ dense.double() @ q_in).flatten()
-        return flat if layer.indices is None else flat[layer.indices]
+        return flat if rule.indices is None else flat[rule.indices]
 
     wanted = picked(exact.up.weight.grad)
-    got = layer.module.trained.grad.flatten()
+    got = rule.parameter.grad.flatten()
     bound = 2 * (picked(plain.up.weight.grad) - wanted).norm()
     assert (got - wanted).norm() <= bound and (got * 1.1 - wanted).norm() > bound
 
@@ -261,16 +222,16 @@ def test_sgd_at_full_density_is_plain_sgd(selection: str, conv: bool) -> None:
 
 def test_a_step_moves_the_weight_along_the_selected_entries_alone() -> None:
     model = build()
-    layer = layer_of(session := convert(model))
+    rule = rule_of(session := convert(model, selection="fixed"))
     before = dense_weight(model)
     optimizer = session.optimizer(torch.optim.SGD, lr=0.1)
     model(rows(1)).backward()
-    values = layer.module.trained.grad.numpy().copy()
+    values = rule.parameter.grad.numpy().copy()
     optimizer.step()
-    q_out, q_in = layer.bases.q_out.numpy(), layer.bases.q_in.numpy()
-    change = oracle.rotate_back(layer.indices.tolist(), -0.1 * values, q_out, q_in)
+    q_out, q_in = rule.bases.q_out.numpy(), rule.bases.q_in.numpy()
+    change = oracle.rotate_back(rule.indices.tolist(), -0.1 * values, q_out, q_in)
     torch.testing.assert_close(dense_weight(model) - before, torch.from_numpy(change))
-    wrong = oracle.rotate_back(layer.indices.tolist(), -0.1 * values, q_out, q_in.T)
+    wrong = oracle.rotate_back(rule.indices.tolist(), -0.1 * values, q_out, q_in.T)
     assert not np.allclose((dense_weight(model) - before).numpy(), wrong)
 
 
@@ -289,14 +250,14 @@ def test_the_next_forward_sees_every_optimizers_step(selection: str, fused: bool
         loss = model(x)
         loss.backward()
         losses.append(loss.item())
-        trained = model.up.trained
-        version = trained._version
+        delta = rule_of(session).parameter
+        version = delta._version
         optimizer.step()
-        assert (trained._version == version) == fused
-        assert not torch.equal(trained, model.up.applied)
+        assert (delta._version == version) == fused
+        assert not torch.equal(delta, model.up.merged_delta)
     assert losses[2] < losses[1] < losses[0]
     merged = dense_weight(model)
-    assert torch.equal(trained, model.up.applied)
+    assert torch.equal(delta, model.up.merged_delta)
     session.merge()
     assert type(model.up) is nn.Linear and torch.equal(model.up.weight, merged)
 
@@ -307,20 +268,20 @@ def test_versions_are_trusted_only_once_they_have_moved_after_a_backward() -> No
     class Elsewhere(torch.Tensor):
         device = torch.device("meta")
 
-    model = build()
-    layer = layer_of(convert(model))
-    trained = torch.zeros(3).as_subclass(Elsewhere)
-    layer._seen, layer._had_backward = None, False
-    assert not layer._is_current(trained, trained)
-    assert layer._is_current(trained, trained)
-    layer._had_backward = True
-    assert not layer._is_current(trained, trained), "a fused optimiser may have written"
-    layer._had_backward = True
-    trained.add_(1)
-    assert not layer._is_current(trained, trained)
-    layer._had_backward = True
-    assert layer._is_current(trained, trained), "this optimiser counts its writes"
-    assert not layer._is_current(trained.clone(), trained), "another tensor"
+    (updater,) = conversion_of(convert(build())).updaters
+    rule = updater.rule
+    delta = torch.zeros(3).as_subclass(Elsewhere)
+    updater._num_backwards = rule.num_backwards
+    assert not updater._is_current(delta, delta)
+    assert updater._is_current(delta, delta)
+    rule.num_backwards += 1
+    assert not updater._is_current(delta, delta), "a fused optimiser may have written"
+    rule.num_backwards += 1
+    delta.add_(1)
+    assert not updater._is_current(delta, delta)
+    rule.num_backwards += 1
+    assert updater._is_current(delta, delta), "this optimiser counts its writes"
+    assert not updater._is_current(delta.clone(), delta), "another tensor"
 
 
 @pytest.mark.parametrize("selection", SELECTIONS)
@@ -374,7 +335,7 @@ def test_gradients_and_optimizer_state_have_the_size_of_the_entries() -> None:
         ("step", (16 + 8) * k, 2 * 8 * D_OUT * D_IN),
     ):
         model = build()
-        session = convert(model, selection=selection, num_entries=k)
+        session = convert(model, selection=selection, density=k / 384)
         optimizer = session.optimizer(torch.optim.AdamW, lr=0.1)
         model(rows(1)).backward()
         optimizer.step()
@@ -390,15 +351,15 @@ def test_gradients_and_optimizer_state_have_the_size_of_the_entries() -> None:
 
 def test_the_block_keeps_only_its_own_features_and_never_forms_the_gradient() -> None:
     model = build()
-    layer = layer_of(convert(model, selection="block", num_entries=24))
-    r_out, r_in = layer.block
+    rule = rule_of(convert(model, selection="block", density=1 / 16))
+    r_out, r_in = rule.block
     assert (r_out, r_in) == (4, 6)
     book = lt.ledger(model, (rows(1),))
     kept = [e for e in book.entries if e.ledger == "activations" and e.module == "up"]
     assert sorted(e.num_bytes for e in kept) == [NUM_ROWS * r_in * 8]
     for options, forms in (
-        ({"selection": "block", "num_entries": 24}, False),
-        ({"density": 1.0}, True),
+        ({"selection": "block", "density": 1 / 16}, False),
+        ({"selection": "fixed", "density": 1.0}, True),
     ):
         other = build()
         convert(other, **options)
@@ -408,27 +369,37 @@ def test_the_block_keeps_only_its_own_features_and_never_forms_the_gradient() ->
         assert (D_OUT * D_IN in sizes.seen) == forms
 
 
-def test_sampled_rows_are_all_that_the_block_rotates_and_keeps() -> None:
+def test_rows_are_projected_then_sampled_and_nothing_else_is_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model = build().float()
     methods = (
-        lt.SparseGrad(sites="up", selection="block", num_entries=24),
+        lt.SparseGrad(sites="up", selection="block", density=1 / 16),
         lt.WTACRS(sites="up", keep_ratio=0.5, min_rows=1),
     )
     session = lt.apply(model, *methods)
     session.calibrate([rows(s).float() for s in (100, 101)])
-    layer = layer_of(session)
+    rule = rule_of(session)
     x = rows(1, 64).float()
     book = lt.ledger(model, (x,))
     kept = [e for e in book.entries if e.ledger == "activations" and e.module == "up"]
-    assert sum(e.num_bytes for e in kept) == 32 * (layer.block[1] * 4 + 4 + 4)
+    assert sum(e.num_bytes for e in kept) == 32 * (rule.block[1] * 4 + 4 + 4)
+    widths: list[int] = []
+    policy = type(model.up.rows)
+    keep = policy.keep
+    monkeypatch.setattr(
+        policy, "keep", lambda self, x, *rest: widths.append(x.shape[-1]) or keep(self, x, *rest)
+    )
+    model(x)
+    assert widths == [rule.block[1]]
     with session.exact():
         model(x).backward()
-    wanted = layer.module.trained.grad.clone()
+    wanted = rule.parameter.grad.clone()
     draws = []
     for _ in range(200):
         model.zero_grad()
         model(x).backward()
-        draws.append(layer.module.trained.grad.flatten().numpy().copy())
+        draws.append(rule.parameter.grad.flatten().numpy().copy())
     samples = np.stack(draws)
     assert samples.std(0).max() > 0
     assert mean_check(samples, wanted.flatten().numpy(), resolution=1e-5).ok
@@ -441,7 +412,7 @@ def test_sampled_rows_are_all_that_the_block_rotates_and_keeps() -> None:
 def test_calibration_leaves_no_trace_and_sees_only_what_it_was_told() -> None:
     model = build()
     model.first = nn.Sequential(model.first, nn.Dropout(0.3))
-    session = lt.apply(model, lt.SparseGrad(sites="up", num_calibration_steps=2))
+    session = lt.apply(model, lt.SparseGrad(sites="up", num_calibration_batches=2))
     model.eval()
     marked = torch.ones_like(model.first[0].weight)
     model.first[0].weight.grad = marked
@@ -456,44 +427,11 @@ def test_calibration_leaves_no_trace_and_sees_only_what_it_was_told() -> None:
 
     session.calibrate(batches())
     assert served == [0, 1]
-    assert torch.equal(torch.get_rng_state(), stream) and session.draw == 0 and not model.training
+    assert torch.equal(torch.get_rng_state(), stream) and not model.training
+    assert int(session.state_dict()["counter"]) == 0
     assert model.first[0].weight.grad is marked and bool((marked == 1).all())
-    assert model.up.trained.grad is None
+    assert rule_of(session).parameter.grad is None
     assert all(torch.equal(v, values[n]) for n, v in model.state_dict().items())
-
-
-@pytest.mark.parametrize("conv", [False, True])
-@pytest.mark.parametrize("selection", SELECTIONS)
-def test_training_during_calibration_is_plain_training(
-    selection: str, conv: bool, tmp_path
-) -> None:
-    """The released habit: whole-model AdamW on the batches shown, which a saved session keeps."""
-    plain = build(conv=conv)
-    optimizer = torch.optim.AdamW(plain.parameters(), lr=0.05, weight_decay=0.0)
-    for seed in (100, 101, 102):
-        optimizer.zero_grad()
-        plain(rows(seed)).backward()
-        optimizer.step()
-    model = build(conv=conv)
-    session = convert(model, selection=selection, calibration_learning_rate=0.05)
-    torch.testing.assert_close(dense_weight(model), dense_weight(plain))
-    torch.testing.assert_close(model.first.weight, plain.first.weight)
-    torch.testing.assert_close(model(rows(1)), plain(rows(1)))
-    assert not torch.allclose(model.first.weight, build(conv=conv).first.weight)
-    assert all(p.grad is None for p in model.parameters())
-
-    optimizer = session.optimizer(torch.optim.AdamW, lr=0.05)
-    model(rows(2)).backward()
-    optimizer.step()
-    session.save(tmp_path / "saved")
-    other = build(conv=conv)
-    lt.load(other, tmp_path / "saved")
-    torch.testing.assert_close(dense_weight(other), dense_weight(model))
-    # As a trainer resumes, the model's own file first: what it holds is not taken back.
-    again = lt.apply(build(seed=1, conv=conv), *session.methods)
-    again.model.load_state_dict(model.state_dict())
-    again.load_state_dict(session.state_dict())
-    assert torch.equal(dense_weight(again.model), dense_weight(model))
 
 
 def test_bases_and_mask_come_from_the_mean_over_batches_and_layers() -> None:
@@ -509,28 +447,83 @@ def test_bases_and_mask_come_from_the_mean_over_batches_and_layers() -> None:
             for n in names:
                 grads[n].append(model.get_submodule(n).weight.grad.double().numpy().copy())
         model.zero_grad()
-        session = lt.apply(model, lt.SparseGrad(density=0.1, basis=basis))
+        session = lt.apply(model, lt.SparseGrad(selection="fixed", density=0.1, basis=basis))
         session.calibrate(batches)
-        layers = {n.name: n for n in (layer_of(session, i) for i in range(4))}
-        assert (layers[names[0]].bases is layers[names[1]].bases) == (basis == "layer_type")
+        rules = {n.name: n for n in (rule_of(session, i) for i in range(4))}
+        assert (rules[names[0]].bases is rules[names[1]].bases) == (basis == "layer_type")
         for name in names:
             stack = grads[name] if basis == "layer" else grads[names[0]] + grads[names[1]]
             q_out, q_in = oracle.unfolding_bases(np.stack(stack))
-            got = layers[name].bases
+            got = rules[name].bases
             for q, u in ((got.q_out, q_out), (got.q_in, q_in)):
                 lead = q[:, :1].double().numpy()
                 np.testing.assert_allclose(lead @ lead.T, u[:, :1] @ u[:, :1].T, atol=1e-4)
             both = got.q_out.double().numpy(), got.q_in.double().numpy()
             moment = sum(oracle.rotate(g, *both) ** 2 for g in grads[name])
-            assert layers[name].indices.tolist() == oracle.top_entries(moment, 51)
+            assert rules[name].indices.tolist() == oracle.top_entries(moment, 51)
 
 
 def test_calibrating_again_keeps_the_bases() -> None:
     model = build()
     session = convert(model)
-    before = layer_of(session).bases
+    before = rule_of(session).bases
     session.calibrate([rows(7)])
-    assert layer_of(session).bases is before
+    assert rule_of(session).bases is before
+
+
+def test_two_configs_are_two_conversions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each calibrates on its own linears once, while the other stands by, and each steps once."""
+    methods = [lt.SparseGrad(sites=s, density=0.1, selection=k) for s, k in CONFIGS.items()]
+    batches = [(torch.randn(4, D_IN),) for _ in range(2)]
+    model = Two(weight=1.0)
+    session = lt.apply(model, *methods)
+    first, second = (c for c in session.conversions if isinstance(c, SparseGradConversion))
+    shown: list[str] = []
+    steps: list[tuple[str, int]] = []
+    collect, step = SparseGradConversion.collect_gradients, SparseGradConversion.on_step
+
+    def counted_collect(self: SparseGradConversion, batches: list, call: Collect) -> None:
+        shown.append(self.rules[0].name)
+        (other,) = (c for c in (first, second) if c is not self)
+        was_calibrated = other.is_calibrated
+
+        def watched(rule: SubspaceRule, grad: Tensor) -> None:
+            assert other.rules[0].collect is None
+            call(rule, grad)
+
+        collect(self, batches, watched)
+        assert other.is_calibrated == was_calibrated
+
+    def counted_step(self: SparseGradConversion, number: int) -> None:
+        steps.append((self.rules[0].name, number))
+        step(self, number)
+
+    monkeypatch.setattr(SparseGradConversion, "collect_gradients", counted_collect)
+    monkeypatch.setattr(SparseGradConversion, "on_step", counted_step)
+    session.calibrate(batches)
+    assert shown == ["up", "down", "down"], "the second pass is the fixed selection's"
+    assert all(c.rules[0].collect is None for c in (first, second))
+    session.optimizer(torch.optim.SGD, lr=0.1)
+    model(*batches[0]).backward()
+    session.on_step()
+    assert steps == [("up", 1), ("down", 1)]
+
+
+@pytest.mark.parametrize("name", ["up", "down"])
+def test_a_second_config_does_not_change_what_the_first_one_finds(name: str) -> None:
+    batches = [(torch.randn(4, D_IN),) for _ in range(2)]
+    plain = Two(weight=1.0)
+    found = []
+    for sites in ([name], ["up", "down"]):
+        methods = [lt.SparseGrad(sites=s, density=0.1, selection=CONFIGS[s]) for s in sites]
+        session = lt.apply(copy.deepcopy(plain), *methods)
+        session.calibrate(batches)
+        rules = [rule for c in session.conversions for rule in c.rules]
+        found.append(next(rule.bases.q_out for rule in rules if rule.name == name))
+    assert torch.equal(*found)
+
+
+CONFIGS = {"up": "block", "down": "fixed"}
 
 
 def test_training_without_calibration_says_what_to_do() -> None:
@@ -544,12 +537,15 @@ def test_training_without_calibration_says_what_to_do() -> None:
 
 
 class Two(nn.Module):
-    def __init__(self) -> None:
+    """Two linears, of which the second counts by ``weight``."""
+
+    def __init__(self, weight: float = 0.0) -> None:
         super().__init__()
         self.up, self.down = nn.Linear(D_IN, D_OUT), nn.Linear(D_OUT, D_IN)
+        self.weight = weight
 
-    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
-        return self.up(x).sum() * scale + 0 * self.down(self.up(x)).sum()
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(x).sum() + self.weight * self.down(self.up(x)).square().sum()
 
 
 @pytest.mark.parametrize(
@@ -572,9 +568,9 @@ def test_bad_calibration_is_named(batches, message: str) -> None:
 
 
 @contextmanager
-def trained(selection: str, **options) -> Iterator[tuple[One, lt.Session, torch.optim.Optimizer]]:
+def trained(selection: str) -> Iterator[tuple[One, lt.Session, torch.optim.Optimizer]]:
     model = build()
-    session = convert(model, selection=selection, refresh_steps=2, **options)
+    session = convert(model, selection=selection)
     optimizer = session.optimizer(torch.optim.AdamW, lr=0.05)
     for seed in range(5):
         optimizer.zero_grad()
@@ -585,23 +581,18 @@ def trained(selection: str, **options) -> Iterator[tuple[One, lt.Session, torch.
     yield model, session, optimizer
 
 
-@pytest.mark.parametrize("outliers", [0, 5])
 @pytest.mark.parametrize("selection", SELECTIONS)
-def test_loading_onto_the_base_model_restores_the_weights(
-    selection: str, outliers: int, tmp_path
-) -> None:
-    options = {"num_outliers": outliers} if selection == "block" else {}
-    with trained(selection, **options) as (model, session, _):
+def test_loading_onto_the_base_model_restores_the_weights(selection: str, tmp_path) -> None:
+    with trained(selection) as (model, session, _):
         session.save(tmp_path / "saved")
         other = build()
-        back = lt.load(other, tmp_path / "saved")
+        again = lt.load(other, tmp_path / "saved")
         torch.testing.assert_close(dense_weight(other), dense_weight(model))
         assert not torch.allclose(dense_weight(build()), dense_weight(model))
         for m in (model, other):
             m(rows(9)).backward()
-        got, wanted = (m.up.trained.grad.to_dense() for m in (other, model))
+        got, wanted = (rule_of(s).parameter.grad.to_dense() for s in (again, session))
         torch.testing.assert_close(got, wanted)
-        assert layer_of(back).num_refreshes == (2 if selection == "refreshed" else 0)
 
 
 @pytest.mark.parametrize("selection", SELECTIONS)
@@ -651,90 +642,22 @@ def test_a_measurement_between_step_and_forward_changes_nothing() -> None:
 
 
 def test_state_of_another_model_is_refused() -> None:
-    state = convert(build()).state_dict()
+    state = convert(build(), selection="fixed").state_dict()
     model = MODELS["bert"].build()
     session = lt.apply(model, lt.SparseGrad(density=0.1))
-    with pytest.raises(ConfigError, match="state must belong to this recipe"):
+    with pytest.raises(ConfigError, match="state must belong to this model and recipe"):
         session.load_state_dict(state)
-    other = lt.apply(build(), lt.SparseGrad(sites="up", num_entries=5))
-    with pytest.raises(ConfigError, match=r"got 38 entries for the 5 of up; load it onto"):
-        other.load_state_dict(state)
-    for key, value, message in (
-        ("sparse_grad.up/up:q_in", torch.eye(3), r"shape \(3, 3\) for 16 features of up"),
-        ("sparse_grad.up/up:q_in", torch.full((D_IN, D_IN), torch.nan), "NaN or infinite"),
+    group = "0.sparse_grad/linear (24, 16)"
+    for options, damage, message in (
+        ({"density": 0.05}, {}, r"shape \(38,\) for the \(19,\) of up:indices; load it onto"),
+        ({"selection": "step"}, {}, "'up:indices' on one side only"),
+        ({}, {f"{group}:q_in": torch.eye(3)}, r"shape \(3, 3\) for the \(16, 16\) of linear"),
+        ({}, {f"{group}:q_in": torch.full((D_IN, D_IN), torch.nan)}, "NaN or infinite entries"),
     ):
-        fresh = lt.apply(build(), lt.SparseGrad(sites="up", density=0.1))
+        config = {"sites": "up", "density": 0.1, "selection": "fixed", **options}
+        fresh = lt.apply(build(), lt.SparseGrad(**config))
         with pytest.raises(ConfigError, match=message):
-            fresh.load_state_dict(state | {key: value})
-
-
-def test_an_optimizer_saved_with_another_mask_is_refused() -> None:
-    with trained("fixed") as (_, _, optimizer):
-        saved = copy.deepcopy(optimizer.state_dict())
-    model = build()
-    session = lt.apply(model, lt.SparseGrad(sites="up", density=0.1))
-    session.calibrate([rows(5) * torch.linspace(3, 0.1, D_IN)])
-    resumed = session.optimizer(torch.optim.AdamW, lr=0.05)
-    resumed.load_state_dict(saved)
-    with pytest.raises(ConfigError, match=r"mask must be the one that the optimiser's state"):
-        model(rows(1))
-    same = build()
-    session = convert(same, refresh_steps=2)
-    resumed = session.optimizer(torch.optim.AdamW, lr=0.05)
-    resumed.load_state_dict(saved)
-    same(rows(1))
-
-
-# Refreshing
-
-
-def test_a_refresh_keeps_survivors_with_their_moments_and_the_weight() -> None:
-    model = build()
-    session = convert(model, selection="refreshed", refresh_steps=2, refresh_ratio=0.5)
-    optimizer = session.optimizer(torch.optim.AdamW, lr=0.05)
-    layer = layer_of(session)
-    for seed in range(2):
-        optimizer.zero_grad()
-        model(rows(seed)).backward()
-        optimizer.step()
-        if seed == 0:
-            session.on_step()
-    old = layer.indices.tolist()
-    moments = {n: dict(zip(old, t.tolist(), strict=True)) for n, t in snapshot(layer, optimizer)}
-    weight = dense_weight(model)
-    scores = layer.scores.clone()
-    session.on_step()
-    new = layer.indices.tolist()
-    assert torch.equal(dense_weight(model), weight)
-    expected = oracle.refresh(
-        old, np.array([moments["exp_avg"][p] for p in old]), scores.numpy(), len(old) // 2
-    )
-    assert new == list(expected) and new != old
-    for name, tensor in snapshot(layer, optimizer):
-        assert tensor.tolist() == [moments[name].get(p, 0.0) if p in old else 0.0 for p in new]
-    dropped = sorted(set(old) - set(new))
-    assert layer.history[0].tolist() == dropped
-    assert layer.history[1].tolist() == [moments["trained"][p] for p in dropped]
-
-
-def snapshot(layer: Layer, optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor]]:
-    state = optimizer.state[layer.module.trained]
-    named = {"trained": layer.module.trained.detach(), **state}
-    return [(n, named[n].clone()) for n in ("trained", "exp_avg", "exp_avg_sq")]
-
-
-def test_scores_are_collected_in_the_step_before_a_refresh_alone() -> None:
-    model = build()
-    session = convert(model, selection="refreshed", refresh_steps=3)
-    layer = layer_of(session)
-    seen = []
-    for seed in range(6):
-        model(rows(seed)).backward()
-        seen.append(layer.scores is not None)
-        session.on_step()
-    assert seen == [False, False, True, False, False, True] and layer.num_refreshes == 2
-    # Without an optimiser that is known, what was trained itself says what matters least.
-    assert layer.scores is None
+            fresh.load_state_dict(state | damage)
 
 
 # Beside others
@@ -743,12 +666,15 @@ def test_scores_are_collected_in_the_step_before_a_refresh_alone() -> None:
 @pytest.mark.parametrize("first", ["lora", "sparse"])
 def test_lora_on_attention_beside_it_in_either_order(first: str) -> None:
     model = MODELS["bert"].build()
-    methods = [lt.LoRA(rank=2, sites=["query", "value"]), lt.SparseGrad(density=0.1)]
+    methods = [
+        lt.LoRA(rank=2, sites=["attention.query", "attention.value"]),
+        lt.SparseGrad(density=0.1),
+    ]
     session = lt.apply(model, *(methods if first == "lora" else methods[::-1]))
     session.calibrate([MODELS["bert"].batch(0)])
     model(**MODELS["bert"].batch(1)).loss.backward()
     named = [n for n, p in model.named_parameters() if p.grad is not None]
-    assert sum(n.endswith(".trained") for n in named) == 4
+    assert sum(n.endswith(".delta") for n in named) == 4
     assert sum("lora_" in n for n in named) == 8
     session.remove()
     assert all(p.requires_grad for p in model.parameters())
@@ -764,8 +690,8 @@ def test_everything_else_trains_as_before(selection: str) -> None:
     model(**MODELS["bert"].batch(1)).loss.backward()
     for name, parameter in model.named_parameters():
         is_mlp = ".dense." in name and "attention" not in name and "pooler" not in name
-        is_frozen = "pooler" in name or name.endswith((".applied", ".refreshes"))
-        wanted = not is_frozen and not (is_mlp and name.endswith("weight"))
+        is_frozen = "pooler" in name or name.endswith(".merged_delta")
+        wanted = not is_frozen and not (is_mlp and name.endswith(".weight"))
         assert (parameter.grad is not None) == wanted, name
     assert model.bert.encoder.layer[0].output.LayerNorm.weight.grad.abs().sum() > 0
 
@@ -779,40 +705,16 @@ def test_tied_weights_are_refused() -> None:
     assert type(model.up) is nn.Linear and model.up.weight.requires_grad
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"num_entries": 500}, r"up: num_entries must be at most 384, got 500"),
-        (
-            {"num_entries": 5, "num_outliers": 5, "selection": "block"},
-            "num_outliers must be below the 5 entries that train, got 5",
-        ),
-    ],
-)
-def test_more_entries_than_there_are_is_refused(options, message: str) -> None:
-    with pytest.raises(SiteError, match=message):
-        lt.apply(build(), lt.SparseGrad(sites="up", **options))
-    with pytest.raises(ConfigError, match="num_outliers must be 0 unless selection is 'block'"):
-        lt.SparseGrad(num_outliers=3)
-
-
-def test_a_dense_optimizer_for_sparse_gradients_is_told_what_to_use() -> None:
+def test_a_dense_optimizer_refuses_sparse_gradients_and_the_sessions_takes_them() -> None:
     model = build()
     session = convert(model, selection="step")
     by_hand = torch.optim.Adam([p for p in model.parameters() if p.requires_grad])
-    with pytest.raises(ConfigError, match=r"session\.optimizer\(torch\.optim\.Adam, lr="):
-        session.watch_optimizer(by_hand)
     model(rows(1)).backward()
     with pytest.raises(RuntimeError, match="does not support sparse gradients"):
         by_hand.step()
-    for correction in ("global", "per_entry"):
-        other = build()
-        session = convert(other, selection="step", bias_correction=correction)
-        optimizer = session.optimizer(torch.optim.AdamW, lr=0.1)
-        other(rows(1)).backward()
-        before = other.up.trained.detach().clone()
-        optimizer.step()
-        assert int((other.up.trained != before).sum()) == 38
+    before = rule_of(session).parameter.detach().clone()
+    session.optimizer(torch.optim.AdamW, lr=0.1).step()
+    assert int((rule_of(session).parameter != before).sum()) == 38
 
 
 def test_moving_and_casting_carries_the_bases_along() -> None:
@@ -821,6 +723,6 @@ def test_moving_and_casting_carries_the_bases_along() -> None:
         session = convert(model, selection=selection)
         model.float()
         model(rows(1).float()).backward()
-        assert model.up.trained.grad.dtype == torch.float32
+        assert rule_of(session).parameter.grad.dtype == torch.float32
         session.remove()
         assert model.up.weight.dtype == torch.float32

@@ -46,23 +46,10 @@ def selected_gradient(
     return np.array(values)
 
 
-def top_entries(scores: Array, k: int, allowed: set[int] | None = None) -> list[int]:
+def top_entries(scores: Array, k: int) -> list[int]:
     """Return the k positions of largest magnitude, ascending; of equal ones the earlier."""
     flat = scores.reshape(-1)
-    candidates = range(len(flat)) if allowed is None else allowed
-    return sorted(sorted(candidates, key=lambda p: (-abs(flat[p]), p))[:k])
-
-
-def refresh(
-    old: list[int], momentum: Array, scores: Array, num_replace: int
-) -> dict[int, int | None]:
-    """Return the new mask as position -> place in the old mask, or None for a new entry."""
-    outside = set(range(scores.size)) - set(old)
-    num_replace = min(num_replace, len(outside))
-    kept = top_entries(momentum, len(old) - num_replace)
-    new: dict[int, int | None] = {old[place]: place for place in kept}
-    new.update(dict.fromkeys(top_entries(scores, num_replace, outside)))
-    return dict(sorted(new.items()))
+    return sorted(sorted(range(len(flat)), key=lambda p: (-abs(flat[p]), p))[:k])
 
 
 def energy_share(matrix: Array, k: int) -> float:

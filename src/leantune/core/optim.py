@@ -1,72 +1,67 @@
-"""Optimisers for parameters with sparse gradients, stepped together with any other as one."""
+"""An optimiser for parameters with sparse gradients, stepped together with any other as one."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer, SparseAdam
 
+OF_SPARSE = ("lr", "betas", "eps")
+"""Options that the sparse Adam takes from those of the other optimiser."""
+
 
 class PairedOptimizer(Optimizer):
-    """Several optimisers that act as one: joint groups, joint state, one ``step``.
+    """A sparse Adam and any other optimiser that act as one: joint groups and state, one step.
 
-    ``param_groups`` holds the parts' own groups, so schedulers reach every part; ``state_dict``
-    covers all of them. A group that is added later goes to the first part.
-
-    Args:
-        parts: optimisers over disjoint parameters.
+    Schedulers reach both through ``param_groups``, and ``state_dict`` covers both. The first group
+    is the sparse Adam's; all others, later ones included, are the other optimiser's.
     """
 
-    def __init__(self, parts: Sequence[Optimizer]) -> None:
-        self.parts = list(parts)
-        super().__init__([group for part in parts for group in part.param_groups], {})
-        for part in parts:
-            self.state.update(part.state)
+    def __init__(self, sparse: SparseAdam, dense: Optimizer) -> None:
+        self.sparse, self.dense = sparse, dense
+        super().__init__([*sparse.param_groups, *dense.param_groups], {})
+        self.defaults = dense.defaults
+        # Some optimisers have a state before their first step.
+        self.state.update(dense.state)
         self._share()
 
     def _share(self) -> None:
-        """Let the parts work on the joint state and on their share of the joint groups."""
-        first = 0
-        for part in self.parts:
-            last = first + len(part.param_groups)
-            part.param_groups = self.param_groups[first:last]
-            part.state = self.state
-            first = last
+        self.sparse.param_groups, self.dense.param_groups = (
+            self.param_groups[:1],
+            self.param_groups[1:],
+        )
+        self.sparse.state = self.dense.state = self.state
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; the first part takes it, with its own defaults."""
-        own = [group for part in self.parts for group in part.param_groups]
-        if any(param_group is group for group in own):
-            super().add_param_group(param_group)
-            return
-        self.parts[0].add_param_group(param_group)
-        self.param_groups.insert(len(self.parts[0].param_groups) - 1, param_group)
+        """Add a group, which the other optimiser steps."""
+        super().add_param_group(param_group)
+        self._share()
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Step every part once; ``closure`` is evaluated once, before."""
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Step both once; ``closure`` is evaluated once, before."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for part in self.parts:
-            part.step()
+        self.sparse.step()
+        self.dense.step()
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Put a joint state back and hand the parts their share."""
+        """Put a joint state back."""
         super().load_state_dict(state_dict)
         self._share()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "parts": self.parts}
+        return {**super().__getstate__(), "sparse": self.sparse, "dense": self.dense}
 
 
 def paired(
     kind: type[Optimizer],
     params: Sequence[nn.Parameter],
-    sparse: Sequence[nn.Parameter],
+    sparse: Iterable[nn.Parameter],
     options: Mapping[str, Any],
 ) -> Optimizer:
     """Return ``kind`` over ``params``, joined by a sparse Adam over those with sparse gradients.
@@ -74,15 +69,16 @@ def paired(
     Args:
         kind: any torch optimiser class.
         params: the parameters that train.
-        sparse: those with sparse gradients.
+        sparse: those with sparse gradients; ones that do not train are left out.
         options: of ``kind``; the sparse Adam takes ``lr``, ``betas`` and ``eps`` of them. Weight
             decay is not applied to sparse gradients.
     """
-    is_sparse = {id(p) for p in sparse}
-    dense = [p for p in params if id(p) not in is_sparse]
-    thin = [p for p in params if id(p) in is_sparse]
-    parts: list[Optimizer] = [kind(dense, **options)] if dense else []
-    if thin:
-        shared = {k: options[k] for k in ("lr", "betas", "eps") if k in options}
-        parts.append(SparseAdam(thin, **shared))
-    return parts[0] if len(parts) == 1 else PairedOptimizer(parts)
+    is_sparse = set(sparse)
+    dense, chosen = (
+        [p for p in params if p not in is_sparse],
+        [p for p in params if p in is_sparse],
+    )
+    if not chosen:
+        return kind(dense, **options)
+    adam = SparseAdam(chosen, **{k: options[k] for k in OF_SPARSE if k in options})
+    return PairedOptimizer(adam, kind(dense, **options)) if dense else adam

@@ -4,6 +4,7 @@ from leantune.methods.checkpoint import Checkpoint
 from leantune.methods.lora import LoRA
 from leantune.methods.meprop import MeProp
 from leantune.methods.routed_ffn import RoutedFFN
+from leantune.methods.sparse_grad import SparseGrad
 from leantune.methods.spt_attention import SPTAttention
 from leantune.methods.wta_crs import WTACRS
 
@@ -14,4 +15,5 @@ __all__ = [
     "MeProp",
     "RoutedFFN",
     "SPTAttention",
+    "SparseGrad",
 ]

@@ -1,0 +1,203 @@
+"""What one linear trains under SparseGrad, and the gradient of that.
+
+Legend: n rows, d_out and d_in the sides of a weight, r_out and r_in the basis vectors in use, k
+entries.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from leantune.core.linear import Converted, ConvertedConv1D, is_conv1d
+from leantune.core.runtime import Runtime
+from leantune.core.sites import Site
+from leantune.errors import ConfigError
+from leantune.methods.sparse_grad import maths
+from leantune.ops.codec import EXACT
+from leantune.ops.linear import linear
+from leantune.ops.rows import OuterProduct
+
+if TYPE_CHECKING:
+    from leantune.methods.sparse_grad import SparseGrad
+
+PARAMETER = {"block": "delta", "fixed": "delta", "step": "rotated_weight"}
+"""Selection -> the parameter that a converted linear trains; part of the model's state."""
+
+Collect = Callable[["SubspaceRule", Tensor], None]
+
+
+@dataclass(eq=False)
+class Bases:
+    """Bases hold the basis vectors of both sides as columns: (d_out, r_out) and (d_in, r_in).
+
+    All linears of one group hold the same object, so that shared bases are in memory once.
+    """
+
+    q_out: Tensor
+    q_in: Tensor
+
+    def to_device_of(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Move both to the device of ``like``, for good; return them in float32 or wider."""
+        if self.q_out.device != like.device:
+            self.q_out, self.q_in = self.q_out.to(like.device), self.q_in.to(like.device)
+        dtype = torch.promote_types(self.q_out.dtype, torch.float32)
+        return self.q_out.to(dtype), self.q_in.to(dtype)
+
+
+def leading_vectors(bases: Bases, r_out: int, r_in: int) -> Bases:
+    """Return the leading vectors in half precision: any basis gives exact gradients in itself."""
+    thin = (bases.q_out[:, :r_out], bases.q_in[:, :r_in])
+    owned = (q.clone(memory_format=torch.contiguous_format) for q in thin)
+    return Bases(*(q if q.dtype == torch.float64 else q.half() for q in owned))
+
+
+class SubspaceRule:
+    """A subspace rule says which parameter one linear trains, and forms that parameter's gradient.
+
+    The linear knows nothing else of SparseGrad. Once the bases are set, nothing in a rule changes
+    but the number of backwards.
+
+    Attributes:
+        name: of the linear.
+        group: linears with the same group share their bases.
+        shape: (d_out, d_in) of the weight.
+        block: (r_out, r_in) of the leading block.
+        num_entries: how many entries train where they are chosen one by one.
+        module: the converted linear.
+        bases: None before calibration.
+        indices: (k,) which entries of the rotated gradient train; None for all of them, or for
+            the largest of each step.
+        collect: calibration's, while it runs: called with each gradient of the weight.
+        num_backwards: how often a gradient was formed.
+    """
+
+    module: Converted
+
+    def __init__(self, site: Site, config: "SparseGrad", runtime: Runtime) -> None:
+        self.name, self.selection, self.runtime = site.name, config.selection, runtime
+        shape = site.module.get_parameter("weight").shape
+        kind = f"{site.part or 'linear'} {tuple(shape)}"
+        self.group = site.name if config.basis == "layer" else kind
+        self.is_transposed = is_conv1d(site.module)
+        d_out, d_in = shape[::-1] if self.is_transposed else shape
+        self.shape = (d_out, d_in)
+        self.num_entries = max(1, round(config.density * d_out * d_in))
+        self.block = maths.block_shape(self.shape, self.num_entries)
+        self.bases: Bases | None = None
+        self.indices: Tensor | None = None
+        self.collect: Collect | None = None
+        self.num_backwards = 0
+        self._lines: maths.Support | None = None
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The parameter that trains instead of the weight; sharding may replace the object."""
+        return self.module.get_parameter(PARAMETER[self.selection])
+
+    def make_parameter(self, weight: Tensor) -> nn.Parameter:
+        """Return the parameter's start: zeros, or the weight that is yet to be rotated."""
+        if self.selection == "step":
+            dense = weight.t() if self.is_transposed else weight
+            return nn.Parameter(dense.detach().clone(memory_format=torch.contiguous_format))
+        shape = self.block if self.selection == "block" else (self.num_entries,)
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        return nn.Parameter(torch.zeros(shape, dtype=dtype, device=weight.device))
+
+    def set_basis(self, bases: Bases, indices: Tensor | None) -> None:
+        """Train the entries ``indices`` (None: all) of the gradient in these bases."""
+        self.bases, self.indices = bases, indices
+        if indices is not None:
+            self._lines = maths.support(indices, (bases.q_out.shape[1], bases.q_in.shape[1]))
+
+    def project(self, rows: Tensor) -> Tensor:
+        """Return what the gradient needs of input rows: all of (n, d_in), or (n, r_in) of it."""
+        if self.selection != "block" or self.bases is None:
+            return rows
+        return rows @ self.bases.to_device_of(rows)[1].to(rows.dtype)
+
+    def grad(self, outer: OuterProduct) -> Tensor:
+        """Return the parameter's gradient; the weight's own is not formed where that pays.
+
+        Raises:
+            ConfigError: there are no bases yet, and the gradient is not one of a calibration.
+        """
+        if self.bases is not None:
+            self.num_backwards += 1
+            is_step = self.selection == "step"
+            return self._largest(outer.dense()) if is_step else self._selected(outer)
+        if self.collect is not None:
+            self.collect(self, outer.dense())
+        elif not self.runtime.is_exact:
+            raise not_calibrated()
+        # Where nothing collects, another conversion calibrates on the exact gradients.
+        return torch.zeros_like(self.parameter)
+
+    def change(self, values: Tensor) -> Tensor:
+        """Return the weight's change (d_out, d_in) by a change ``values`` of the parameter."""
+        assert self.bases is not None
+        q_out, q_in = self.bases.to_device_of(values)
+        if self.indices is None:
+            return q_out @ values.to(q_out.dtype) @ q_in.t()
+        assert self._lines is not None
+        return maths.rotate_back_sparse(self.indices, values, self._lines, q_out, q_in)
+
+    def _selected(self, outer: OuterProduct) -> Tensor:
+        """Return the block or the chosen entries of the rotated gradient."""
+        assert self.bases is not None
+        g, x, scale = outer
+        q_out, q_in = self.bases.to_device_of(g)
+        if self.indices is None:
+            values = maths.grad_block(x, g, q_out)
+        else:
+            assert self._lines is not None
+            values = maths.selected_gradient(x, g, q_out, q_in, self.indices, self._lines)
+        return values if scale is None else values * scale
+
+    def _largest(self, grad: Tensor) -> Tensor:
+        """Return the largest entries of a rotated gradient as a sparse tensor."""
+        flat = maths.top_entries(grad, self.num_entries).long()
+        at = torch.stack((flat // self.shape[1], flat % self.shape[1]))
+        return torch.sparse_coo_tensor(
+            at, grad.flatten()[flat], self.shape, is_coalesced=True, check_invariants=False
+        )
+
+
+class RotatedLinear(ConvertedConv1D):
+    """A rotated linear computes the paper's form, ``((x Q_in) W~^T) Q_out^T + b``.
+
+    The rotated weight ``W~`` trains. It lies by output units, so that one class serves
+    ``nn.Linear`` and ``Conv1D`` alike.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the plain linear's output, up to the rounding of two rotations."""
+        rule = cast(SubspaceRule, self.subspace)
+        rotated = rule.parameter
+        if rule.bases is None:
+            return linear(x, rotated.detach(), self.bias, subspace=rule)
+        q_out, q_in = rule.bases.to_device_of(rotated)
+        samples = self.training and torch.is_grad_enabled() and not self.runtime.is_exact
+        rows = self.rows if samples else None
+        y = linear(
+            x @ q_in.to(x.dtype),
+            rotated.detach(),
+            None,
+            rows=rows,
+            codec=self.codec if samples else EXACT,
+            key=None if rows is None else self.runtime.key(x.device),
+            subspace=rule,
+        )
+        return F.linear(y, q_out.to(y.dtype), self.bias)
+
+
+def not_calibrated() -> ConfigError:
+    """Return the error of a training step without bases."""
+    return ConfigError(
+        "SparseGrad: bases must be calibrated before training, got none; call "
+        "session.calibrate(batches) with a few training batches (the trainer callback does so by "
+        "itself), or load a session that was calibrated"
+    )
