@@ -8,6 +8,11 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+if not hasattr(transformers.PreTrainedModel, "activation_checkpointing_enable"):
+    # transformers 5.23 renamed it and warns of the older name, the only one before that.
+    older = transformers.PreTrainedModel.gradient_checkpointing_enable
+    transformers.PreTrainedModel.activation_checkpointing_enable = older
+
 VOCABULARY = 64
 D_MODEL, D_HIDDEN, NUM_HEADS = 16, 32, 2
 NUM_SAMPLES, NUM_TOKENS = 4, 8
