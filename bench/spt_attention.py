@@ -19,10 +19,9 @@ from bench.cases import run_cases, timing_row
 from bench.models import glue, minilm
 from leantune.core.config import MethodConfig
 from leantune.measure import compare_steps, ledger, peak_memory
-from leantune.methods.spt_attention.pq import Quantised
-from leantune.ops.choice import Features, Rule, View, choose
-from leantune.ops.codebooks import kmeans
-from leantune.ops.sparse_parts import unpack_bits
+from leantune.ops.sparse_attention.codebooks import kmeans, quantise
+from leantune.ops.sparse_attention.tiles import unpack_bits
+from leantune.ops.sparse_attention.top_keys import KeyBudget, Visibility, top_keys
 
 SPEED = "spt_attention_speed"
 RECALL = "spt_attention_recall"
@@ -31,7 +30,6 @@ _HEADS, _WIDTH = 2, 64
 _SPARSE = {
     "SPT 1/8, adc": lt.SPTAttention(),
     "SPT 1/8, match": lt.SPTAttention(scorer="match"),
-    "SPT 128 keys": lt.SPTAttention(num_keys=128),
     "SPT 1/8, blocks": lt.SPTAttention(granularity="block"),
 }
 # What stores queries times keys, or goes through all pairs, is left out of longer sequences.
@@ -116,7 +114,7 @@ def _measure(case: Case, device: torch.device, num_rounds: int) -> list[dict[str
     for name, methods in {**plain, **{k: (v,) for k, v in _SPARSE.items()}}.items():
         models[name], batches[name] = copy.deepcopy(base["sdpa"]), (x,)
         if methods:
-            lt.apply(models[name], *methods)
+            lt.apply(models[name], *methods).calibrate([x])
     models["SDPA with a mask"], batches["SDPA with a mask"] = base["sdpa"], (x, padded)
     models["eager"], batches["eager"] = base["eager"], (x,)
     models = {name: m for name, m in models.items() if n <= _LONGEST.get(name, n)}
@@ -191,10 +189,10 @@ def recall(num_tokens: int = 256, num_texts: int = 8, keep_ratio: float = 0.125)
     for (q0, k0), (q, k) in zip(calibration, shown, strict=True):
         scores = q @ k.mT * q.shape[-1] ** -0.5
         mass = scores.softmax(-1)
-        for name, features in _ladder(q0, k0, q, k, scores):
-            rule = Rule(None, keep_ratio, 1, num_recent=0 if name != "recent" else 1)
-            picked = choose(features, q, num_tokens, rule, View("self", None), in_bits=True)
-            share = (mass * unpack_bits(picked, num_tokens)).sum(-1).mean()
+        for name, factors in _ladder(q0, k0, q, k, scores):
+            budget = KeyBudget(keep_ratio)
+            bits = top_keys(factors, q, num_tokens, budget, Visibility("self", None))
+            share = (mass * unpack_bits(bits, num_tokens)).sum(-1).mean()
             found.setdefault(name, []).append(float(share))
     table = [
         {
@@ -215,22 +213,20 @@ def recall(num_tokens: int = 256, num_texts: int = 8, keep_ratio: float = 0.125)
 
 def _ladder(
     q0: Tensor, k0: Tensor, q: Tensor, k: Tensor, scores: Tensor
-) -> Iterator[tuple[str, Features]]:
+) -> Iterator[tuple[str, Any]]:
     """Yield ways of choosing keys; codebooks are learnt on other text, (q0, k0)."""
     yield "exact top-L", _Table(scores)
     b, h, n, d = q.shape
-    pooled = torch.cat([q0, k0]).reshape(-1, d)
     by_head = [torch.cat([q0[:, i], k0[:, i]]).reshape(-1, d) for i in range(h)]
     for width, words in ((8, 16), (4, 16), (8, 64), (2, 16)):
-        layer = kmeans(pooled[::4], d // width, words, 10, seed=0)[None]
-        heads = torch.stack([kmeans(x, d // width, words, 10, seed=0) for x in by_head])
-        for who, books in (("layer", layer), ("head", heads)):
-            for metric in ("l2", "l1"):
-                for scorer in ("adc", "match"):
-                    name = f"{scorer}, w {width}, e {words}, {metric}, per {who}"
-                    yield name, Quantised.of(q, k, books, metric, scorer)
+        books = torch.stack([kmeans(x, d // width, words, 10, seed=0) for x in by_head])
+        for scorer in ("adc", "match"):
+            name = f"{scorer}, w {width}, e {words}, l2, per head"
+            yield name, quantise(q, k, books, scorer)
+    layer = kmeans(torch.cat([q0, k0]).reshape(-1, d)[::4], d // 8, 16, 10, seed=0)[None]
+    yield "match, w 8, e 16, l2, per layer (the paper's)", quantise(q, k, layer, "match")
     noise = torch.randn(1, d // 8, 16, 8)
-    yield "match, random codebook (the prototype's start)", Quantised.of(q, k, noise, "l1", "match")
+    yield "match, random codebook (the prototype's start)", quantise(q, k, noise, "match")
     yield "random", _Table(torch.rand(b, h, n, n))
     yield "recent", _Table(torch.zeros(b, h, n, n))
 
