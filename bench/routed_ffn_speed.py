@@ -15,7 +15,7 @@ from transformers.models.opt.modeling_opt import OPTDecoderLayer
 import leantune as lt
 from bench.cases import run_cases, timing_row
 from leantune.core.config import MethodConfig
-from leantune.measure import compare_steps
+from leantune.measure.peak import compare_steps
 
 RESULT = "routed_ffn_speed"
 NUM_TOKENS = 2048
@@ -80,16 +80,11 @@ def _cases() -> list[Case]:
     return cases
 
 
-def _variants(on_gpu: bool) -> dict[str, tuple[MethodConfig, ...]]:
-    variants: dict[str, tuple[MethodConfig, ...]] = {
-        "LoRA 16": (_LORA,),
-        "LoRA 16 + routed 2 of 4": (_LORA, lt.RoutedFFN()),
-        "LoRA 16 + routed 4 of 8": (_LORA, lt.RoutedFFN(num_groups=8, num_active=4)),
-        "LoRA 16 + routed 2 of 4, prototype's gate": (_LORA, lt.RoutedFFN(gate="spt")),
-    }
-    other = "loop" if on_gpu else "grouped"
-    variants[f"LoRA 16 + routed 2 of 4, {other}"] = (_LORA, lt.RoutedFFN(backend=other))  # type: ignore[arg-type]
-    return variants
+_VARIANTS: dict[str, tuple[MethodConfig, ...]] = {
+    "LoRA 16": (_LORA,),
+    "LoRA 16 + routed 2 of 4": (_LORA, lt.RoutedFFN()),
+    "LoRA 16 + routed 4 of 8": (_LORA, lt.RoutedFFN(num_groups=8, num_active=4)),
+}
 
 
 def main(num_rounds: int = 5) -> None:
@@ -115,7 +110,7 @@ def _measure(case: Case, device: torch.device, num_rounds: int) -> list[dict[str
     x = torch.randn(case.num_tokens, case.d_model, device=device, dtype=case.dtype)
     x.requires_grad_()
     models = {}
-    for name, methods in _variants(device.type == "cuda").items():
+    for name, methods in _VARIANTS.items():
         models[name] = copy.deepcopy(base)
         session = lt.apply(models[name], *methods)
         session.calibrate([x.detach()])
