@@ -21,7 +21,6 @@ from leantune.core.runtime import Runtime
 from leantune.errors import ConfigError, SiteError, UnsupportedError
 from leantune.methods.routed_ffn import maths
 from leantune.methods.routed_ffn import module as module_file
-from leantune.methods.routed_ffn.conversion import evenly_spaced_rows
 from leantune.methods.routed_ffn.module import RoutedMLP
 from leantune.ops.groups import has_grouped_product
 from leantune.ops.rows import OuterProduct
@@ -512,7 +511,7 @@ def test_calibration_leaves_modes_and_streams_alone_and_wants_a_token() -> None:
     for batches in ([], [{**tiny.batch(), "attention_mask": torch.zeros(4, 8), "labels": None}]):
         with pytest.raises(ConfigError, match="must hold at least one real token"):
             session.calibrate(batches)
-    assert all(layer.recorder is None for layer in layers_of(model))
+    assert all(layer.recorded is None for layer in layers_of(model))
 
 
 def test_router_starts_from_the_seed_near_one_and_uses_every_group() -> None:
@@ -545,12 +544,12 @@ def test_router_takes_dtype_and_device_of_the_ffn() -> None:
 
 def test_evenly_spaced_rows() -> None:
     x = torch.zeros(2, 5, 3)
-    assert evenly_spaced_rows(x, None, 20).tolist() == list(range(10))
-    assert evenly_spaced_rows(x, None, 5).tolist() == [0, 2, 4, 6, 8]
+    assert maths.evenly_spaced_rows(x, None, 20).tolist() == list(range(10))
+    assert maths.evenly_spaced_rows(x, None, 5).tolist() == [0, 2, 4, 6, 8]
     mask = torch.tensor([False, True] * 5)
-    assert evenly_spaced_rows(x, mask, 20).tolist() == [1, 3, 5, 7, 9]
-    assert evenly_spaced_rows(x, mask, 2).tolist() == [1, 5]
-    assert evenly_spaced_rows(x, torch.zeros(10, dtype=torch.bool), 4).tolist() == []
+    assert maths.evenly_spaced_rows(x, mask, 20).tolist() == [1, 3, 5, 7, 9]
+    assert maths.evenly_spaced_rows(x, mask, 2).tolist() == [1, 5]
+    assert maths.evenly_spaced_rows(x, torch.zeros(10, dtype=torch.bool), 4).tolist() == []
 
 
 def test_configs_of_other_sites_are_calibrated_apart(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -227,12 +227,9 @@ class FFNSlice(NamedTuple):
 def view_ffn(modules: Mapping[str, nn.Module], before: FFN | None = None) -> FFN:
     """Return the view of an FFN; ``before`` itself unless a module or an adapter has changed.
 
-    Who keeps the view and hands it in again gets a new one only after an adapter was added,
-    switched or merged, or a linear was converted.
-
-    Args:
-        modules: as :class:`FFN` takes them, LoRA layers included.
-        before: an earlier view.
+    Whoever keeps the view and hands it in again gets a new one only when an adapter was added,
+    switched or merged, or a linear was converted. ``modules`` is as for :class:`FFN`, with LoRA
+    layers.
 
     Raises:
         UnsupportedError: a linear of another kind, or an adapter that is no plain LoRA.
@@ -323,12 +320,10 @@ class HiddenUnits:
                 if along == 0 and layer._parameters["bias"] is not None:
                     yield f"{name}.{prefix}bias", layer.get_parameter("bias"), 0
 
-    def _to_original(self, holder: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    def _to_original(self, _: nn.Module, state: dict[str, Any], prefix: str, *__: Any) -> None:
         self._reorder_entries(state, prefix, self.permutation.argsort())
 
-    def _from_original(
-        self, holder: nn.Module, state: dict[str, Any], prefix: str, *_: Any
-    ) -> None:
+    def _from_original(self, _: nn.Module, state: dict[str, Any], prefix: str, *__: Any) -> None:
         if f"{prefix}permutation" in state:
             # A router knows the groups that it was saved with.
             self.load(state[f"{prefix}permutation"])
