@@ -61,12 +61,6 @@ class LinearView(NamedTuple):
         biases = repeat(None) if dim == 1 or self.bias is None else self.bias.chunk(num)
         return list(map(LinearView, repeat(self.module), weights, biases))
 
-    def stack(self, dim: int, num: int) -> "list[LinearView]":
-        """Return one view of all these slices, whose tensors have a first dimension ``num``."""
-        weight = self.weight.unflatten(dim, (num, -1)).movedim(dim, 0)
-        bias = None if dim == 1 or self.bias is None else self.bias.unflatten(0, (num, -1))
-        return [LinearView(self.module, weight, bias)]
-
 
 class FFN:
     """An FFN as it computes now, made by :func:`view_ffn`.
@@ -93,11 +87,6 @@ class FFN:
                 )
         self._converted = [m for m in every if isinstance(m, Converted)]
         self.is_divisible = all(m.subspace is None for m in self._converted)
-
-    @property
-    def is_sampled(self) -> bool:
-        """Whether backward keeps what a method chooses of some linear's inputs."""
-        return any(module.training for module in self._converted)
 
     def weight(self, part: str) -> Tensor:
         """Return the weight of ``up``, ``gate`` or ``down`` without adapters, (d_out, d_in)."""
@@ -144,17 +133,13 @@ class FFN:
         """Cut the hidden units into ``num`` slices of equal size, whose weights are views."""
         return self._cut(LinearView.chunk, num)
 
-    def stacked(self, num: int) -> "FFNSlice":
-        """Return these slices as one, whose weights have a first dimension ``num``."""
-        return self._cut(LinearView.stack, num)[0]
-
     def _cut(self, cut: Callable[..., list[LinearView]], num: int) -> "list[FFNSlice]":
         parts: list[Iterable[tuple[LinearView, ...]]] = []
         for part, (base, adapters) in self.linears.items():
             dim = int(part == "down")
-            pieces = [cut(LinearView.of(base), dim, num)]
+            pieces = [LinearView.of(base).chunk(dim, num)]
             for first, second, scaling, _ in adapters:
-                pieces.append(cut(LinearView.of(first if dim else second, scaling), dim, num))
+                pieces.append(LinearView.of(first if dim else second, scaling).chunk(dim, num))
             parts.append(zip(*pieces, strict=True))
         return list(map(FFNSlice, repeat(self), zip(*parts, strict=True)))
 
@@ -192,7 +177,6 @@ class FFNSlice(NamedTuple):
         x: Tensor,
         low: Iterable[Tensor],
         scale: Tensor | None = None,
-        multiply: Callable[[LinearView, Tensor], Tensor] = LinearView.multiply,
     ) -> list[Tensor]:
         """Return the down product (n, d_model), then the low-rank output (n, r) of each adapter.
 
@@ -200,15 +184,14 @@ class FFNSlice(NamedTuple):
             x: (n, d_model).
             low: for these rows, what :meth:`FFN.project` returns.
             scale: (n, 1), multiplies the hidden activations; None for ones.
-            multiply: (view, rows) -> rows, the product with each slice.
         """
         modules, low = self.ffn.modules, iter(low)
         outputs: list[Tensor] = []
         *inputs, down = self.parts
         for base, *factors in inputs:
-            out = multiply(base, x)
+            out = base.multiply(x)
             for factor in factors:
-                out = out + multiply(factor, next(low)).to(out.dtype)
+                out = out + factor.multiply(next(low)).to(out.dtype)
             outputs.append(out)
         hidden: Tensor = modules["activation"](outputs[-1])
         if "gate" in modules:
@@ -218,9 +201,9 @@ class FFNSlice(NamedTuple):
         if scale is not None:
             hidden = hidden * scale.to(hidden.dtype)
         base, *factors = down
-        results = [multiply(base, hidden)]
+        results = [base.multiply(hidden)]
         for factor, adapter in zip(factors, self.ffn.linears["down"].adapters, strict=True):
-            results.append(adapter.scaling * multiply(factor, adapter.dropout(hidden)))
+            results.append(adapter.scaling * factor.multiply(adapter.dropout(hidden)))
         return results
 
 

@@ -3,20 +3,17 @@
 Legend: n tokens, m = n A routed rows, d_model, F hidden units, G groups, A active groups.
 """
 
-from collections.abc import Sequence
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from leantune.core.ffn import FFN, HiddenUnits, LinearView, view_ffn
+from leantune.core.ffn import FFN, HiddenUnits, view_ffn
 from leantune.core.runtime import Runtime
 from leantune.core.sites import Site
 from leantune.methods.routed_ffn import maths
 from leantune.methods.routed_ffn.config import RoutedFFN
-from leantune.ops.autocast import autocast_dtype
-from leantune.ops.backend import on_gpu
-from leantune.ops.groups import combine, dispatch, grouped_linear, has_grouped_product, route
+from leantune.ops.groups import combine, dispatch, route
 from leantune.ops.random import RandomKey, stream_of, uniform
 
 _TOKENS_PER_BATCH = 512
@@ -135,35 +132,16 @@ class RoutedMLP(nn.Module):
         routing = route(chosen, num_groups)
         rows, *low = [dispatch(t.flatten(0, -2), routing) for t in (x, *ffn.project(x))]
         scale = None if c is None else c.reshape(-1, 1).index_select(0, routing.choices)
-        if prefers_grouped(rows, ffn):
-
-            def multiply(view: LinearView, t: Tensor) -> Tensor:
-                return grouped_linear(t, view.weight, view.bias, routing)
-
-            sums = ffn.stacked(num_groups).run(rows, low, scale, multiply)
-        else:
-            sizes: list[int] = routing.ends.diff(prepend=routing.ends.new_zeros(1)).tolist()
-            split: list[tuple[Tensor, ...]] = [t.split(sizes) for t in (rows, *low)]
-            scales: Sequence[Tensor | None]
-            scales = [None] * num_groups if scale is None else scale.split(sizes)
-            outputs = [
-                own.run(rows, low, scale)
-                for size, own, scale, (rows, *low) in zip(
-                    sizes, ffn.slices(num_groups), scales, zip(*split, strict=True), strict=True
-                )
-                if size
-            ]
-            sums = list(map(torch.cat, zip(*outputs, strict=True)))
+        sizes = routing.ends.diff(prepend=routing.ends.new_zeros(1)).tolist()
+        split = [t.split(sizes) for t in (rows, *low)]
+        scales = [None] * num_groups if scale is None else scale.split(sizes)
+        outputs = [
+            own.run(rows, low, scale)
+            for size, own, scale, (rows, *low) in zip(
+                sizes, ffn.slices(num_groups), scales, zip(*split, strict=True), strict=True
+            )
+            if size
+        ]
+        sums = list(map(torch.cat, zip(*outputs, strict=True)))
         y, *low = [combine(t, routing) for t in sums]
         return ffn.finish(y, low).view(*x.shape[:-1], -1)
-
-
-def prefers_grouped(rows: Tensor, ffn: FFN) -> bool:
-    """Return whether one grouped product for all groups is the faster way: on a GPU that has it.
-
-    It does not wait for the host, which a product for each group does. Linears that WTA-CRS samples
-    cannot take it, since rows are chosen from one group's input at a time.
-    """
-    if not on_gpu(rows) or ffn.is_sampled:
-        return False
-    return has_grouped_product("cuda", autocast_dtype(rows) or ffn.weight("up").dtype)
