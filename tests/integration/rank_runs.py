@@ -5,6 +5,7 @@ import warnings
 from typing import Any
 
 import torch
+from leantune.core.ranks import is_sharded, rank, whole
 from models import MODELS, Batch
 from torch import Tensor, nn
 from torch import distributed as dist
@@ -12,7 +13,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 import leantune as lt
 from leantune.core.config import MethodConfig
-from leantune.core.ranks import is_sharded, rank, whole
 from leantune.methods.sparse_grad import layer as layer_module
 from leantune.methods.sparse_grad.conversion import Conversion
 from leantune.methods.spt_attention import attention as attention_module
