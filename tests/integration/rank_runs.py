@@ -16,6 +16,7 @@ from leantune.core.config import MethodConfig
 from leantune.core.distributed import full_tensor, is_sharded, rank
 from leantune.methods.sparse_grad.conversion import SparseGradConversion
 from leantune.methods.spt_attention import attention as attention_module
+from leantune.methods.spt_attention import conversion as spt_conversion
 
 NUM_STEPS = 5
 
@@ -147,6 +148,8 @@ def calibrated_start(
     session.calibrate(shown if rows == "same" else [part(b) for b in shown])
     first = copy.deepcopy({**values(session), **session.state_dict()})
     optimizer = session.optimizer(torch.optim.AdamW, lr=0.02)
+    # Forwards 2 and 4 of five move the codebooks.
+    refresh_steps, spt_conversion._REFRESH_STEPS = spt_conversion._REFRESH_STEPS, 2
     before = attention_module.mean_over_ranks
     if not agrees:
         attention_module.mean_over_ranks = lambda tensor: tensor
@@ -157,6 +160,7 @@ def calibrated_start(
         optimizer.zero_grad()
         session.on_step()
     attention_module.mean_over_ranks = before
+    spt_conversion._REFRESH_STEPS = refresh_steps
     return {"first": first, "last": {**values(session), **session.state_dict()}}
 
 

@@ -120,13 +120,12 @@ def moved(run: dict, word: str) -> bool:
     return bool(names) and not any(torch.equal(run["first"][n], run["last"][n]) for n in names)
 
 
-# Forwards 2 and 4 of five move the codebooks.
-SPT = lt.SPTAttention(num_keys=3, subspace_width=2, num_codewords=4, refresh_steps=2)
+SPT = lt.SPTAttention(min_keys=3, subspace_width=2, num_codewords=4)
 
 
 @pytest.mark.parametrize("rows", ["same", "own"])
 def test_codebooks_start_and_move_alike(ranks: Ranks, rows: str) -> None:
-    assert moved(both(ranks, calibrated_start, SPT, rows), "/codebooks")
+    assert moved(both(ranks, calibrated_start, SPT, rows), ".codebooks")
     one, other = ranks.run(calibrated_start, SPT, rows, agrees=False)
     assert agree(one["first"], other["first"]) and not agree(one["last"], other["last"])
 
