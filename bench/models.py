@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+import datasets
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -20,8 +21,8 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2Model
 from transformers.models.llama.modeling_llama import LlamaModel
 
 from bench.rows import GLUE
-from leantune.train.data import Table, TaskData, load_task
-from leantune.train.demo import demo_model_path
+from leantune.training.data import load_task
+from leantune.training.demo import demo_model_path
 
 BERT_MLP = ("intermediate.dense", "re:layer\\.\\d+\\.output\\.dense")
 """Name patterns of a BERT encoder's MLP linears."""
@@ -138,7 +139,7 @@ def minilm(
     return model, AutoTokenizer.from_pretrained(path)
 
 
-def glue(task: str, **limits: int) -> TaskData:
+def glue(task: str, **limits: int) -> datasets.DatasetDict:
     """Load one GLUE task from the local folder of real data.
 
     Raises:
@@ -153,22 +154,22 @@ def glue(task: str, **limits: int) -> TaskData:
 
 
 def batches(
-    data: TaskData, tokenizer: Any, batch_size: int, seed: int, max_length: int = 128
+    data: datasets.DatasetDict, tokenizer: Any, batch_size: int, seed: int, max_length: int = 128
 ) -> Iterator[dict[str, Tensor]]:
     """Yield one shuffled epoch of padded training batches, with ``sample_id``."""
-    table = data.train
+    table = data["train"]
     order = torch.randperm(len(table), generator=torch.Generator().manual_seed(seed))
     for ids in order.split(batch_size):
         yield collate(table, ids.tolist(), tokenizer, max_length) | {"sample_id": ids}
 
 
 def collate(
-    table: Table, ids: list[int], tokenizer: Any, max_length: int = 128
+    table: datasets.Dataset, ids: list[int], tokenizer: Any, max_length: int = 128
 ) -> dict[str, Tensor]:
     """Tokenize some rows of a table and pad them to their longest."""
-    names = [name for name in ("sentence1", "sentence2") if name in table.columns]
-    texts = [[table[name][i] for i in ids] for name in names]
+    rows = table[ids]
+    texts = [rows[name] for name in ("sentence1", "sentence2") if name in rows]
     encoded = tokenizer(
         *texts, padding=True, truncation=True, max_length=max_length, return_tensors="pt"
     )
-    return dict(encoded) | {"labels": torch.tensor([table["label"][i] for i in ids])}
+    return dict(encoded) | {"labels": torch.tensor(rows["label"])}

@@ -13,6 +13,7 @@ from itertools import islice, product
 from statistics import fmean, stdev
 from typing import Any, Literal
 
+import datasets
 import numpy as np
 import torch
 from torch import Tensor
@@ -21,8 +22,8 @@ import leantune as lt
 from bench import rows
 from bench.models import collate, glue, minilm, minilm_weights
 from leantune.core.config import MethodConfig
-from leantune.train.data import Table
-from leantune.train.metrics import compute
+from leantune.training.data import get_task
+from leantune.training.metrics import compute
 
 Recipe = tuple[MethodConfig, ...]
 NO_ROWS = "Not measured yet."
@@ -166,10 +167,10 @@ class Encoded:
         self.setting = setting
         self.data = glue(setting.task, max_train=setting.num_train)
         _, tokenizer = minilm()
-        self.train = self._encode(self.data.train, tokenizer)
-        self.validation = self._encode(self.data.validation, tokenizer)
+        self.train = self._encode(self.data["train"], tokenizer)
+        self.validation = self._encode(self.data["validation"], tokenizer)
 
-    def _encode(self, table: Table, tokenizer: Any) -> list[dict[str, Tensor]]:
+    def _encode(self, table: datasets.Dataset, tokenizer: Any) -> list[dict[str, Tensor]]:
         """Return one dictionary of unpadded tensors per row."""
         encoded = []
         for i in range(len(table)):
@@ -210,71 +211,25 @@ def _pad(encoded: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 def measure(run: Run, encoded: Encoded) -> dict[str, Any]:
     """Train one recipe with one seed and score it once, at the end; on a GPU where there is one."""
-    setting, seed = run.setting, run.seed
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    random.seed(seed)
-    np.random.seed(seed)
-    model, _ = minilm(encoded.data.num_labels, seed, setting.pooling)
-    model.to(device).get_submodule("bert.embeddings").requires_grad_(False)
-    session = lt.apply(model, *run.recipe, seed=seed) if run.recipe else None
-    calibration_seconds = 0.0
-    keeps_ids = session is not None and session.needs_sample_ids
-
-    def usable(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {k: v.to(device) for k, v in batch.items() if k != "sample_id" or keeps_ids}
-
-    if session is not None:
-        session.num_samples = len(encoded.train)
-        if run.num_calibration:
-            shown = islice(encoded.batches(seed * 1000 + 999), run.num_calibration)
-            start = time.process_time()
-            session.calibrate([usable(batch) for batch in shown])
-            calibration_seconds = time.process_time() - start
-    if any(isinstance(m, lt.LoRA) for m in run.recipe):
-        _train_beside_lora(model, run.is_rest_trained)
-    saved = lt.ledger(model, usable(next(encoded.batches(seed * 1000)))).activations
-    trained = [p for p in model.parameters() if p.requires_grad]
-    # torch's fused optimiser takes no sparse gradients, and torch clips none.
-    is_sparse = session is not None and bool(session.sparse_parameters)
-    options: dict[str, Any] = {"lr": run.rate, "weight_decay": 0.0, "fused": True}
-    if session is None:
-        optimizer: torch.optim.Optimizer = torch.optim.AdamW(trained, **options)
-    else:
-        optimizer = session.optimizer(torch.optim.AdamW, **options)
-    clipped = [p for p in trained if not is_sparse or p not in session.sparse_parameters]  # type: ignore[union-attr]
-    num_steps = setting.num_epochs * -(-len(encoded.train) // setting.batch_size)
-    warmup = max(1, num_steps // 10)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda s: min((s + 1) / warmup, (num_steps - s) / (num_steps - warmup)),
-    )
-    torch.manual_seed(seed)  # dropout: the same stream for every recipe
-    model.train()
+    setting = run.setting
+    random.seed(run.seed)
+    np.random.seed(run.seed)
+    trainee = _Trainee(run, encoded)
+    calibration_seconds = trainee.calibrate()
+    first = trainee.usable(next(encoded.batches(run.seed * 1000)))
+    saved = lt.ledger(trainee.model, first).activations
     start, wall_start = time.process_time(), time.perf_counter()
-    losses = []
-    for epoch in range(setting.num_epochs):
-        for batch in encoded.batches(seed * 1000 + epoch):
-            loss = model(**usable(batch)).loss
-            if session is not None:
-                loss = loss + session.auxiliary_loss()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(clipped, 1.0)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            if session is not None:
-                session.on_step()
-            losses.append(loss.detach())
+    losses = trainee.train()
     train_loss = torch.stack(losses[-50:]).mean().item()  # waits for a GPU
     seconds, wall_seconds = time.process_time() - start, time.perf_counter() - wall_start
     return {
         "task": setting.task,
         "recipe": run.name,
-        "seed": seed,
-        **score(model, encoded),
+        "seed": run.seed,
+        **score(trainee.model, encoded),
         "train_loss": train_loss,
         "saved_bytes": saved,
-        "num_steps": num_steps,
+        "num_steps": len(losses),
         "num_train": len(encoded.train),
         "num_epochs": setting.num_epochs,
         "batch_size": setting.batch_size,
@@ -284,6 +239,78 @@ def measure(run: Run, encoded: Encoded) -> dict[str, Any]:
         "wall_seconds": round(wall_seconds, 1),
         "calibration_cpu_seconds": round(calibration_seconds, 1),
     }
+
+
+class _Trainee:
+    """MiniLM under one recipe, on this machine's device, and the loop that trains it."""
+
+    def __init__(self, run: Run, encoded: Encoded) -> None:
+        self.run, self.encoded = run, encoded
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        label = encoded.data["train"].features["label"]
+        num_labels = getattr(label, "num_classes", 1)
+        self.model, _ = minilm(num_labels, run.seed, run.setting.pooling)
+        self.model.to(self.device).get_submodule("bert.embeddings").requires_grad_(False)
+        self.session: lt.Session | None = None
+        if run.recipe:
+            self.session = lt.apply(self.model, *run.recipe, seed=run.seed)
+        if any(isinstance(m, lt.LoRA) for m in run.recipe):
+            _train_beside_lora(self.model, run.is_rest_trained)
+
+    def usable(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return what the model takes of a batch, on its device."""
+        conversions = [] if self.session is None else self.session.conversions
+        keeps_ids = any(c.needs_sample_ids for c in conversions)
+        return {k: v.to(self.device) for k, v in batch.items() if k != "sample_id" or keeps_ids}
+
+    def calibrate(self) -> float:
+        """Show the run's number of batches where a method asks for them; return CPU seconds."""
+        if self.session is None or not self.run.num_calibration:
+            return 0.0
+        stream = self.encoded.batches(self.run.seed * 1000 + 999)
+        start = time.process_time()
+        shown = islice(stream, self.run.num_calibration)
+        self.session.calibrate([self.usable(batch) for batch in shown])
+        return time.process_time() - start
+
+    def train(self) -> list[Tensor]:
+        """Train for all epochs under a warm-up and a linear decay; return the loss of each step."""
+        optimizer, clipped = self._optimizer()
+        setting, seed = self.run.setting, self.run.seed
+        num_steps = setting.num_epochs * -(-len(self.encoded.train) // setting.batch_size)
+        warmup = max(1, num_steps // 10)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer,
+            lambda s: min((s + 1) / warmup, (num_steps - s) / (num_steps - warmup)),
+        )
+        torch.manual_seed(seed)  # dropout: the same stream for every recipe
+        self.model.train()
+        losses = []
+        for epoch in range(setting.num_epochs):
+            for batch in self.encoded.batches(seed * 1000 + epoch):
+                loss = self.model(**self.usable(batch)).loss
+                if self.session is not None:
+                    loss = loss + self.session.auxiliary_loss()
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(clipped, 1.0)
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+                if self.session is not None:
+                    self.session.on_step()
+                losses.append(loss.detach())
+        return losses
+
+    def _optimizer(self) -> tuple[torch.optim.Optimizer, list[torch.nn.Parameter]]:
+        """Return AdamW over what trains, and the parameters whose gradients are clipped."""
+        options: dict[str, Any] = {"lr": self.run.rate, "weight_decay": 0.0, "fused": True}
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        if self.session is None:
+            return torch.optim.AdamW(trained, **options), trained
+        # torch clips no sparse gradients.
+        sparse = {p for c in self.session.conversions for p in c.sparse_parameters}
+        optimizer = self.session.optimizer(torch.optim.AdamW, **options)
+        return optimizer, [p for p in trained if p not in sparse]
 
 
 def _train_beside_lora(model: torch.nn.Module, is_rest_trained: bool) -> None:
@@ -305,6 +332,6 @@ def score(model: torch.nn.Module, encoded: Encoded) -> dict[str, Any]:
         batch.pop("sample_id")
         logits = model(**{k: v.to(device) for k, v in batch.items()}).logits.cpu()
         predictions.append(logits.squeeze(-1) if logits.shape[-1] == 1 else logits.argmax(-1))
-    task = encoded.data.task
+    task = get_task(encoded.setting.task)
     scores = compute(task, torch.cat(predictions).numpy(), torch.cat(references).numpy())
     return {"metric": scores[task.main_metric], "main_metric": task.main_metric, "metrics": scores}

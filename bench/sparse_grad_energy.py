@@ -27,7 +27,7 @@ Pair = tuple[Tensor, Tensor]
 def main(num_calibration: int = 30, num_held_out: int = 6, num_steps: int = 100) -> None:
     """Measure right after calibration and ``num_steps`` full fine-tuning steps later."""
     data = glue("sst2", max_train=32 * (num_calibration + num_held_out + num_steps))
-    model, tokenizer = minilm(data.num_labels)
+    model, tokenizer = minilm()
     model.train()
     stream = batches(data, tokenizer, 32, seed=0)
 

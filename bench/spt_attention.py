@@ -181,8 +181,8 @@ def recall(num_tokens: int = 256, num_texts: int = 8, keep_ratio: float = 0.125)
     keys hold, by the way they are chosen; write the rows, print a table."""
     model, tokenizer = minilm()
     model.eval()
-    data = glue("rte").train
-    ids = tokenizer(" ".join(data["sentence1"][i] for i in range(len(data))))["input_ids"]
+    data = glue("rte")["train"]
+    ids = tokenizer(" ".join(data["sentence1"]))["input_ids"]
     pieces = torch.tensor(ids[: 2 * num_texts * num_tokens]).view(2, num_texts, num_tokens)
     calibration, shown = (_queries_and_keys(model, p) for p in pieces)
     found: dict[str, list[float]] = {}

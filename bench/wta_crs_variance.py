@@ -137,7 +137,7 @@ def minilm_rows(keep_ratio: float = 0.1, task: str = "rte", batch_size: int = 32
     model, tokenizer = minilm(seed=_SEED)
     sites = [s for s in find_sites(model) if s.role == "linear" and s.block is not None]
     names = [s.name for s in sites]
-    session = SimpleNamespace(num_samples=len(data.train), loss_scale=1.0)
+    session = SimpleNamespace(num_samples=len(data["train"]), loss_scale=1.0)
     running = norms.RunningNorms(names, 0.9)
     cached = norms.CachedNorms(names, 4.0, cast(Session, session))
     stream = batches(data, tokenizer, batch_size, seed=_SEED, max_length=256)
