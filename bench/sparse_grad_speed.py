@@ -14,7 +14,7 @@ import leantune as lt
 from bench.cases import run_cases, timing_row
 from bench.models import BERT_MLP, BertBlocks, LlamaBlocks
 from leantune.core.config import MethodConfig
-from leantune.measure import compare_steps
+from leantune.measure.peak import compare_steps
 
 RESULT = "sparse_grad_speed"
 GALORE = "GaLore 128"

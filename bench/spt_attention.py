@@ -18,7 +18,7 @@ from bench import rows
 from bench.cases import run_cases, timing_row
 from bench.models import glue, minilm
 from leantune.core.config import MethodConfig
-from leantune.measure import compare_steps, ledger, peak_memory
+from leantune.measure.peak import compare_steps, peak_memory
 from leantune.ops.sparse_attention.codebooks import kmeans, quantise
 from leantune.ops.sparse_attention.tiles import unpack_bits
 from leantune.ops.sparse_attention.top_keys import KeyBudget, Visibility, top_keys
@@ -127,7 +127,7 @@ def _measure(case: Case, device: torch.device, num_rounds: int) -> list[dict[str
     stats = compare_steps(steps, reference="SDPA", rounds=num_rounds, warmup=1)
     out = []
     for name, s in stats.items():
-        book = ledger(models[name], batches[name])
+        book = lt.ledger(models[name], batches[name])
         attention = sum(v for k, v in book.by_kind(ledger="activations").items() if _is_ours(k))
         out.append(
             {
