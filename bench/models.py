@@ -7,8 +7,6 @@ from typing import Any, Literal
 
 import datasets
 import torch
-from leantune.training.data import load_task
-from leantune.training.demo import demo_model_path
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import (
@@ -23,6 +21,8 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2Model
 from transformers.models.llama.modeling_llama import LlamaModel
 
 from bench.rows import GLUE
+from leantune.training.data import load_task
+from leantune.training.demo import demo_model_path
 
 BERT_MLP = ("intermediate.dense", "re:layer\\.\\d+\\.output\\.dense")
 """Name patterns of a BERT encoder's MLP linears."""

@@ -16,14 +16,14 @@ from typing import Any, Literal
 import datasets
 import numpy as np
 import torch
-from leantune.training.data import get_task
-from leantune.training.metrics import compute
 from torch import Tensor
 
 import leantune as lt
 from bench import rows
 from bench.models import collate, glue, minilm, minilm_weights
 from leantune.core.config import MethodConfig
+from leantune.training.data import get_task
+from leantune.training.metrics import compute
 
 Recipe = tuple[MethodConfig, ...]
 NO_ROWS = "Not measured yet."

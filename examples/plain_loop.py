@@ -1,50 +1,33 @@
-"""A plain PyTorch loop: MiniLM with WTA-CRS inside checkpointed blocks, and what was saved."""
-
-import argparse
-from itertools import islice
+"""A plain PyTorch loop: three lines are new, and any optimiser and schedule will do."""
 
 import torch
-from torch.utils.data import DataLoader
-from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    DataCollatorWithPadding,
-)
+import toy
 
 import leantune as lt
-from leantune.train.data import tokenize
-from leantune.train.demo import demo_data, demo_model_path
 
 
-def main(num_steps: int = 50) -> None:
-    """Train a few steps on the demo's sentences and print what backward kept."""
-    path = demo_model_path()
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=2)
-    rows, _ = tokenize(demo_data(num_train=1600, num_validation=100), tokenizer, 48)
-    batches = DataLoader(
-        rows, batch_size=32, shuffle=True, collate_fn=DataCollatorWithPadding(tokenizer)
-    )
+def main(num_steps: int = 40) -> list[float]:
+    """Train with sampled rows and return the loss of each step."""
+    model = toy.encoder()
+    session = lt.apply(model, lt.WTACRS(keep_ratio=0.3), seed=0)  # new: in place, all or nothing
 
-    batch = next(iter(batches))
-    before = lt.ledger(model, batch)
-    session = lt.apply(model, lt.Checkpoint(), lt.WTACRS(keep_ratio=0.1), seed=0)
-    print(before.compare(lt.ledger(model, batch)))
-
-    optimizer = session.optimizer(torch.optim.AdamW, lr=1e-4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, num_steps)
     model.train()
-    for step, batch in enumerate(islice(batches, num_steps)):
+    losses = []
+    for batch in toy.batches(num_steps):
         loss = model(**batch).loss
         loss.backward()
         optimizer.step()
+        schedule.step()
         optimizer.zero_grad()
-        if step % 10 == 0:
-            print(f"step {step}: loss {loss.item():.3f}")
+        session.on_step()  # new: some methods act after a step
+        losses.append(loss.item())
 
-    session.merge()  # plain modules again: model.save_pretrained(...) as ever
+    session.merge()  # new: plain modules again, model.save_pretrained(...) as ever
+    print(f"loss {losses[0]:.3f} at first, {losses[-1]:.3f} at last")
+    return losses
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=50)
-    main(parser.parse_args().steps)
+    main()

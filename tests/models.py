@@ -1,12 +1,17 @@
 """Tiny random models as data, each with a padded sample batch; dropout is 0 everywhere."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
+
+if not hasattr(transformers.PreTrainedModel, "activation_checkpointing_enable"):
+    # transformers 5.23 renamed it and warns of the older name, the only one before that.
+    older = transformers.PreTrainedModel.gradient_checkpointing_enable
+    transformers.PreTrainedModel.activation_checkpointing_enable = older
 
 VOCABULARY = 64
 D_MODEL, D_HIDDEN, NUM_HEADS = 16, 32, 2
@@ -18,18 +23,14 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class TinyModel:
-    """One architecture: how to build it, and what is found in it.
+    """One architecture: how to build it, and a batch for it.
 
     Args:
         kind: the transformers class to build.
         config: the configuration class.
         options: of the configuration.
         task: "classify", "generate" (labels by token) or "translate" (encoder and decoder).
-        blocks: names of the blocks, with ``*`` for the number.
-        attention: block-relative attention entries -> their parts.
-        mlp: block-relative MLP entries -> their parts.
-        shared: block-relative groups of linears that read one input.
-        num_blocks: per pattern of ``blocks``.
+        blocks: names of the blocks, with ``*`` for the number; two for each pattern.
     """
 
     kind: str
@@ -37,10 +38,6 @@ class TinyModel:
     options: Mapping[str, Any]
     task: str
     blocks: tuple[str, ...]
-    attention: Mapping[str, Mapping[str, str]] = field(repr=False)
-    mlp: Mapping[str, Mapping[str, str]] = field(repr=False)
-    shared: tuple[tuple[str, ...], ...] = field(repr=False)
-    num_blocks: int = 2
 
     def build(self, seed: int = 0) -> nn.Module:
         """Make the model in training mode; equal seeds give equal weights."""
@@ -91,24 +88,6 @@ _BERT_LIKE: dict[str, Any] = {
     "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0,
 }
-_BERT_SITES: dict[str, Any] = {
-    "attention": {
-        "attention.self": {
-            "query": "attention.self.query",
-            "key": "attention.self.key",
-            "value": "attention.self.value",
-            "output": "attention.output.dense",
-        }
-    },
-    "mlp": {
-        "intermediate": {
-            "up": "intermediate.dense",
-            "down": "output.dense",
-            "activation": "intermediate.intermediate_act_fn",
-        }
-    },
-    "shared": (("attention.self.query", "attention.self.key", "attention.self.value"),),
-}
 _LLAMA_LIKE: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": D_MODEL,
@@ -121,28 +100,6 @@ _LLAMA_LIKE: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": 0,
-}
-_LLAMA_SITES: dict[str, Any] = {
-    "attention": {
-        "self_attn": {
-            "query": "self_attn.q_proj",
-            "key": "self_attn.k_proj",
-            "value": "self_attn.v_proj",
-            "output": "self_attn.o_proj",
-        }
-    },
-    "mlp": {
-        "mlp": {
-            "gate": "mlp.gate_proj",
-            "up": "mlp.up_proj",
-            "down": "mlp.down_proj",
-            "activation": "mlp.act_fn",
-        }
-    },
-    "shared": (
-        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        ("mlp.gate_proj", "mlp.up_proj"),
-    ),
 }
 _T5: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -157,32 +114,6 @@ _T5: dict[str, Any] = {
     "decoder_start_token_id": 0,
 }
 
-
-def _t5_attention(name: str) -> dict[str, str]:
-    return {
-        "query": f"{name}.q",
-        "key": f"{name}.k",
-        "value": f"{name}.v",
-        "output": f"{name}.o",
-    }
-
-
-def _t5_sites(gated: bool) -> dict[str, Any]:
-    up = {"up": "wi_1", "gate": "wi_0"} if gated else {"up": "wi"}
-    names = {**up, "down": "wo", "activation": "act", "hidden_dropout": "dropout"}
-    mlps = [f"layer.{i}.DenseReluDense" for i in (1, 2)]
-    attention, cross = "layer.0.SelfAttention", "layer.1.EncDecAttention"
-    return {
-        "attention": {attention: _t5_attention(attention), cross: _t5_attention(cross)},
-        "mlp": {m: {part: f"{m}.{name}" for part, name in names.items()} for m in mlps},
-        "shared": (
-            tuple(f"{attention}.{x}" for x in "qkv"),
-            tuple(f"{cross}.{x}" for x in "kv"),
-            *((tuple(f"{m}.{x}" for x in ("wi_0", "wi_1")) for m in mlps) if gated else ()),
-        ),
-    }
-
-
 MODELS: dict[str, TinyModel] = {
     "bert": TinyModel(
         kind="BertForSequenceClassification",
@@ -190,7 +121,6 @@ MODELS: dict[str, TinyModel] = {
         options=_BERT_LIKE,
         task="classify",
         blocks=("bert.encoder.layer.*",),
-        **_BERT_SITES,
     ),
     "roberta": TinyModel(
         kind="RobertaForSequenceClassification",
@@ -198,7 +128,6 @@ MODELS: dict[str, TinyModel] = {
         options={**_BERT_LIKE, "pad_token_id": 0},
         task="classify",
         blocks=("roberta.encoder.layer.*",),
-        **_BERT_SITES,
     ),
     "distilbert": TinyModel(
         kind="DistilBertForSequenceClassification",
@@ -216,23 +145,6 @@ MODELS: dict[str, TinyModel] = {
         },
         task="classify",
         blocks=("distilbert.transformer.layer.*",),
-        attention={
-            "attention": {
-                "query": "attention.q_lin",
-                "key": "attention.k_lin",
-                "value": "attention.v_lin",
-                "output": "attention.out_lin",
-            }
-        },
-        mlp={
-            "ffn": {
-                "up": "ffn.lin1",
-                "down": "ffn.lin2",
-                "activation": "ffn.activation",
-                "output_dropout": "ffn.dropout",
-            }
-        },
-        shared=(("attention.q_lin", "attention.k_lin", "attention.v_lin"),),
     ),
     "t5": TinyModel(
         kind="T5ForConditionalGeneration",
@@ -240,7 +152,6 @@ MODELS: dict[str, TinyModel] = {
         options=_T5,
         task="translate",
         blocks=("encoder.block.*", "decoder.block.*"),
-        **_t5_sites(gated=False),
     ),
     "t5_gated": TinyModel(
         kind="T5ForConditionalGeneration",
@@ -248,7 +159,6 @@ MODELS: dict[str, TinyModel] = {
         options={**_T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
         task="translate",
         blocks=("encoder.block.*", "decoder.block.*"),
-        **_t5_sites(gated=True),
     ),
     "gpt2": TinyModel(
         kind="GPT2LMHeadModel",
@@ -269,16 +179,6 @@ MODELS: dict[str, TinyModel] = {
         },
         task="generate",
         blocks=("transformer.h.*",),
-        attention={"attn": {"qkv": "attn.c_attn", "output": "attn.c_proj"}},
-        mlp={
-            "mlp": {
-                "up": "mlp.c_fc",
-                "down": "mlp.c_proj",
-                "activation": "mlp.act",
-                "output_dropout": "mlp.dropout",
-            }
-        },
-        shared=(),
     ),
     "opt": TinyModel(
         kind="OPTForCausalLM",
@@ -299,16 +199,6 @@ MODELS: dict[str, TinyModel] = {
         },
         task="generate",
         blocks=("model.decoder.layers.*",),
-        attention={
-            "self_attn": {
-                "query": "self_attn.q_proj",
-                "key": "self_attn.k_proj",
-                "value": "self_attn.v_proj",
-                "output": "self_attn.out_proj",
-            }
-        },
-        mlp={"fc1": {"up": "fc1", "down": "fc2", "activation": "activation_fn"}},
-        shared=(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),),
     ),
     "llama": TinyModel(
         kind="LlamaForCausalLM",
@@ -316,7 +206,6 @@ MODELS: dict[str, TinyModel] = {
         options=_LLAMA_LIKE,
         task="generate",
         blocks=("model.layers.*",),
-        **_LLAMA_SITES,
     ),
     "mistral": TinyModel(
         kind="MistralForCausalLM",
@@ -324,7 +213,6 @@ MODELS: dict[str, TinyModel] = {
         options=_LLAMA_LIKE,
         task="generate",
         blocks=("model.layers.*",),
-        **_LLAMA_SITES,
     ),
     "qwen2": TinyModel(
         kind="Qwen2ForCausalLM",
@@ -332,7 +220,6 @@ MODELS: dict[str, TinyModel] = {
         options=_LLAMA_LIKE,
         task="generate",
         blocks=("model.layers.*",),
-        **_LLAMA_SITES,
     ),
     "qwen3": TinyModel(
         kind="Qwen3ForCausalLM",
@@ -340,6 +227,5 @@ MODELS: dict[str, TinyModel] = {
         options=_LLAMA_LIKE,
         task="generate",
         blocks=("model.layers.*",),
-        **_LLAMA_SITES,
     ),
 }

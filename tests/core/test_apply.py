@@ -11,9 +11,10 @@ from torch import nn
 
 import leantune as lt
 from leantune.core import registry
-from leantune.core.config import MethodConfig
+from leantune.core.config import Axis, MethodConfig
+from leantune.core.conversion import Conversion, SwapConversion
+from leantune.core.linear import ConvertedLinear
 from leantune.core.registry import MethodSpec
-from leantune.core.swap import StoredLinear
 from leantune.errors import ConfigError, SiteError, UnsupportedError
 
 
@@ -58,7 +59,7 @@ def test_no_methods() -> None:
 
 @pytest.mark.parametrize("method", ["wta_crs", lt.WTACRS, None, {"method": "wta_crs"}])
 def test_no_method_config(method) -> None:
-    with pytest.raises(ConfigError, match="methods must be method configs, got "):
+    with pytest.raises(ConfigError, match="methods must be a list of method configs, got "):
         lt.apply(bert(), method)
 
 
@@ -66,7 +67,7 @@ def test_no_method_config(method) -> None:
 def test_bad_seed(seed) -> None:
     model = bert()
     before = Fingerprint(model)
-    with pytest.raises(ConfigError, match="seed must be a 64-bit integer, got "):
+    with pytest.raises(ConfigError, match=r"seed must be integer >= .*, got "):
         lt.apply(model, lt.WTACRS(), seed=seed)
     before.check(model)
 
@@ -114,13 +115,13 @@ def test_integer_weights_list_every_site() -> None:
     before.check(model)
 
 
-def test_two_saved_methods_on_one_site_list_every_site() -> None:
+def test_two_methods_of_one_axis_on_one_site_list_every_site() -> None:
     model = bert()
     before = Fingerprint(model)
     with pytest.raises(SiteError, match="at most one method per axis, got 2 with two") as error:
         lt.apply(model, lt.WTACRS(sites="query"), lt.WTACRS(keep_ratio=0.1, sites=["query", "key"]))
     for i in range(2):
-        assert f"layer.{i}.attention.self.query (WTACRS and WTACRS, axis 'saved')" in str(
+        assert f"layer.{i}.attention.self.query (WTACRS and WTACRS, axis 'rows')" in str(
             error.value
         )
     before.check(model)
@@ -130,10 +131,63 @@ def test_one_method_twice_on_different_sites() -> None:
     model = bert()
     lt.apply(model, lt.WTACRS(sites="query"), lt.WTACRS(keep_ratio=0.1, sites="output.dense"))
     layer = model.bert.encoder.layer[0]
-    assert layer.attention.self.query.store.config.keep_ratio == 0.3
-    assert layer.output.dense.store.config.keep_ratio == 0.1
+    assert layer.attention.self.query.rows.config.keep_ratio == 0.3
+    assert layer.output.dense.rows.config.keep_ratio == 0.1
     assert type(layer.attention.self.key) is nn.Linear
     model(**MODELS["bert"].batch()).loss.backward()
+
+
+@pytest.fixture
+def method_on(monkeypatch: pytest.MonkeyPatch) -> Callable[[Axis, str], MethodConfig]:
+    """Register methods that act on a role along an axis, and change nothing."""
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+
+    def make(axis: Axis, role: str) -> MethodConfig:
+        name = f"{axis}_of_{role}"
+        config = type(name, (MethodConfig,), {"method": name})
+        registry.register(
+            MethodSpec(
+                config=config,
+                axis=axis,
+                roles=(role,),
+                summary="",
+                source="",
+                convert=lambda model, sites, config, runtime: SwapConversion([]),
+            )
+        )
+        return config()
+
+    return make
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize(
+    ("model", "outer", "inner"),
+    [
+        ("bert", "block", lt.WTACRS(sites="query")),
+        ("llama", "mlp", lt.WTACRS(sites="mlp.down")),
+        # Not inside the MLP's own module, but replaced together with it.
+        ("bert", "mlp", lt.WTACRS(sites="mlp.down")),
+        ("opt", "mlp", lt.WTACRS(sites="mlp.down")),
+    ],
+)
+def test_two_methods_of_one_axis_on_nested_sites_are_refused_before_anything_moves(
+    method_on, model: str, outer: str, inner: MethodConfig, order: int
+) -> None:
+    model = MODELS[model].build()
+    before = Fingerprint(model)
+    methods = [lt.LoRA(rank=2), *[method_on("rows", outer), inner][::order]]
+    with pytest.raises(SiteError, match="at most one method per axis, got 2 with two"):
+        lt.apply(model, *methods)
+    before.check(model)
+
+
+def test_two_methods_of_one_axis_beside_each_other_and_two_axes_on_nested_sites_go(
+    method_on,
+) -> None:
+    query = lt.WTACRS(sites="query")
+    lt.apply(bert(), method_on("rows", "mlp"), query).remove()
+    lt.apply(bert(), method_on("recompute", "block"), query).remove()
 
 
 @pytest.mark.parametrize("sites", ["nothing", "re:^nothing", lambda site: False])
@@ -168,7 +222,7 @@ def test_model_that_is_itself_a_linear() -> None:
 
 @pytest.fixture
 def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], MethodConfig]:
-    """Register a method of the compute axis that fails at its third site."""
+    """Make a method that fails at its convert."""
     monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
 
     @dataclass(frozen=True, kw_only=True)
@@ -176,16 +230,17 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], Method
         method: ClassVar[str] = "failing"
 
     def make(error: BaseException) -> MethodConfig:
-        count = iter(range(100))
-
-        def build(site, config, session) -> nn.Module:
-            if next(count) == 2:
-                raise error
-            return nn.Identity()
+        def convert(model, sites, config, runtime) -> Conversion:
+            raise error
 
         registry.register(
             MethodSpec(
-                config=Failing, axis="saved", roles=("linear",), summary="", source="", build=build
+                config=Failing,
+                axis="rows",
+                roles=("linear",),
+                summary="",
+                source="",
+                convert=convert,
             )
         )
         return Failing(sites="output.dense")
@@ -234,7 +289,7 @@ def test_remove_gives_everything_back(name: str) -> None:
 def test_default_sites_of_wta_crs() -> None:
     model = bert()
     lt.apply(model, lt.WTACRS())
-    assert isinstance(model.bert.encoder.layer[0].output.dense, StoredLinear)
+    assert isinstance(model.bert.encoder.layer[0].output.dense, ConvertedLinear)
     assert type(model.bert.pooler.dense) is nn.Linear and type(model.classifier) is nn.Linear
 
 
@@ -243,7 +298,7 @@ def test_methods_apply_in_the_order_of_their_axes() -> None:
     model = bert()
     lt.apply(model, lt.WTACRS(), lt.LoRA(rank=2))
     query = model.bert.encoder.layer[0].attention.self.query
-    assert isinstance(query.lora_A["default"], StoredLinear)
+    assert isinstance(query.lora_A["default"], ConvertedLinear)
     assert type(query.base_layer) is nn.Linear and type(query.lora_B["default"]) is nn.Linear
 
 

@@ -8,6 +8,7 @@ import pytest
 import leantune  # noqa: F401  (registers the methods)
 from leantune.core import registry
 from leantune.core.config import MethodConfig
+from leantune.core.conversion import SwapConversion
 from leantune.core.registry import MethodSpec, register
 from leantune.errors import ConfigError
 
@@ -17,33 +18,30 @@ class Extra(MethodConfig):
     method: ClassVar[str] = "extra"
 
 
-def spec(**options) -> MethodSpec:
-    options = {"attach": lambda model, sites, config, session: None, **options}
+def spec() -> MethodSpec:
     return MethodSpec(
-        config=Extra, axis="compute", roles=("mlp",), summary="s", source="s", **options
+        config=Extra,
+        axis="evaluated",
+        roles=("mlp",),
+        summary="s",
+        source="s",
+        convert=lambda model, sites, config, runtime: SwapConversion([]),
     )
 
 
 def test_second_registration_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
     register(spec())
-    assert registry.methods()["extra"].config is Extra
+    assert registry.list_methods()["extra"].config is Extra
     with pytest.raises(ConfigError, match="method must be new, got 'extra', which is taken"):
         register(spec())
 
 
-def test_exactly_one_way_of_acting() -> None:
-    with pytest.raises(AssertionError, match="exactly one of stores, build, attach"):
-        spec(build=lambda site, config, session: site.module)
-    with pytest.raises(AssertionError, match="exactly one of stores, build, attach"):
-        spec(attach=None)
-
-
 def test_methods_are_sorted_and_a_copy() -> None:
-    names = list(registry.methods())
+    names = list(registry.list_methods())
     assert names == sorted(names) and {"checkpoint", "lora", "wta_crs"} <= set(names)
-    registry.methods().clear()
-    assert list(registry.methods()) == names
+    registry.list_methods().clear()
+    assert list(registry.list_methods()) == names
 
 
 def test_unknown_method_lists_those_there_are() -> None:

@@ -1,15 +1,20 @@
-"""The session: draws, batch facts, sample ids, and the exact computation on demand."""
+"""The session: forwards counted, batch facts, conversions called, the exact computation."""
 
-from types import SimpleNamespace
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import pytest
 import torch
-from models import MODELS, NUM_SAMPLES
+from models import MODELS
 from torch import Tensor, nn
 
 import leantune as lt
-from leantune.core.batch import IGNORED_LABEL, Batch
+from leantune.core import registry
+from leantune.core.config import MethodConfig, option
+from leantune.core.conversion import Conversion, SwapConversion
+from leantune.core.registry import MethodSpec
+from leantune.core.runtime import IGNORED_LABEL, BatchInfo
 from leantune.errors import ConfigError, UnsupportedError
 
 TINY = MODELS["bert"]
@@ -24,20 +29,24 @@ def make(**options: Any) -> tuple[nn.Module, lt.Session]:
     return model, lt.apply(model, lt.WTACRS(min_rows=2, **options))
 
 
-def test_draw_counts_training_forwards_only() -> None:
+def counted(session: lt.Session) -> int:
+    return int(session._runtime.counter)
+
+
+def test_training_forwards_only_are_counted() -> None:
     model, session = make()
     batch = TINY.batch()
-    assert session.draw == 0
+    assert counted(session) == 0
     model(**batch)
-    assert session.draw == 1
+    assert counted(session) == 1
     with torch.no_grad():
         model(**batch)
     model.eval()
     model(**batch)
-    assert session.draw == 1
+    assert counted(session) == 1
     model.train()
     model(**batch)
-    assert session.draw == 2
+    assert counted(session) == 2
 
 
 def test_accumulated_micro_batches_draw_anew() -> None:
@@ -68,70 +77,24 @@ def test_exact_runs_the_plain_computation() -> None:
     batch = TINY.batch()
     plain(**batch).loss.backward()
     with session.exact():
-        assert not session.is_sampling
+        assert session._runtime.is_exact
         model(**batch).loss.backward()
-    assert session.is_sampling
+    assert not session._runtime.is_exact
     assert all(torch.equal(a, b) for a, b in zip(grads(model), grads(plain), strict=True))
     with pytest.raises(RuntimeError), session.exact():
         raise RuntimeError
-    assert session.is_sampling
-
-
-def test_sample_id_is_consumed_by_every_model() -> None:
-    """A model that knows no such argument never sees it, in training and in evaluation."""
-    model, _ = make()
-    model(**TINY.batch(), sample_id=torch.arange(NUM_SAMPLES))
-    model.eval()
-    model(**TINY.batch(), sample_id=torch.arange(NUM_SAMPLES))
-
-
-@pytest.mark.parametrize(
-    ("ids", "match"),
-    [
-        (None, "sample_id must be in every training batch .* got None"),
-        ([0, 1, 2, 3], r"sample_id must be in every training batch .* got \[0, 1, 2, 3\]"),
-        (torch.tensor([0, 1, 2, 9]), "sample_id must be at least 0 and below 9, got 9"),
-        (torch.tensor([0, -1, 2, 3]), "sample_id must be at least 0 and below 9, got -1"),
-        (torch.tensor([0, 1, 0, 3]), "distinct within a batch, got 0 more than once"),
-        (torch.tensor([], dtype=torch.int64), "must not be empty, got a batch of no samples"),
-    ],
-)
-def test_bad_sample_ids(ids, match) -> None:
-    model, session = make(norms="cache")
-    session.num_samples = 9
-    with pytest.raises(ConfigError, match=match):
-        model(**TINY.batch(), sample_id=ids)
-
-
-def test_missing_sample_id_names_the_way_out() -> None:
-    model, _ = make(norms="cache")
-    with pytest.raises(
-        ConfigError, match=r"leantune\.with_sample_ids.*remove_unused_columns=False"
-    ):
-        model(**TINY.batch())
-
-
-def test_sample_ids_are_not_needed_where_nothing_is_sampled() -> None:
-    model, session = make(norms="cache")
-    with session.exact():
-        model(**TINY.batch())
-    model.eval()
-    model(**TINY.batch())
-    for options in ({"norms": "cache", "draw_at": "backward"}, {"norms": "running"}):
-        other, other_session = make(**options)
-        other(**TINY.batch())
-        assert not other_session.needs_sample_ids
+    assert not session._runtime.is_exact
 
 
 def test_hooks_end_with_the_session() -> None:
     model, session = make()
     session.remove()
     model(**TINY.batch())
-    assert session.draw == 0 and not model._forward_hooks and not model._forward_pre_hooks
+    assert counted(session) == 0 and not model._forward_hooks and not model._forward_pre_hooks
     session.remove()
 
 
-def row_mask(batch: Batch, name: str, shape: tuple[int, ...]) -> Tensor:
+def row_mask(batch: BatchInfo, name: str, shape: tuple[int, ...]) -> Tensor:
     mask = batch.row_mask(name, torch.Size((*shape, 16)))
     assert mask is not None
     return mask.view(shape)
@@ -142,10 +105,10 @@ def test_masks_of_a_classifier() -> None:
     batch = TINY.batch()
     model(**batch)
     wanted = batch["attention_mask"].bool()
-    assert torch.equal(row_mask(session.batch, "attention_mask", wanted.shape), wanted)
-    assert session.batch.row_mask("attention_mask", torch.Size((3, 2, 16))) is None
-    assert session.batch.row_mask(None, torch.Size((*wanted.shape, 16))) is None
-    assert session.batch.row_mask("decoder_attention_mask", torch.Size((4, 8, 16))) is None
+    assert torch.equal(row_mask(session._runtime.batch, "attention_mask", wanted.shape), wanted)
+    assert session._runtime.batch.row_mask("attention_mask", torch.Size((3, 2, 16))) is None
+    assert session._runtime.batch.row_mask(None, torch.Size((*wanted.shape, 16))) is None
+    assert session._runtime.batch.row_mask("decoder_attention_mask", torch.Size((4, 8, 16))) is None
 
 
 def test_padding_with_a_label_is_no_padding() -> None:
@@ -159,16 +122,16 @@ def test_padding_with_a_label_is_no_padding() -> None:
     wanted = batch["attention_mask"].bool()
     # Scored against its own label or, shifted, against the next one.
     wanted[1, 6] = wanted[1, 5] = True
-    assert torch.equal(row_mask(session.batch, "attention_mask", wanted.shape), wanted)
+    assert torch.equal(row_mask(session._runtime.batch, "attention_mask", wanted.shape), wanted)
 
 
 def test_batch_of_an_evaluation_does_not_replace_the_training_batch() -> None:
     model, session = make()
-    model(**TINY.batch(), sample_id=torch.arange(NUM_SAMPLES))
-    held = session.batch
+    model(**TINY.batch())
+    held = session._runtime.batch
     model.eval()
     model(**TINY.batch(1))
-    assert session.batch is held
+    assert session._runtime.batch is held
 
 
 def test_optimizer_takes_what_trains() -> None:
@@ -190,7 +153,7 @@ def test_auxiliary_losses_are_those_of_the_last_forward() -> None:
 
     def add(*args: object) -> None:
         for term in terms:
-            session.add_auxiliary_loss(torch.tensor(term))
+            session._runtime.add_auxiliary_loss(torch.tensor(term))
 
     model.bert.register_forward_hook(add)
     model(**TINY.batch())
@@ -204,9 +167,11 @@ def test_auxiliary_loss_counts_inside_a_training_forward_only() -> None:
     """Outside lies the backward pass, where checkpointing runs blocks again."""
     model, session = make()
     model(**TINY.batch())
-    session.add_auxiliary_loss(torch.tensor(2.0))
+    session._runtime.add_auxiliary_loss(torch.tensor(2.0))
     assert session.auxiliary_loss().item() == 0.0
-    model.bert.register_forward_hook(lambda *_: session.add_auxiliary_loss(torch.tensor(2.0)))
+    model.bert.register_forward_hook(
+        lambda *_: session._runtime.add_auxiliary_loss(torch.tensor(2.0))
+    )
     with torch.no_grad():
         model(**TINY.batch())
     model.eval()(**TINY.batch())
@@ -218,37 +183,129 @@ def test_auxiliary_loss_without_a_graph_is_refused() -> None:
 
     def add(*args: object) -> None:
         with torch.no_grad():
-            session.add_auxiliary_loss(torch.tensor(2.0))
+            session._runtime.add_auxiliary_loss(torch.tensor(2.0))
 
     model.bert.register_forward_hook(add)
     with pytest.raises(UnsupportedError, match="auxiliary loss must have a gradient"):
         model(**TINY.batch())
 
 
-def test_steps_and_calibration_reach_the_methods_that_ask(monkeypatch) -> None:
-    from leantune.core import registry
+class Noting(SwapConversion):
+    """A conversion that notes what the session asks of it."""
 
-    _, session = make()
-    session.calibrate(iter([TINY.batch()]))  # nobody asks: not even read
-    seen: list[Any] = []
-    spec = SimpleNamespace(
-        on_step=lambda s, step: seen.append(step),
-        calibrate=lambda s, batches: seen.extend(batches),
+    def __init__(self, names: list[str], num_calibration_batches: int) -> None:
+        super().__init__([])
+        self.names = names
+        self.num_calibration_batches = num_calibration_batches
+        self.calls: list[Any] = []
+
+    def calibrate(self, batches: Iterable[Any]) -> None:
+        self.calls.append(("calibrate", list(batches)))
+        self.drawn = torch.rand(3)
+
+    def on_step(self, step: int) -> None:
+        self.calls.append(("on_step", step))
+
+    def undo(self) -> None:
+        self.calls.append("undo")
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {name: torch.tensor(i) for i, name in enumerate(self.names)}
+
+    def load_state_dict(self, state) -> None:
+        self.calls.append(("load", sorted(state)))
+
+
+@pytest.fixture
+def noting(monkeypatch: pytest.MonkeyPatch) -> type[MethodConfig]:
+    """Register a method whose conversions note what they are asked."""
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+
+    @dataclass(frozen=True, kw_only=True)
+    class Note(MethodConfig):
+        method: ClassVar[str] = "note"
+        batches: int = option(2, ge=0, help="how many batches calibration wants")
+
+    def convert(model, sites, config, runtime) -> Conversion:
+        return Noting([site.name for site in sites], config.batches)
+
+    registry.register(
+        MethodSpec(
+            config=Note, axis="trained", roles=("linear",), summary="", source="", convert=convert
+        )
     )
-    monkeypatch.setattr(registry, "get", lambda name: spec)
-    session.on_step()
+    return Note
+
+
+def test_two_configs_of_one_method_calibrate_step_and_undo_once_each(noting) -> None:
+    model = TINY.build()
+    session = lt.apply(model, noting(sites="query"), noting(sites="key"))
+    first, second = session.conversions
+    assert [n.rpartition(".")[2] for c in (first, second) for n in c.names] == [
+        "query",
+        "query",
+        "key",
+        "key",
+    ]
     session.calibrate(iter(["a", "b"]))
-    assert seen == [1, "a", "b"] and session.step == 1
+    session.on_step()
+    session.on_step()
+    session.load_state_dict(session.state_dict())
+    session.remove()
+    calibrated = ("calibrate", ["a", "b"])
+    for conversion in (first, second):
+        assert conversion.calls == [
+            calibrated,
+            ("on_step", 1),
+            ("on_step", 2),
+            ("load", sorted(conversion.names)),
+            "undo",
+        ]
+    assert session.step == 2 and not session.conversions
+
+
+def test_batches_are_not_even_read_where_nobody_asks(noting) -> None:
+    session = lt.apply(TINY.build(), noting(batches=0))
+    batches = iter(["a", "b"])
+    session.calibrate(batches)
+    assert next(batches) == "a" and session.conversions[0].calls == []
+
+
+def test_conversions_are_undone_in_reverse(noting) -> None:
+    session = lt.apply(TINY.build(), noting(sites="query"), noting(sites="key"))
+    order: list[Any] = []
+    for conversion in session.conversions:
+        conversion.undo = lambda c=conversion: order.append(c)  # type: ignore[method-assign]
+    wanted = session.conversions[::-1]
+    session.remove()
+    assert order == wanted
+
+
+def test_an_undo_that_fails_leaves_the_rest_to_be_undone(noting) -> None:
+    session = lt.apply(TINY.build(), noting(sites="query"), noting(sites="key"))
+    first, second = session.conversions
+
+    def fail() -> None:
+        raise KeyboardInterrupt
+
+    second.undo = fail  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        session.remove()
+    del second.undo
+    session.remove()
+    assert first.calls == second.calls == ["undo"]
 
 
 def test_ranks_draw_different_rows(monkeypatch) -> None:
-    from leantune.core import session as session_module
+    from leantune.core import runtime as runtime_module
 
-    _, session = make()
-    here = session.current_draw(torch.device("cpu"))
-    monkeypatch.setattr(session_module, "rank", lambda: 3)
-    there = session.current_draw(torch.device("cpu"))
-    assert here.seed != there.seed and here.number == there.number
+    model, session = make()
+    model(**TINY.batch())
+    here = session._runtime.key(torch.device("cpu"))
+    monkeypatch.setattr(runtime_module, "rank", lambda: 3)
+    model(**TINY.batch())
+    there = session._runtime.key(torch.device("cpu"))
+    assert there.seed == here.seed + (3 << 32) and there.counter == here.counter + 1
 
 
 def test_empty_batch_is_refused() -> None:
@@ -258,18 +315,13 @@ def test_empty_batch_is_refused() -> None:
         model(**batch)
 
 
-def test_calibration_neither_reads_nor_moves_the_callers_generators(monkeypatch) -> None:
-    from leantune.core import registry
-
-    _, session = make()
+def test_calibration_neither_reads_nor_moves_the_callers_generators(noting) -> None:
     drawn: list[Tensor] = []
-    spec = SimpleNamespace(calibrate=lambda s, batches: drawn.append(torch.rand(3)))
-    monkeypatch.setattr(registry, "get", lambda name: spec)
-    for seed in (1, 2):
-        torch.manual_seed(seed)
+    for caller, seed in ((1, 0), (2, 0), (1, 1)):
+        session = lt.apply(TINY.build(), noting(), seed=seed)
+        torch.manual_seed(caller)
         before = torch.get_rng_state()
         session.calibrate([])
         assert torch.equal(torch.get_rng_state(), before)
-    session.seed += 1
-    session.calibrate([])
+        drawn.append(session.conversions[0].drawn)
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])

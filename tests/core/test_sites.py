@@ -1,52 +1,120 @@
 """Sites of every tiny model, exactly; and the ways of naming them."""
 
 import pytest
-from models import MODELS
+import torch
+from models import D_HIDDEN, D_MODEL, MODELS
 from torch import Tensor, nn
 
-from leantune.core.sites import ROLES, Site, find_sites, match_sites
+import leantune as lt
+from leantune.core.discovery import find_sites
+from leantune.core.sites import PARTS, ROLES, Site, is_nested, match_sites
 from leantune.errors import SiteError
 
+GATED = ("t5_gated", "llama", "mistral", "qwen2", "qwen3")
 
-def block_names(tiny, model: nn.Module) -> list[str]:
-    names = []
-    for pattern in tiny.blocks:
-        names += [pattern.replace("*", str(i)) for i in range(tiny.num_blocks)]
+
+def block_names(name: str, model: nn.Module) -> list[str]:
+    names = [p.replace("*", str(i)) for p in MODELS[name].blocks for i in range(2)]
     modules = dict(model.named_modules())
-    assert all(name in modules for name in names)
+    assert all(n in modules for n in names)
     return names
 
 
-def expected_parts(block: str, layout: dict, modules: dict) -> dict[str, dict[str, str]]:
-    """Resolve the layout in one block: entries that it lacks are left out."""
-    return {
-        f"{block}.{entry}": {part: f"{block}.{path}" for part, path in parts.items()}
-        for entry, parts in layout.items()
-        if f"{block}.{entry}" in modules
-    }
+def inputs_of(name: str, model: nn.Module, wanted: list[str]) -> dict[str, Tensor]:
+    """Run one batch and return the very tensor that each named module was called with."""
+    seen: dict[str, Tensor] = {}
+    for n in wanted:
+        model.get_submodule(n).register_forward_pre_hook(
+            lambda module, args, n=n: seen.__setitem__(n, args[0])
+        )
+    model(**MODELS[name].batch())
+    return {n: seen[n] for n in wanted}
+
+
+def width(module: nn.Module, side: str) -> int:
+    """Return the width of a linear's ``"in"`` or ``"out"`` side, of either layout."""
+    d_out, d_in = module.weight.shape if isinstance(module, nn.Linear) else module.weight.t().shape
+    return d_in if side == "in" else d_out
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_blocks_attention_and_mlps_are_found_exactly(name: str) -> None:
-    tiny = MODELS[name]
-    model = tiny.build()
+def test_blocks_hold_their_attention_and_mlp(name: str) -> None:
+    model = MODELS[name].build()
     modules = dict(model.named_modules())
     sites = find_sites(model)
-    blocks = block_names(tiny, model)
+    blocks = block_names(name, model)
     assert [s.name for s in sites if s.role == "block"] == blocks
-    attention: dict[str, dict[str, str]] = {}
-    mlp: dict[str, dict[str, str]] = {}
     for block in blocks:
-        attention.update(expected_parts(block, tiny.attention, modules))
-        mlp.update(expected_parts(block, tiny.mlp, modules))
-    assert {s.name: dict(s.parts) for s in sites if s.role == "attention"} == attention
-    assert {s.name: dict(s.parts) for s in sites if s.role == "mlp"} == mlp
-    assert all(part in modules for s in sites for part in s.parts.values())
-    # Nothing more than blocks with their parts, and every plain linear.
-    assert {s.role for s in sites} == set(ROLES)
+        has_cross = name.startswith("t5") and block.startswith("decoder")
+        inside = [s for s in sites if s.block == block]
+        roles = [s.role for s in inside]
+        assert roles.count("mlp") == roles.count("activation") == 1
+        is_cross = [s.is_cross for s in inside if s.role == "attention"]
+        assert is_cross == ([False, True] if has_cross else [False])
     assert all(modules[s.name] is s.module for s in sites)
+    for site in sites:
+        assert all(modules[child.name] is child.module for child in site.children.values())
     order = list(modules)
     assert [order.index(s.name) for s in sites] == sorted(order.index(s.name) for s in sites)
+    assert {s.role for s in sites} == set(ROLES)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_mlp_parts_are_what_they_are_called(name: str) -> None:
+    """The activation reads gate (or up), and down reads what it made (times up)."""
+    model = MODELS[name].build()
+    for site in (s for s in find_sites(model) if s.role == "mlp"):
+        parts = {part: child.module for part, child in site.children.items()}
+        assert {"up", "down", "activation"} <= set(parts)
+        assert ("gate" in parts) == (name in GATED)
+        assert width(parts["up"], "out") == width(parts["down"], "in") == D_HIDDEN
+        assert width(parts["up"], "in") == width(parts["down"], "out") == D_MODEL
+        names = [site.children[part].name for part in ("up", "activation", "down")]
+        x, before, hidden = inputs_of(name, model, names).values()
+        up, gate = parts["up"], parts.get("gate")
+        assert torch.equal((up if gate is None else gate)(x).view_as(before), before)
+        after = parts["activation"](before)
+        wanted = after if gate is None else after * up(x).view_as(after)
+        assert torch.equal(wanted.view_as(hidden), hidden)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_attention_parts_are_what_they_are_called(name: str) -> None:
+    model = MODELS[name].build()
+    for site in (s for s in find_sites(model) if s.role == "attention"):
+        parts = {part: child.module for part, child in site.children.items()}
+        if "qkv" in parts:
+            assert set(parts) == {"qkv", "output"} and width(parts["qkv"], "out") == 3 * D_MODEL
+            continue
+        assert set(parts) == {"query", "key", "value", "output"}
+        assert width(parts["query"], "out") == width(parts["output"], "in") == D_MODEL
+        assert width(parts["key"], "out") == width(parts["value"], "out") <= D_MODEL
+        names = [site.children[part].name for part in ("query", "key", "value")]
+        assert [n.rpartition(".")[2][0] for n in names] == ["q", "k", "v"]
+        query, key, value = inputs_of(name, model, names).values()
+        assert key is value and (query is key) == (not site.is_cross)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_linear_of_a_block_is_a_part_and_parts_name_it_everywhere(name: str) -> None:
+    sites = find_sites(MODELS[name].build())
+    linears = {s.name: s for s in sites if s.role == "linear" and s.block is not None}
+    parts = {
+        child.name: f"{site.role}.{part}"
+        for site in sites
+        for part, child in site.children.items()
+        if child.name in linears
+    }
+    assert {n: s.part for n, s in linears.items()} == parts and set(parts.values()) <= set(PARTS)
+    down = match_sites(sites, ("mlp.down",), lambda s: False, "Test")
+    assert [s.name for s in down] == [s.children["down"].name for s in sites if s.role == "mlp"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_norms_are_found_exactly(name: str) -> None:
+    model = MODELS[name].build()
+    norms = [s.name for s in find_sites(model) if s.role == "norm"]
+    assert norms == [n for n, m in model.named_modules() if "norm" in type(m).__name__.lower()]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -57,51 +125,30 @@ def test_linears_are_found_exactly(name: str) -> None:
     ]
     sites = [s for s in find_sites(model) if s.role == "linear"]
     assert [s.name for s in sites] == wanted
-    inside = [
-        s
-        for s in sites
-        if any(s.name.startswith(b + ".") for b in block_names(MODELS[name], model))
-    ]
+    inside = [s for s in sites if any(s.name.startswith(b + ".") for b in block_names(name, model))]
     assert [s for s in sites if s.block is not None] == inside
     # Everything outside the blocks of these models is a head, and none of the blocks' linears is.
     assert all(s.is_head_or_embedding == (s.block is None) for s in sites)
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_linears_that_read_one_input_share_a_key(name: str) -> None:
-    tiny = MODELS[name]
-    model = tiny.build()
-    modules = dict(model.named_modules())
-    groups: dict[str, set[str]] = {}
-    for site in find_sites(model):
-        if site.role == "linear" and site.reads is not None:
-            groups.setdefault(site.reads, set()).add(site.name)
-    expected = [
-        {f"{block}.{path}" for path in shared}
-        for block in block_names(tiny, model)
-        for shared in tiny.shared
-        if f"{block}.{shared[0]}" in modules
-    ]
-    several = [names for names in groups.values() if len(names) > 1]
-    assert sorted(map(sorted, several)) == sorted(map(sorted, expected))
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_claimed_sharing_is_true(name: str) -> None:
-    """Linears with one key are really called with one tensor object."""
-    tiny = MODELS[name]
-    model = tiny.build()
-    inputs: dict[str, list[Tensor]] = {}
-    for site in find_sites(model):
-        if site.role == "linear" and site.reads is not None:
-
-            def see(module, args, key=site.reads):
-                inputs.setdefault(key, []).append(args[0])
-
-            site.module.register_forward_pre_hook(see)
-    model(**tiny.batch())
-    assert all(x is seen[0] for seen in inputs.values() for x in seen)
-    assert any(len(seen) > 1 for seen in inputs.values()) == bool(tiny.shared)
+def test_linears_share_a_key_exactly_where_they_read_one_tensor(name: str) -> None:
+    model = MODELS[name].build()
+    linears = [s for s in find_sites(model) if s.role == "linear" and s.block is not None]
+    seen = inputs_of(name, model, [s.name for s in linears])
+    by_key: dict[str, set[int]] = {}
+    by_tensor: dict[int, list[Site]] = {}
+    for site in linears:
+        if site.shared_input is not None:
+            by_key.setdefault(site.shared_input, set()).add(id(seen[site.name]))
+        # T5's cross attention reads the encoder's output in every block: one key for each.
+        if "EncDecAttention" not in site.name:
+            by_tensor.setdefault(id(seen[site.name]), []).append(site)
+    assert all(len(tensors) == 1 for tensors in by_key.values())
+    together = [sites for sites in by_tensor.values() if len(sites) > 1]
+    assert bool(together) == (name != "gpt2")
+    for sites in together:
+        assert len({s.shared_input for s in sites}) == 1 and sites[0].shared_input is not None
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -116,16 +163,19 @@ def test_masks(name: str) -> None:
             wanted = "decoder_attention_mask"
         else:
             wanted = "attention_mask"
-        assert site.mask == wanted, site.name
+        assert site.mask_field == wanted, site.name
 
 
-def test_bypass_names_what_a_whole_mlp_replaces() -> None:
-    def bypass(name: str) -> tuple[str, ...]:
-        return next(s.bypass for s in find_sites(MODELS[name].build()) if s.role == "mlp")
+def test_also_replaced_names_what_a_whole_mlp_replaces() -> None:
+    def also_replaced(name: str) -> tuple[str, ...]:
+        return next(s.also_replaced for s in find_sites(MODELS[name].build()) if s.role == "mlp")
 
-    assert bypass("bert") == ("bert.encoder.layer.0.output.dense",)
-    assert bypass("opt") == ("model.decoder.layers.0.activation_fn", "model.decoder.layers.0.fc2")
-    assert bypass("llama") == ()
+    assert also_replaced("bert") == ("bert.encoder.layer.0.output.dense",)
+    assert also_replaced("opt") == (
+        "model.decoder.layers.0.activation_fn",
+        "model.decoder.layers.0.fc2",
+    )
+    assert also_replaced("llama") == ()
 
 
 # peft asks transformers for a name that transformers is about to drop.
@@ -138,16 +188,20 @@ def test_factors_of_a_peft_model_are_linears() -> None:
     sites = {s.name: s for s in find_sites(model)}
     layer = "base_model.model.model.layers.0"
     first = [sites[f"{layer}.self_attn.{x}_proj.lora_A.default"] for x in "qkv"]
-    assert len({s.reads for s in first}) == 1 and first[0].reads is not None
+    assert len({s.shared_input for s in first}) == 1 and first[0].shared_input is not None
     base = [sites[f"{layer}.self_attn.{x}_proj.base_layer"] for x in "qkv"]
-    assert len({s.reads for s in base}) == 1 and base[0].reads != first[0].reads
+    assert (
+        len({s.shared_input for s in base}) == 1 and base[0].shared_input != first[0].shared_input
+    )
     assert not base[0].is_trainable and first[0].is_trainable
     gated = [sites[f"{layer}.mlp.{x}_proj.lora_A.default"] for x in ("gate", "up")]
-    assert len({s.reads for s in gated}) == 1 and gated[0].reads != first[0].reads
-    assert sites[f"{layer}.mlp.down_proj.lora_A.default"].reads is None
+    assert (
+        len({s.shared_input for s in gated}) == 1 and gated[0].shared_input != first[0].shared_input
+    )
+    assert sites[f"{layer}.mlp.down_proj.lora_A.default"].shared_input is None
     second = [s for s in sites.values() if ".lora_B." in s.name]
-    assert len(second) == 12 and all(s.reads is None for s in second)
-    assert all(s.mask == "attention_mask" for s in [*first, *second])
+    assert len(second) == 12 and all(s.shared_input is None for s in second)
+    assert all(s.mask_field == "attention_mask" for s in [*first, *second])
     assert sum(s.role == "attention" for s in sites.values()) == 2
 
 
@@ -174,7 +228,9 @@ def test_any_module_has_its_linears() -> None:
         "score.0",
         "forehead_of_it",
     ]
-    assert all(s.role == "linear" and s.mask is None and s.reads is None for s in sites)
+    assert all(
+        s.role == "linear" and s.mask_field is None and s.shared_input is None for s in sites
+    )
     heads = [s.name for s in sites if s.is_head_or_embedding]
     assert heads[:3] == ["classifier", "lm_head", "score.0"]
 
@@ -184,6 +240,81 @@ def test_subclasses_of_linear_are_left_alone() -> None:
         pass
 
     assert find_sites(nn.Sequential(Special(2, 2))) == []
+
+
+class Conv1D(nn.Module):
+    """A real convolution that has the name of transformers' linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 4, 5))
+        self.bias = nn.Parameter(torch.zeros(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.conv1d(x, self.weight, self.bias)
+
+
+class TransformerBlock(nn.Module):
+    """A user's own block that has the name and the parts of DistilBERT's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.ffn = nn.Module(), nn.Module()
+        for name in ("q_lin", "k_lin", "v_lin", "out_lin"):
+            self.attention.add_module(name, nn.Linear(4, 4))
+        self.ffn.lin1, self.ffn.lin2 = nn.Linear(4, 8), nn.Linear(8, 4)
+        self.ffn.activation, self.ffn.dropout = nn.GELU(), nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ffn.lin2(self.ffn.activation(self.ffn.lin1(x)))
+
+
+def test_a_users_own_class_conv1d_is_no_linear() -> None:
+    model = nn.Sequential(Conv1D(), nn.Linear(4, 2))
+    assert [s.name for s in find_sites(model)] == ["1"]
+    with pytest.raises(SiteError, match="got '0', which matches none"):
+        lt.apply(model, lt.WTACRS(sites=["0"]))
+    lt.apply(model, lt.WTACRS(min_rows=1))
+    assert type(model[0]) is Conv1D
+    model(torch.randn(2, 4, 8)).sum().backward()
+    # The control: transformers' own is one.
+    from transformers.pytorch_utils import Conv1D as Linear1D
+
+    assert [s.role for s in find_sites(nn.Sequential(Linear1D(3, 4)))] == ["linear"]
+
+
+def test_a_users_own_class_transformer_block_is_not_distilberts() -> None:
+    sites = find_sites(nn.ModuleDict({"layer": TransformerBlock()}))
+    assert {s.role for s in sites} == {"linear"} and len(sites) == 6
+    for site in sites:
+        assert (site.block, site.mask_field, site.part, site.shared_input) == (None,) * 4
+    # The control: DistilBERT's own is a block and has a mask.
+    theirs = [s for s in find_sites(MODELS["distilbert"].build()) if s.role == "block"]
+    assert theirs and all(s.mask_field == "attention_mask" for s in theirs)
+
+
+def test_an_attention_mask_is_not_trusted_in_a_users_own_transformer_block() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = TransformerBlock()
+
+        def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+            return self.layer(x)
+
+    model = Net()
+    lt.apply(model, lt.WTACRS(keep_ratio=0.5, min_rows=2, sites=["lin1", "lin2"]))
+    mask = torch.tensor([[1, 1, 1, 0, 0, 0]] * 2)
+    # What the mask calls padding has a gradient: where it is trusted, backward refuses that.
+    model(torch.randn(2, 6, 4), attention_mask=mask).square().sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "expected"),
+    [("a.b", "a.b", True), ("a", "a.b", True), ("a.b.c", "a", True), ("a.b", "a.bc", False)],
+)
+def test_nested_names(one: str, other: str, expected: bool) -> None:
+    assert is_nested(one, other) is is_nested(other, one) is expected
 
 
 def test_decoder_beside_an_encoder_has_its_own_mask() -> None:
@@ -199,7 +330,7 @@ def test_decoder_beside_an_encoder_has_its_own_mask() -> None:
     config = EncoderDecoderConfig.from_encoder_decoder_configs(
         BertConfig(**options), BertConfig(**options)
     )
-    masks = {s.name: s.mask for s in find_sites(EncoderDecoderModel(config))}
+    masks = {s.name: s.mask_field for s in find_sites(EncoderDecoderModel(config))}
     assert masks["encoder.encoder.layer.0.output.dense"] == "attention_mask"
     assert masks["decoder.bert.encoder.layer.0.output.dense"] == "decoder_attention_mask"
     cross = "decoder.bert.encoder.layer.0.crossattention.self"
@@ -258,7 +389,9 @@ def test_pattern_without_a_match_is_an_error(bert_sites, pattern) -> None:
         SiteError, match="Test: sites must match at least one module, got "
     ) as error:
         names(bert_sites, "query", pattern)
-    assert repr(pattern) in str(error.value) and "linear, mlp, attention, block" in str(error.value)
+    assert repr(pattern) in str(
+        error.value
+    ) and "linear, attention, mlp, norm, activation, block" in str(error.value)
 
 
 def test_broken_regular_expression(bert_sites) -> None:

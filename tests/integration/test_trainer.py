@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 import leantune as lt
 from leantune.core import registry
 from leantune.core.config import MethodConfig, option
+from leantune.core.conversion import Conversion
 from leantune.core.registry import MethodSpec, register
-from leantune.train.callback import SESSION_FILE, SessionCallback
-from leantune.train.sample_ids import with_sample_ids
+from leantune.integrations.trainer import SESSION_FILE
 
 # The older name is deprecated since the newer one exists.
 CHECKPOINTING = next(
@@ -29,12 +29,11 @@ CHECKPOINTING = next(
 PEERS_USE_THE_OLDER_NAME = pytest.mark.filterwarnings(
     "ignore:.*gradient_checkpointing.* is deprecated:FutureWarning"
 )
-NORMS = ("activation", "running", "cache")
 Weights = dict[str, torch.Tensor]
 
 
-def sampled(norms: str = "running", **options: Any) -> lt.WTACRS:
-    return lt.WTACRS(keep_ratio=0.3, min_rows=2, norms=norms, **options)  # type: ignore[arg-type]
+def sampled(**options: Any) -> lt.WTACRS:
+    return lt.WTACRS(keep_ratio=0.3, min_rows=2, **options)
 
 
 def train(
@@ -46,43 +45,40 @@ def train(
 ) -> tuple[Weights, lt.Session]:
     """Train a tiny BERT and return its weights; by default every step leaves a checkpoint."""
     session = lt.apply(bert() if model is None else model, *methods, seed=3)
-    options = {"remove_unused_columns": False, "save_strategy": "steps", "save_steps": 1, **options}
-    options.setdefault("dataset", with_sample_ids(token_rows()))
-    trainer = make_trainer(session.model, folder, [session.trainer_callback()], **options)
+    options = {"save_strategy": "steps", "save_steps": 1, **options}
+    trainer = make_trainer(session.model, folder, [lt.TrainerCallback(session)], **options)
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     return weights(session.model), session
 
 
-@pytest.mark.parametrize("norms", NORMS)
-def test_a_plain_trainer_learns_with_sampled_rows(tmp_path: Path, norms: str) -> None:
-    session = lt.apply(bert(dropout=0.0), sampled(norms))
-    options = {"max_steps": 60, "remove_unused_columns": norms != "cache", "logging_steps": 5}
-    rows = with_sample_ids(token_rows()) if norms == "cache" else token_rows()
-    callbacks = [session.trainer_callback()]
-    trainer = make_trainer(session.model, tmp_path, callbacks, dataset=rows, **options)
+def test_a_plain_trainer_learns_with_sampled_rows(tmp_path: Path) -> None:
+    session = lt.apply(bert(dropout=0.0), sampled())
+    callbacks = [lt.TrainerCallback(session)]
+    trainer = make_trainer(session.model, tmp_path, callbacks, max_steps=60, logging_steps=5)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < 0.5 * losses[0]
-    assert (session.step, session.draw) == (60, 60)
-    assert session.num_samples == 24
+    assert (session.step, num_forwards(session)) == (60, 60)
 
 
-@pytest.mark.parametrize("norms", ("running", "cache"))
-def test_stopped_anywhere_and_resumed_ends_with_the_same_bits(tmp_path: Path, norms: str) -> None:
-    expected, whole = train(tmp_path, sampled(norms))
+def test_stopped_anywhere_and_resumed_ends_with_the_same_bits(tmp_path: Path) -> None:
+    expected, whole = train(tmp_path, sampled())
     # Six steps an epoch: the last stop falls on the border of two epochs.
-    for stop in range(1, 7):
+    for stop in (1, 4, 6):
         checkpoint = tmp_path / f"checkpoint-{stop}"
-        got, resumed = train(tmp_path, sampled(norms), resume=checkpoint, save_strategy="no")
+        got, resumed = train(tmp_path, sampled(), resume=checkpoint, save_strategy="no")
         assert same(got, expected), stop
-        assert (resumed.step, resumed.draw) == (whole.step, whole.draw) == (7, 7)
+        assert (resumed.step, num_forwards(resumed)) == (whole.step, num_forwards(whole)) == (7, 7)
+
+
+def num_forwards(session: lt.Session) -> int:
+    return int(session.state_dict()["counter"])
 
 
 @pytest.mark.parametrize(
     "options",
     [
         {"gradient_accumulation_steps": 2, "max_steps": 5},
-        {"max_grad_norm": 0.01},
         {CHECKPOINTING: True},
         {"bf16": True},
     ],
@@ -96,13 +92,7 @@ def test_every_way_to_train_resumes_with_the_same_bits(tmp_path: Path, options: 
     plain, _ = train(tmp_path / "plain", sampled())
     assert not same(plain, expected)
     assert session.step == options.get("max_steps", 7)
-    assert session.draw == session.step * options.get("gradient_accumulation_steps", 1)
-
-
-def test_the_basis_of_the_exact_part_is_resumed(tmp_path: Path) -> None:
-    expected, _ = train(tmp_path, sampled(residual_rank=2))
-    got, _ = train(tmp_path, sampled(residual_rank=2), resume=tmp_path / "checkpoint-3")
-    assert same(got, expected)
+    assert num_forwards(session) == session.step * options.get("gradient_accumulation_steps", 1)
 
 
 def test_other_draws_after_the_stop_end_elsewhere(tmp_path: Path) -> None:
@@ -110,10 +100,10 @@ def test_other_draws_after_the_stop_end_elsewhere(tmp_path: Path) -> None:
     expected, _ = train(tmp_path, sampled())
     file = tmp_path / "checkpoint-3" / SESSION_FILE
     state = load_file(file)
-    save_file({**state, "draw": torch.zeros_like(state["draw"])}, file)
+    save_file({**state, "counter": torch.zeros_like(state["counter"])}, file)
     without_draw, _ = train(tmp_path, sampled(), resume=file.parent)
     assert not same(without_draw, expected)
-    save_file({key: state[key] for key in ("draw", "step", "seed")}, file)
+    save_file({key: state[key] for key in ("counter", "step", "seed")}, file)
     without_norms, _ = train(tmp_path, sampled(), resume=file.parent)
     assert not same(without_norms, expected)
 
@@ -140,11 +130,8 @@ def test_a_checkpoint_elsewhere_is_named_or_found_in_the_arguments(tmp_path: Pat
 
     def explicit(step: str | None) -> Weights:
         session = lt.apply(bert(), sampled(), seed=3)
-        rows = with_sample_ids(token_rows())
-        callbacks = [SessionCallback(session, resume_from=moved)]
-        trainer = make_trainer(
-            session.model, tmp_path / "c", callbacks, dataset=rows, remove_unused_columns=False
-        )
+        callbacks = [lt.TrainerCallback(session, resume_from=moved)]
+        trainer = make_trainer(session.model, tmp_path / "c", callbacks)
         trainer.train(resume_from_checkpoint=step)
         return weights(session.model)
 
@@ -153,42 +140,13 @@ def test_a_checkpoint_elsewhere_is_named_or_found_in_the_arguments(tmp_path: Pat
         explicit(None)
 
 
-def test_checkpointed_blocks_draw_in_backward_by_themselves(tmp_path: Path) -> None:
-    options: dict[str, Any] = {"save_strategy": "no", CHECKPOINTING: True}
-    by_itself, _ = train(tmp_path, sampled(), **options)
-    asked_for, _ = train(tmp_path, sampled(draw_at="backward"), **options)
-    forward, _ = train(tmp_path, sampled(draw_at="forward"), **options)
-    # The linears outside the blocks are the head and the pooler, which are exact in all three.
-    assert same(by_itself, asked_for)
-    assert not same(by_itself, forward)
-
-
-def test_sample_ids_that_the_trainer_would_drop_are_an_error(tmp_path: Path) -> None:
-    with pytest.raises(lt.ConfigError, match=r"remove_unused_columns must be False.*got True"):
-        train(tmp_path, sampled("cache"), remove_unused_columns=True)
-    with pytest.raises(lt.ConfigError, match="sample_id must be in every training batch"):
-        train(tmp_path, sampled("cache"), dataset=token_rows())
-
-
-def test_ids_of_a_selection_keep_their_bound(tmp_path: Path) -> None:
-    rows = with_sample_ids(token_rows())
-    _, session = train(tmp_path, sampled("cache"), dataset=rows.select(range(12, 24)), max_steps=1)
-    assert session.num_samples == 24
-    half = torch.utils.data.Subset(rows, range(12, 24))
-    _, session = train(tmp_path / "b", sampled("cache"), dataset=half, max_steps=1)
-    assert session.num_samples == 24
-
-
 def test_a_closed_or_foreign_session_is_refused(tmp_path: Path) -> None:
     session = lt.apply(bert(), sampled())
     with pytest.raises(lt.ConfigError, match="model must be the session's"):
-        make_trainer(bert(), tmp_path, [session.trainer_callback()]).train()
+        make_trainer(bert(), tmp_path, [lt.TrainerCallback(session)]).train()
     session.remove()
     with pytest.raises(lt.ConfigError, match="session must be open"):
-        make_trainer(session.model, tmp_path, [session.trainer_callback()]).train()
-
-
-# -- auxiliary losses and calibration, by a method made for these tests ----------------------
+        make_trainer(session.model, tmp_path, [lt.TrainerCallback(session)]).train()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,45 +158,41 @@ class Penalty(MethodConfig):
     weight: float = option(1.0, ge=0, help="factor of the auxiliary loss")
 
 
-@dataclass
-class _Hooks:
-    handles: list[Any]
+SHOWN: list[torch.Tensor] = []
+
+
+class _Punished(Conversion):
+    num_calibration_batches = 8
+
+    def __init__(self, model: Any, sites: list, config: Penalty, runtime: Any) -> None:
+        def punish(module: Any, args: Any, output: torch.Tensor) -> None:
+            runtime.add_auxiliary_loss(config.weight * output.square().mean())
+
+        self.model = model
+        self.handles = [site.module.register_forward_hook(punish) for site in sites]
+
+    def calibrate(self, batches: Any) -> None:
+        for batch in batches:
+            SHOWN.append(batch["input_ids"])
+            self.model(**batch)
 
     def undo(self) -> None:
         for handle in self.handles:
             handle.remove()
 
-    merge = undo
-
-
-SHOWN: list[torch.Tensor] = []
-
 
 @pytest.fixture
 def penalty() -> Iterator[type[Penalty]]:
-    def attach(model: Any, sites: list, config: Penalty, session: lt.Session) -> _Hooks:
-        def punish(module: Any, args: Any, output: torch.Tensor) -> None:
-            session.add_auxiliary_loss(config.weight * output.square().mean())
-
-        return _Hooks([site.module.register_forward_hook(punish) for site in sites])
-
-    def calibrate(session: lt.Session, batches: Any) -> None:
-        for batch in batches:
-            SHOWN.append(batch["input_ids"])
-            session.model(**batch)
-
     SHOWN.clear()
-    register(
-        MethodSpec(
-            config=Penalty,
-            axis="compute",
-            roles=("mlp",),
-            summary="for tests",
-            source="none",
-            attach=attach,
-            calibrate=calibrate,
-        )
+    spec = MethodSpec(
+        config=Penalty,
+        axis="evaluated",
+        roles=("mlp",),
+        summary="for tests",
+        source="none",
+        convert=_Punished,
     )
+    register(spec)
     yield Penalty
     del registry._METHODS[Penalty.method]
 
@@ -271,7 +225,7 @@ def test_the_trainer_adds_auxiliary_losses(
     trainer = make_trainer(
         session.model,
         tmp_path,
-        [session.trainer_callback()],
+        [lt.TrainerCallback(session)],
         train_sampling_strategy="sequential",
         gradient_accumulation_steps=steps[0],
         max_steps=len(steps),
@@ -300,7 +254,7 @@ def test_the_trainer_adds_auxiliary_losses(
 
 def test_an_auxiliary_loss_that_would_be_lost_is_an_error(tmp_path: Path, penalty: Any) -> None:
     session = lt.apply(bert(), penalty())
-    callbacks = [session.trainer_callback()]
+    callbacks = [lt.TrainerCallback(session)]
     trainer = make_trainer(session.model, tmp_path, callbacks, label_smoothing_factor=0.1)
     with pytest.raises(lt.UnsupportedError, match="loss must be the one that the model returns"):
         trainer.train()
@@ -309,7 +263,7 @@ def test_an_auxiliary_loss_that_would_be_lost_is_an_error(tmp_path: Path, penalt
         return torch.nn.functional.cross_entropy(outputs["logits"], labels)
 
     session = lt.apply(bert(), penalty())
-    trainer = make_trainer(session.model, tmp_path, [session.trainer_callback()])
+    trainer = make_trainer(session.model, tmp_path, [lt.TrainerCallback(session)])
     trainer.compute_loss_func = own_loss
     with pytest.raises(lt.UnsupportedError, match="a trainer that computes its own"):
         trainer.train()
@@ -328,39 +282,10 @@ def test_calibration_sees_spread_rows_and_moves_nothing(tmp_path: Path, penalty:
     assert same(with_calibration, weights(model))
 
 
-# -- adapters ---------------------------------------------------------------------------------
-
-
 def logits(model: Any) -> torch.Tensor:
     model.eval()
     with torch.no_grad():
         return model(**token_rows().remove_columns("labels").with_format("torch")[:]).logits
-
-
-@PEERS_USE_THE_OLDER_NAME
-def test_a_peft_model_trains_resumes_and_loads_without_us(tmp_path: Path) -> None:
-    import peft
-
-    def adapted() -> Any:
-        with torch.random.fork_rng():
-            torch.manual_seed(1)
-            config = peft.LoraConfig(
-                r=4, target_modules=["query", "value", "dense"], modules_to_save=["classifier"]
-            )
-            return peft.get_peft_model(bert(), config)
-
-    expected, session = train(tmp_path / "a", sampled(), model=adapted())
-    start = weights(adapted())
-    assert any("lora_A" in n and not torch.equal(expected[n], start[n]) for n in start)
-    got, _ = train(
-        tmp_path / "a", sampled(), model=adapted(), resume=tmp_path / "a" / "checkpoint-3"
-    )
-    assert same(got, expected)
-    trainer = make_trainer(session.model, tmp_path, [])
-    trainer.save_model(str(tmp_path / "adapter"))
-    loaded = peft.PeftModel.from_pretrained(bert(), tmp_path / "adapter")
-    assert torch.equal(logits(loaded), logits(session.model))
-    assert not torch.equal(logits(adapted()), logits(session.model))
 
 
 @PEERS_USE_THE_OLDER_NAME
@@ -400,10 +325,10 @@ def test_sft_trainer_trains_and_resumes(tmp_path: Path) -> None:
             ),
             train_dataset=rows,
             processing_class=tokenizer(),
-            callbacks=[session.trainer_callback()],
+            callbacks=[lt.TrainerCallback(session)],
         )
         trainer.train(resume_from_checkpoint=resume)
-        assert session.draw == session.step == 4
+        assert num_forwards(session) == session.step == 4
         return weights(session.model)
 
     expected = run()

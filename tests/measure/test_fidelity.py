@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from leantune.errors import ConfigError
-from leantune.measure import fidelity
+from leantune.measure.fidelity import fidelity
 
 # One false alarm in a million, two-sided.
 Z_LIMIT = 4.9

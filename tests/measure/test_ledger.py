@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from leantune.errors import ConfigError, UnsupportedError
-from leantune.measure import Ledger, ledger
+from leantune.measure.ledger import Ledger, ledger
 
 FLOAT = 4
 
@@ -291,6 +291,7 @@ def test_dropout_and_activations_in_modules_are_named() -> None:
     }
 
 
+@pytest.mark.slow
 def test_a_compiled_region_is_counted_as_one() -> None:
     plain = nn.Sequential(nn.Linear(2, 8), nn.GELU(), nn.Linear(8, 3))
     compiled = torch.compile(plain, backend="aot_eager")

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from leantune.measure import fidelity, ledger
+from leantune.measure.fidelity import fidelity
+from leantune.measure.ledger import ledger
 
 
 class CountingSession:
@@ -166,11 +167,10 @@ def test_auxiliary_losses_are_part_of_the_step() -> None:
 
 @pytest.mark.gpu
 def test_cuda_generators_are_put_back() -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("needs an NVIDIA GPU")
     model = nn.Sequential(nn.Linear(2, 4), nn.Dropout(0.5)).cuda()
+    x = torch.randn(6, 2, device="cuda")
     state = torch.cuda.get_rng_state()
-    book = ledger(model, torch.randn(6, 2, device="cuda"))
+    book = ledger(model, x)
     assert torch.equal(torch.cuda.get_rng_state(), state)
     # the fused dropout of CUDA keeps a mask of one byte
     assert book.by_kind(ledger="activations")["dropout"] == 6 * 4

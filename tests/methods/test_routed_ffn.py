@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import leantune as lt
 from leantune.core.files import trained_weights
 from leantune.core.linear import ConvertedLinear, converted, swap
+from leantune.core.runtime import Runtime
 from leantune.errors import ConfigError, SiteError, UnsupportedError
 from leantune.methods.routed_ffn import maths
 from leantune.methods.routed_ffn import module as module_file
@@ -41,6 +42,19 @@ def lora_for(name: str) -> lt.LoRA:
 def grouped(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compute all groups in one product, as on a GPU, or one after the other."""
     monkeypatch.setattr(module_file, "prefers_grouped", lambda rows, ffn: request.param)
+
+
+class Subspace:
+    """Trains a copy of the weight instead of the weight."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.parameter = nn.Parameter(weight.detach().clone())
+
+    def project(self, rows: Tensor) -> Tensor:
+        return rows
+
+    def grad(self, outer: OuterProduct) -> Tensor:
+        return outer.dense()
 
 
 def layers_of(model: nn.Module) -> list[RoutedMLP]:
@@ -719,18 +733,7 @@ def test_frozen_weights_have_no_gradient_and_keep_no_input() -> None:
 
 def test_linear_that_trains_a_subspace_is_not_cut() -> None:
     """Such a linear needs its whole input: the FFN runs dense, with the other groups at zero."""
-
-    class Whole:
-        def __init__(self, weight: Tensor) -> None:
-            self.parameter = nn.Parameter(weight.detach().clone())
-
-        def project(self, rows: Tensor) -> Tensor:
-            return rows
-
-        def grad(self, outer: OuterProduct) -> Tensor:
-            return outer.dense()
-
-    model, _, layer = make("llama")
+    _, _, layer = make("llama")
     x = tokens()
     wanted = layer(x)
     wanted.square().sum().backward()
@@ -738,13 +741,26 @@ def test_linear_that_trains_a_subspace_is_not_cut() -> None:
     assert isinstance(old, nn.Linear)
     gradient = old.weight.grad
     old.weight.requires_grad_(False)
-    subspace = Whole(old.weight)
+    subspace = Subspace(old.weight)
     swap(layer, "up_proj", converted(old, layer.runtime, subspace=subspace))
     got = layer(x)
     torch.testing.assert_close(got, wanted)
     got.square().sum().backward()
     torch.testing.assert_close(subspace.parameter.grad, gradient)
-    del model
+
+
+def test_units_are_not_reordered_under_a_subspace() -> None:
+    """Its entries would stay where they are while the weight's rows move."""
+    model = MODELS["llama"].build()
+    mlp = model.model.layers[1].mlp
+    weight = mlp.gate_proj.weight.requires_grad_(False)
+    subspace = Subspace(weight)
+    swap(mlp, "gate_proj", converted(mlp.gate_proj, Runtime(model, 0), subspace=subspace))
+    with pytest.raises(
+        SiteError, match=r"1 of 2 sites .*'contiguous' where gate trains a subspace"
+    ):
+        lt.apply(model, lt.RoutedFFN(split="coactivation"))
+    lt.apply(model, lt.RoutedFFN())
 
 
 def test_thin_gradients_stay_thin_inside_groups() -> None:

@@ -9,6 +9,34 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 
 
+def example_rows(n: int, log_std: float, seed: int = 0) -> tuple[Array, Array]:
+    """Return h (n, 8) and g (n, 6), whose products have a common part and norms that differ."""
+    rng = np.random.default_rng(seed)
+    h = rng.normal(size=(n, 8)) + 0.3
+    g = rng.normal(size=(n, 6)) + 0.3
+    h /= np.linalg.norm(h, axis=1, keepdims=True)
+    g /= np.linalg.norm(g, axis=1, keepdims=True)
+    return h, g * np.exp(log_std * rng.normal(size=(n, 1)))
+
+
+def norm_products(h: Array, g: Array) -> Array:
+    """Return the optimal scores, ``||h_i|| ||g_i||``."""
+    return np.linalg.norm(h, axis=1) * np.linalg.norm(g, axis=1)
+
+
+def wrong_scores(name: str, h: Array, g: Array) -> Array:
+    """Return positive scores that are more or less far from the optimal ones."""
+    rng = np.random.default_rng(7)
+    if name == "exact":
+        return norm_products(h, g)
+    if name == "random":
+        return rng.random(len(h)) + 0.05
+    if name == "input_norm":
+        return np.linalg.norm(h, axis=1)
+    assert name == "stale"
+    return norm_products(h, g) * 10 ** rng.uniform(-1, 1, len(h))
+
+
 def outer_products(h: Array, g: Array) -> Array:
     """Return X of shape (n, d_out, d_in), ``X_i = g_i h_i^T``."""
     return np.stack([np.outer(g[i], h[i]) for i in range(len(h))])
@@ -20,6 +48,16 @@ def grad_weight(h: Array, g: Array) -> Array:
     for i in range(len(h)):
         total += np.outer(g[i], h[i])
     return total
+
+
+def estimates(totals: Array, h: Array, g: Array) -> Array:
+    """Return the weight gradients that total weights (num_draws, n) of the rows estimate, flat."""
+    return totals @ outer_products(h, g).reshape(len(h), -1)
+
+
+def squared_errors(totals: Array, h: Array, g: Array) -> Array:
+    """Return ``||estimate - exact||_F^2`` of every draw, (num_draws,)."""
+    return ((estimates(totals, h, g) - grad_weight(h, g).reshape(-1)) ** 2).sum(1)
 
 
 def variance(x: Array, p: Array, k: int, chosen: set[int]) -> float:
@@ -39,15 +77,14 @@ def heaviest(p: Array, c: int) -> set[int]:
     return set(sorted(range(len(p)), key=lambda i: (-p[i], i))[:c])
 
 
-def objective(p: Array, k: int, c: int, rule: str) -> float:
-    """Return what the choice of c minimises."""
-    tail = sum(sorted(p)[: len(p) - c])
-    return (tail if rule == "paper" else tail**2) / (k - c)
+def objective(p: Array, k: int, c: int) -> float:
+    """Return what the choice of c minimises: the bound of the variance."""
+    return sum(sorted(p)[: len(p) - c]) / (k - c)
 
 
-def brute_force_size(p: Array, k: int, rule: str) -> int:
+def brute_force_size(p: Array, k: int) -> int:
     """Return the first c in [0, k) with the smallest objective."""
-    values = [objective(p, k, c, rule) for c in range(k)]
+    values = [objective(p, k, c) for c in range(k)]
     return values.index(min(values))
 
 

@@ -1,5 +1,22 @@
 """The command ``leantune``; each command's machinery is imported when it runs."""
 
-from leantune.cli.app import app, main
+import os
+import sys
 
-__all__ = ["app", "main"]
+from leantune.core.extras import require
+from leantune.errors import UnsupportedError
+
+
+def main() -> None:
+    """Run the command line; the entry point of the ``leantune`` script."""
+    try:
+        for package in ("typer", "rich", "yaml"):
+            require(package, extra="cli", who="leantune")
+    except UnsupportedError as error:
+        sys.exit(f"error {error}")
+    # A new head, which every fine-tuning has, is no news; the user's own setting wins.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    from leantune.cli.app import app
+
+    app(prog_name="leantune")

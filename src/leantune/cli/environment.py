@@ -1,11 +1,10 @@
 """``leantune env``: versions and devices."""
 
-from __future__ import annotations
-
 import platform
 from importlib import metadata
 from typing import Any
 
+from leantune._version import __version__
 from leantune.cli.output import DebugFlag, JsonFlag, make_table, out, print_json, reported_errors
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "triton")
@@ -34,7 +33,7 @@ def describe_environment() -> dict[str, Any]:
     """Return versions, None for what is not installed, and the CUDA devices with their memory."""
     import torch
 
-    facts: dict[str, Any] = {"leantune": _version("leantune"), "python": platform.python_version()}
+    facts: dict[str, Any] = {"leantune": __version__, "python": platform.python_version()}
     facts |= {package: _version(package) for package in PACKAGES}
     facts["platform"] = platform.platform()
     facts["cpu_threads"] = torch.get_num_threads()

@@ -1,7 +1,5 @@
 """The progress bar of a training run, with a live line of loss, metric, step time and memory."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -16,9 +14,9 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from transformers import TrainerCallback
 
-from leantune.measure import format_bytes
-from leantune.train.callback import TrainerCallback
+from leantune.measure.text import format_bytes
 
 _SMOOTHING = 0.9
 

@@ -1,7 +1,5 @@
 """``leantune methods``: the registry as tables."""
 
-from __future__ import annotations
-
 from typing import Annotated, Any
 
 import typer
@@ -24,7 +22,7 @@ def methods(
             spec = registry.get(name.replace("-", "_"))
             _show(describe_method(spec), json)
             return
-        rows = [describe_method(spec) for spec in registry.methods().values()]
+        rows = [describe_method(spec) for spec in registry.list_methods().values()]
         if json:
             print_json(rows)
             return

@@ -1,7 +1,5 @@
 """What the commands print: one JSON document or tables on stdout, everything else on stderr."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -102,7 +102,7 @@ def _active(layer: Any) -> tuple[LowRank, ...]:
         layer.unmerge()
     if layer.disable_adapters or layer.merged:
         return ()
-    active = []
+    active: list[LowRank] = []
     for name in layer.active_adapters:
         if name not in layer.lora_A:
             continue

@@ -66,9 +66,10 @@ class Options:
             return
         if isinstance(value, str) and value in choices:
             return
-        if float in kinds and type(value) is int:
-            object.__setattr__(self, spec.name, float(value))
+        if float in kinds and (type(value) is int or _is_spelled(value)):
+            # YAML reads 5e-5 as text.
             value = float(value)
+            object.__setattr__(self, spec.name, value)
         if type(value) not in kinds:
             raise ConfigError(f"{who} must be {rule}, got {value!r}")
         if isinstance(value, int | float) and not isinstance(value, bool):
@@ -142,6 +143,8 @@ class MethodConfig(Options):
     def to_dict(self) -> dict[str, Any]:
         """Return ``{"method": ..., "version": ..., option: value}`` for JSON or YAML.
 
+        Every option is written, so that another version's defaults cannot change what a file says.
+
         Raises:
             ConfigError: ``sites`` is a predicate, which no file can hold.
         """
@@ -208,6 +211,14 @@ def _accepted(hint: Any) -> tuple[set[type], tuple[str, ...], bool]:
         else:
             kinds.add(part)
     return kinds, choices, nullable
+
+
+def _is_spelled(value: Any) -> bool:
+    """Tell whether a text spells a number."""
+    try:
+        return isinstance(value, str) and float(value) == float(value)
+    except ValueError:
+        return False
 
 
 def _rule(

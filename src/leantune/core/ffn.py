@@ -77,8 +77,8 @@ class FFN:
         linears: ``up``, ``gate`` and ``down`` without the LoRA layers around them.
 
     Attributes:
-        is_divisible: whether slices of the weights may be used by themselves; a weight in whose
-            place a method trains something else is needed whole.
+        is_divisible: whether slices of the weights may be used by themselves. A linear that trains
+            a subspace needs its whole input and its own forward.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module], linears: Mapping[str, Adapted]) -> None:
@@ -149,7 +149,7 @@ class FFN:
         return self._cut(LinearView.stack, num)[0]
 
     def _cut(self, cut: Callable[..., list[LinearView]], num: int) -> "list[FFNSlice]":
-        parts = []
+        parts: list[Iterable[tuple[LinearView, ...]]] = []
         for part, (base, adapters) in self.linears.items():
             dim = int(part == "down")
             pieces = [cut(LinearView.of(base), dim, num)]
@@ -165,10 +165,10 @@ class FFN:
             y: (n, d_model).
             low: (n, r) for each adapter of ``down``.
         """
-        down, adapters = self.linears["down"]
+        down: Any = self.linears["down"].linear
         if down.bias is not None:
-            y = y + down.bias.to(y.dtype)  # type: ignore[operator]
-        for z, adapter in zip(low, adapters, strict=True):
+            y = y + down.bias.to(y.dtype)
+        for z, adapter in zip(low, self.linears["down"].adapters, strict=True):
             view = LinearView.of(adapter.second, adapter.scaling)
             y = y + view.multiply(z).to(y.dtype)
         dropout = self.modules.get("output_dropout")
@@ -202,14 +202,15 @@ class FFNSlice(NamedTuple):
             scale: (n, 1), multiplies the hidden activations; None for ones.
             multiply: (view, rows) -> rows, the product with each slice.
         """
-        modules, low, outputs = self.ffn.modules, iter(low), []
+        modules, low = self.ffn.modules, iter(low)
+        outputs: list[Tensor] = []
         *inputs, down = self.parts
         for base, *factors in inputs:
             out = multiply(base, x)
             for factor in factors:
                 out = out + multiply(factor, next(low)).to(out.dtype)
             outputs.append(out)
-        hidden = modules["activation"](outputs[-1])
+        hidden: Tensor = modules["activation"](outputs[-1])
         if "gate" in modules:
             hidden = hidden * outputs[0]
         if "hidden_dropout" in modules:
@@ -319,7 +320,7 @@ class HiddenUnits:
             for prefix, layer in linears_along(self._holder.get_submodule(name), along):
                 dim = along if isinstance(layer, nn.Linear) else 1 - along
                 yield f"{name}.{prefix}weight", layer.get_parameter("weight"), dim
-                if along == 0 and layer.bias is not None:
+                if along == 0 and layer._parameters["bias"] is not None:
                     yield f"{name}.{prefix}bias", layer.get_parameter("bias"), 0
 
     def _to_original(self, holder: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:

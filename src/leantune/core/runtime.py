@@ -84,6 +84,7 @@ class Runtime:
         self._ends: list[Callable[[], None]] = []
         self._auxiliary: list[Tensor] = []
         self._in_forward = False
+        self._rank = rank()
         self._handles: list[RemovableHandle] = []
 
     def install_hooks(self, model: nn.Module) -> None:
@@ -109,6 +110,7 @@ class Runtime:
             first = next(model.parameters(), self.counter)
             if self.counter.device != first.device:  # the model has moved since
                 self.counter = self.counter.to(first.device)
+            self._rank = rank()
             self._auxiliary.clear()
             self.batch = BatchInfo.of(kwargs)
             self._in_forward = True
@@ -138,7 +140,7 @@ class Runtime:
         """Return the random key of the last training forward, its counter on ``device``."""
         counter = self.counter if self.counter.device == device else self.counter.to(device)
         # Ranks see different rows, so they draw different numbers.
-        return RandomKey(self.seed + (rank() << 32), counter)
+        return RandomKey(self.seed + (self._rank << 32), counter)
 
     @contextmanager
     def exact(self) -> Generator[None]:

@@ -1,1 +1,1 @@
-"""Measures any torch model: bytes held, gradient error, time and peak of a step."""
+"""The measurements take any torch model: bytes held, gradient error, time and peak of a step."""

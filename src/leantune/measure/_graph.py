@@ -1,9 +1,9 @@
-"""What an autograd graph holds, read from outside without unpacking anything."""
+"""This module reads from outside what an autograd graph holds, and unpacks nothing."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
@@ -78,10 +78,12 @@ def dense_parts(tensor: Tensor) -> list[Tensor]:
     """
     layout = str(tensor.layout)
     if layout == "torch.strided":
-        if not hasattr(tensor, "__tensor_flatten__"):
+        flatten: Callable[[], tuple[list[str], Any]] | None = getattr(
+            tensor, "__tensor_flatten__", None
+        )
+        if flatten is None:
             return [tensor]
-        names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
-        return [part for name in names for part in dense_parts(getattr(tensor, name))]
+        return [part for name in flatten()[0] for part in dense_parts(getattr(tensor, name))]
     if layout == "torch.sparse_coo":
         return [tensor._indices(), tensor._values()]
     if layout in _COMPRESSED_PARTS:
@@ -129,9 +131,10 @@ def packed_data(node: Node) -> Iterator[tuple[str, Any]]:
     for name in dir(node):
         if not name.startswith("_raw_saved_"):
             continue
-        raw = getattr(node, name)
-        for saved in raw if isinstance(raw, (tuple, list)) else (raw,):
-            data = getattr(saved, "data", None)
+        raw: Any = getattr(node, name)
+        several = cast("Sequence[Any]", raw) if isinstance(raw, (tuple, list)) else (raw,)
+        for saved in several:
+            data: Any = getattr(saved, "data", None)
             if data is not None:
                 yield name.removeprefix("_raw_saved_"), data
 
@@ -140,7 +143,7 @@ def hidden_tensors(node: Node) -> Iterator[tuple[str, Tensor]]:
     """Yield (attribute, tensor) for tensors that a Python Function put on its ``ctx``."""
     if not is_function(node):
         return
-    for name, value in vars(node).items():
+    for name, value in vars(cast(object, node)).items():
         if name not in _GENERATOR_STATES:
             for tensor in iter_tensors(value):
                 yield name, tensor

@@ -1,17 +1,18 @@
-"""Records which module saves what for backward during one forward."""
+"""The recorder notes which module saves what for backward during one forward."""
 
 import gc
 import weakref
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 import leantune.measure._graph as _graph
-from leantune.measure.entries import Book, Entry
+from leantune.measure.entries import Entry, StorageCounter
 from leantune.measure.step import Step, iter_tensors
 
 BATCH_INPUT = "batch input"
@@ -19,7 +20,7 @@ HIDDEN = "hidden on ctx"
 
 
 class _Saved:
-    """What the pack hook returns: lives exactly as long as backward holds the tensor."""
+    """A saved tensor is what the pack hook returns; it lives as long as backward holds it."""
 
     def __init__(self, tensor: Tensor, module: str) -> None:
         self.tensor = tensor
@@ -27,7 +28,7 @@ class _Saved:
 
 
 class _Recorder:
-    """Keeps a stack of running modules and a weak list of what was saved, in order."""
+    """A recorder keeps a stack of running modules and a weak list of what was saved, in order."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
@@ -37,15 +38,15 @@ class _Recorder:
         self._events: list[tuple[int, str]] = [(0, "")]
 
     @contextmanager
-    def recording(self) -> Iterator[None]:
-        handles = []
+    def recording(self) -> Generator[None, None, None]:
+        handles: list[RemovableHandle] = []
         for name, module in _eager_modules(self._model):
             enter, leave = self._hooks(name)
             # First in, last out: what other hooks of the module save belongs to it.
             handles.append(module.register_forward_pre_hook(enter, prepend=True))
             handles.append(module.register_forward_hook(leave))
         try:
-            with torch.autograd.graph.saved_tensors_hooks(self._pack, lambda saved: saved.tensor):
+            with torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack):
                 yield
         finally:
             for handle in handles:
@@ -60,7 +61,7 @@ class _Recorder:
         at = bisect_right(self._events, node._sequence_nr(), key=lambda event: event[0])
         return self._events[max(at - 1, 0)][1]
 
-    def _hooks(self, name: str) -> tuple[Any, Any]:
+    def _hooks(self, name: str) -> tuple[Callable[..., None], Callable[..., None]]:
         def enter(*_: Any) -> None:
             self._stack.append(name)
             self._mark()
@@ -84,7 +85,11 @@ class _Recorder:
         return saved
 
 
-def record_forward(step: Step, weights: Book) -> tuple[list[Entry], Tensor]:
+def _unpack(saved: _Saved) -> Tensor:
+    return saved.tensor
+
+
+def record_forward(step: Step, weights: StorageCounter) -> tuple[list[Entry], Tensor]:
     """Run the forward and return (entries of activations, loss).
 
     Args:
@@ -94,20 +99,20 @@ def record_forward(step: Step, weights: Book) -> tuple[list[Entry], Tensor]:
     recorder = _Recorder(step.model)
     with recorder.recording():
         output, loss = step.forward()
-    classes = {name: type(module).__name__ for name, module in step.model.named_modules()}
+    classes = {name: type(module).__name__ for name, module in _named_modules(step.model)}
     batch = {
         _graph.storage_key(part) for tensor in step.tensors() for part in _graph.dense_parts(tensor)
     }
     # A forward may replace a buffer; the new one is a weight as well.
     not_ours = weights.keys() | {_graph.storage_key(b) for b in step.model.buffers()}
 
-    book = Book("activations")
+    counter = StorageCounter("activations")
 
     def add(tensor: Tensor, kind: str, module: str, operation: str) -> None:
         for part in _graph.dense_parts(tensor):
             key = _graph.storage_key(part)
             if key not in not_ours:
-                book.add(part, BATCH_INPUT if key in batch else kind, module, operation)
+                counter.add(part, BATCH_INPUT if key in batch else kind, module, operation)
 
     labels: dict[int, tuple[str, str]] = {}
     foreign: list[tuple[Tensor, str, str, str]] = []
@@ -140,22 +145,26 @@ def record_forward(step: Step, weights: Book) -> tuple[list[Entry], Tensor]:
         add(saved.tensor, kind, saved.module, name)
     for tensor, kind, module, name in foreign:
         add(tensor, kind, module, name)
-    return book.entries(), loss
+    return counter.entries(), loss
+
+
+def _named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    return cast("Iterator[tuple[str, nn.Module]]", model.named_modules())
 
 
 def _eager_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     compiled: list[str] = []
-    for name, module in model.named_modules():
+    for name, module in _named_modules(model):
         # Hooks would be traced into the compiled region and outlive the measurement there.
         if any(name == c or name.startswith(f"{c}.") for c in compiled):
             continue
         if getattr(module, "_compiled_call_impl", None) is not None:
             compiled.append(name)
             continue
-        if "_orig_mod" in module._modules:
+        if "_orig_mod" in dict(module.named_children()):
             compiled.append(f"{name}._orig_mod".removeprefix("."))
         yield name, module
 
 
 def _next_sequence_number() -> int:
-    return torch.autograd._get_sequence_nr()  # pyright: ignore[reportPrivateImportUsage]
+    return torch.autograd._get_sequence_nr()  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]

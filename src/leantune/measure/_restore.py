@@ -1,6 +1,6 @@
-"""Everything a measurement disturbs, recorded before and put back after."""
+"""A measurement notes everything that running the model disturbs, and puts it back."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
@@ -12,7 +12,7 @@ from leantune.ops.backend import on_gpu
 
 
 class RandomState:
-    """The generator states of the CPU and of the CUDA devices in use, as of construction."""
+    """A random state remembers the generators of the CPU and of the GPUs in use."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         self._cpu = torch.get_rng_state()
@@ -37,7 +37,9 @@ def find_session(model: nn.Module) -> Any | None:
 
 
 @contextmanager
-def preserved(model: nn.Module, tensors: Iterable[Tensor] = ()) -> Iterator[RandomState]:
+def restored_afterwards(
+    model: nn.Module, tensors: Iterable[Tensor] = ()
+) -> Generator[RandomState, None, None]:
     """Run the body with no gradients present, then put everything back as it was.
 
     Covers training flags, ``.grad`` of parameters and of leaves among ``tensors`` (the same
@@ -54,8 +56,7 @@ def preserved(model: nn.Module, tensors: Iterable[Tensor] = ()) -> Iterator[Rand
     buffers = [
         (module, name, buffer, buffer.detach().clone())
         for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
+        for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False)
     ]
     random = RandomState([*model.parameters(), *model.buffers(), *tensors])
     session = find_session(model)
@@ -72,7 +73,8 @@ def preserved(model: nn.Module, tensors: Iterable[Tensor] = ()) -> Iterator[Rand
             leaf.grad = grad
         with torch.no_grad():
             for module, name, buffer, value in buffers:
-                module._buffers[name] = buffer
+                # Not through setattr: a forward may have deleted the name.
+                vars(module)["_buffers"][name] = buffer
                 # An unneeded write would invalidate graphs of the caller that saved the buffer.
                 if not _equal(buffer, value):
                     buffer.copy_(value)

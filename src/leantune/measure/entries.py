@@ -1,4 +1,4 @@
-"""Storages that a training step holds, each counted once."""
+"""An entry is a storage that a training step holds; each storage is counted once."""
 
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -13,7 +13,7 @@ LEDGERS: tuple[LedgerName, ...] = ("weights", "gradients", "optimizer", "activat
 
 
 class Holder(NamedTuple):
-    """Who keeps a tensor: a module's name ("" is the model) and an operation or a role."""
+    """A holder keeps a tensor: a module's name ("" is the model) and an operation or a role."""
 
     module: str
     operation: str
@@ -21,7 +21,7 @@ class Holder(NamedTuple):
 
 @dataclass(frozen=True)
 class Entry:
-    """One storage that the step holds.
+    """An entry is one storage that the step holds.
 
     Args:
         ledger: where its bytes are counted.
@@ -45,8 +45,8 @@ class Entry:
     holders: tuple[Holder, ...]
 
 
-class Book:
-    """Collects the storages of one ledger, each once."""
+class StorageCounter:
+    """A storage counter collects the storages of one ledger, each once."""
 
     def __init__(self, name: LedgerName) -> None:
         self.name: LedgerName = name
@@ -82,6 +82,6 @@ class Book:
         ]
 
 
-def owner(name: str) -> str:
+def module_of(name: str) -> str:
     """Return the name of the module that owns the parameter or buffer ``name``."""
     return name.rpartition(".")[0]

@@ -1,4 +1,4 @@
-"""Fidelity: how far the sampled gradient of a converted model is from the exact one."""
+"""Fidelity measures how far a converted model's gradient is from the exact one."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from leantune.errors import ConfigError
-from leantune.measure._restore import RandomState, find_session, preserved
-from leantune.measure.entries import owner
+from leantune.measure._restore import RandomState, find_session, restored_afterwards
+from leantune.measure.entries import module_of
 from leantune.measure.step import Batch, LossFn, Step, iter_tensors, make_step
 from leantune.measure.text import table
 
@@ -21,7 +21,7 @@ _SUSPICIOUS = 5.0
 
 @dataclass(frozen=True)
 class ParameterFidelity:
-    """Error of one parameter's gradient estimate ``g`` against the exact gradient ``dW``.
+    """A parameter's fidelity is the error of its gradient ``g`` against the exact ``dW``.
 
     Args:
         name: of the parameter; the module is everything before the last dot.
@@ -50,18 +50,18 @@ class ParameterFidelity:
 
     @property
     def module(self) -> str:
-        """Name of the module that owns the parameter."""
-        return owner(self.name)
+        """Return the name of the module that owns the parameter."""
+        return module_of(self.name)
 
     @property
     def looks_biased(self) -> bool:
-        """Whether the bias is beyond what chance gives once in a million."""
+        """Return whether the bias is beyond what chance gives once in a million."""
         return self.bias_ratio > _SUSPICIOUS
 
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Gradient error of every parameter that a method's sampling reaches.
+    """A fidelity holds the gradient error of every parameter that a method's sampling reaches.
 
     Args:
         parameters: those whose gradient differed from the exact one in any draw.
@@ -157,7 +157,7 @@ def fidelity(
     step = make_step("fidelity", model, batch, loss)
     others = [make_step("fidelity", model, item, loss) for item in batches or ()]
     tensors = list(iter_tensors([s.tensors() for s in (step, *others)]))
-    with preserved(model, tensors) as random, torch.enable_grad():
+    with restored_afterwards(model, tensors) as random, torch.enable_grad():
         model.train()
         with session.exact():
             exact = _gradients(step, random)
@@ -184,7 +184,7 @@ def fidelity(
 
 
 class _Noise:
-    """Running sums of the gradient error; one float triple for each draw and parameter."""
+    """The noise is kept as sums of the error, and one float triple per draw and parameter."""
 
     def __init__(self, exact: dict[str, Tensor]) -> None:
         self._exact = exact
@@ -194,7 +194,7 @@ class _Noise:
         self._draws: list[dict[str, tuple[float, float, float]]] = []
 
     def add(self, drawn: dict[str, Tensor]) -> None:
-        figures = {}
+        figures: dict[str, tuple[float, float, float]] = {}
         for name in self._exact.keys() | drawn.keys():
             exact, g = self._exact.get(name), drawn.get(name)
             if exact is None:
@@ -247,7 +247,7 @@ class _Noise:
 
 
 class _Spread:
-    """Running sums of exact gradients over batches."""
+    """The spread is kept as running sums of exact gradients over batches."""
 
     def __init__(self) -> None:
         self._num_batches = 0
@@ -277,8 +277,8 @@ def _gradients(step: Step, random: RandomState) -> dict[str, Tensor]:
     random.restore()
     output, loss = step.forward()
     del output
-    loss.backward()
-    gradients = {}
+    torch.autograd.backward(loss)
+    gradients: dict[str, Tensor] = {}
     for name, parameter in step.model.named_parameters():
         if parameter.grad is not None:
             grad = parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad

@@ -1,5 +1,6 @@
-"""The ledger: exact bytes that one training step holds, by ledger, by site and by kind."""
+"""The ledger counts the exact bytes that one training step holds, by site and by kind."""
 
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field
 from itertools import chain
@@ -10,8 +11,8 @@ from torch import Tensor, nn
 
 from leantune.errors import UnsupportedError
 from leantune.measure._record import BATCH_INPUT, record_forward
-from leantune.measure._restore import preserved
-from leantune.measure.entries import LEDGERS, Book, Entry, LedgerName, owner
+from leantune.measure._restore import restored_afterwards
+from leantune.measure.entries import LEDGERS, Entry, LedgerName, StorageCounter, module_of
 from leantune.measure.step import Batch, iter_tensors, make_step
 from leantune.measure.text import format_bytes, table
 
@@ -20,7 +21,7 @@ _STATE = "optimizer state"
 
 @dataclass(frozen=True)
 class Ledger:
-    """Exact bytes of one training step; no storage is counted twice within a ledger.
+    """A ledger holds the exact bytes of one training step; no storage counts twice in one part.
 
     Args:
         entries: one per storage, by ledger and in the order of the forward.
@@ -32,32 +33,32 @@ class Ledger:
 
     @property
     def weights(self) -> int:
-        """Bytes of parameters and buffers."""
+        """Return the bytes of parameters and buffers."""
         return self._sum("weights")
 
     @property
     def gradients(self) -> int:
-        """Bytes of the ``.grad`` that one backward leaves on the parameters."""
+        """Return the bytes of the ``.grad`` that one backward leaves on the parameters."""
         return self._sum("gradients")
 
     @property
     def optimizer(self) -> int:
-        """Bytes of optimizer state after a step."""
+        """Return the bytes of optimizer state after a step."""
         return self._sum("optimizer")
 
     @property
     def activations(self) -> int:
-        """Bytes kept for backward at the end of the forward, batch inputs included."""
+        """Return the bytes kept for backward at the end of the forward, batch inputs included."""
         return self._sum("activations")
 
     @property
     def batch_inputs(self) -> int:
-        """The part of ``activations`` that is the caller's own batch and exists anyway."""
+        """Return the part of ``activations`` that is the caller's own batch and exists anyway."""
         return sum(entry.num_bytes for entry in self.entries if entry.kind == BATCH_INPUT)
 
     @property
     def total(self) -> int:
-        """Sum of the four ledgers."""
+        """Return the sum of the four ledgers."""
         return sum(entry.num_bytes for entry in self.entries)
 
     def by_module(
@@ -130,7 +131,7 @@ class Ledger:
 
     def compare(self, other: "Ledger") -> str:
         """Return a plain-text table of this ledger (before) beside another one (after)."""
-        blocks = []
+        blocks: list[str] = []
         for title, before, after in (
             ("ledger", *({n: x._sum(n) for n in LEDGERS} for x in (self, other))),
             ("activations by kind", *(x.by_kind(ledger="activations") for x in (self, other))),
@@ -148,7 +149,7 @@ class Ledger:
     def _sum(self, ledger: LedgerName) -> int:
         return sum(entry.num_bytes for entry in self.entries if entry.ledger == ledger)
 
-    def _group(self, key: Any, ledger: LedgerName | None) -> dict[str, int]:
+    def _group(self, key: Callable[[Entry], str], ledger: LedgerName | None) -> dict[str, int]:
         sums: dict[str, int] = {}
         for entry in self.entries:
             if ledger is None or entry.ledger == ledger:
@@ -185,39 +186,41 @@ def ledger(
         ConfigError: the batch is empty, or the output has no differentiable tensor.
     """
     step = make_step("ledger", model, batch)
-    with preserved(model, step.tensors()):
+    with restored_afterwards(model, step.tensors()):
         model.train()
-        weights = Book("weights")
+        weights = StorageCounter("weights")
         for name, parameter in model.named_parameters(remove_duplicate=False):
             kind = "parameter" if parameter.requires_grad else "frozen parameter"
-            weights.add(parameter, kind, owner(name))
+            weights.add(parameter, kind, module_of(name))
         for name, buffer in model.named_buffers(remove_duplicate=False):
-            weights.add(buffer, "buffer", owner(name))
+            weights.add(buffer, "buffer", module_of(name))
         with torch.enable_grad():
             activations, loss = record_forward(step, weights)
-        loss.backward()
-        gradients = Book("gradients")
+        torch.autograd.backward(loss)
+        gradients = StorageCounter("gradients")
         for name, parameter in model.named_parameters():
             if parameter.grad is not None:
                 kind = "sparse gradient" if parameter.grad.is_sparse else "gradient"
-                gradients.add(parameter.grad, kind, owner(name))
-        state, is_predicted = _optimizer_book(model, optimizer)
+                gradients.add(parameter.grad, kind, module_of(name))
+        state, is_predicted = _optimizer_storages(model, optimizer)
     counted = (weights.entries(), gradients.entries(), state.entries(), activations)
     return Ledger(tuple(chain.from_iterable(counted)), is_predicted)
 
 
-def _optimizer_book(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> tuple[Book, bool]:
+def _optimizer_storages(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None
+) -> tuple[StorageCounter, bool]:
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    book = Book("optimizer")
+    counter = StorageCounter("optimizer")
     if optimizer is None:
         for name, parameter in model.named_parameters():
             if parameter.grad is not None:
                 for _ in range(2):
-                    book.add(torch.empty_like(parameter, device="meta"), _STATE, owner(name))
+                    counter.add(torch.empty_like(parameter, device="meta"), _STATE, module_of(name))
                 if not parameter.grad.is_sparse:
                     step = torch.empty((), dtype=torch.float32, device="meta")
-                    book.add(step, _STATE, owner(name))
-        return book, True
+                    counter.add(step, _STATE, module_of(name))
+        return counter, True
     is_predicted = not any(True for _ in iter_tensors(list(optimizer.state.values())))
     if is_predicted:
         twins, state = _meta_state(optimizer)
@@ -225,10 +228,10 @@ def _optimizer_book(model: nn.Module, optimizer: torch.optim.Optimizer | None) -
     else:
         state = optimizer.state
     for parameter, value in state.items():
-        module = owner(names.get(id(parameter), ""))
+        module = module_of(names.get(id(parameter), ""))
         for tensor in iter_tensors(value):
-            book.add(tensor, _STATE, module)
-    return book, is_predicted
+            counter.add(tensor, _STATE, module)
+    return counter, is_predicted
 
 
 def _meta_state(optimizer: torch.optim.Optimizer) -> tuple[dict[int, Tensor], Any]:

@@ -1,4 +1,4 @@
-"""Peak memory and time of a step; variants are timed against a reference in one run."""
+"""Variants of a step are timed against a reference in one run, and their peak is noted."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -13,7 +13,7 @@ from leantune.measure.text import format_bytes, table
 
 @dataclass(frozen=True)
 class StepStats:
-    """Time and peak of one variant over the rounds of a comparison.
+    """The stats of a step are time and peak of one variant over the rounds of a comparison.
 
     Args:
         median_ms: median wall time of a step.
@@ -150,9 +150,9 @@ def _stats(
 ) -> StepStats:
     quantiles = torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64)
     own = torch.tensor(times, dtype=torch.float64)
-    median, p20, p80 = own.quantile(quantiles).tolist()
+    median, p20, p80 = map(float, own.quantile(quantiles).unbind())
     ratio = own / torch.tensor(base, dtype=torch.float64)
-    ratio_median, ratio_p20, ratio_p80 = ratio.quantile(quantiles).tolist()
+    ratio_median, ratio_p20, ratio_p80 = map(float, ratio.quantile(quantiles).unbind())
     return StepStats(
         median_ms=median,
         p20_ms=p20,

@@ -1,14 +1,14 @@
-"""One training forward of a model on a batch, and the loss it ends in."""
+"""A step is one training forward of a model on a batch, and the loss at its end."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from leantune.errors import ConfigError, UnsupportedError
-from leantune.measure._restore import find_session, preserved
+from leantune.measure._restore import find_session, restored_afterwards
 
 Batch = Mapping[str, Any] | Sequence[Any] | Tensor
 LossFn = Callable[[Any], Tensor]
@@ -19,16 +19,16 @@ def iter_tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
-        for item in value.values():
+        for item in cast("Mapping[Any, Any]", value).values():
             yield from iter_tensors(item)
     elif isinstance(value, (list, tuple, set, frozenset)):
-        for item in value:
+        for item in cast("Iterable[Any]", value):
             yield from iter_tensors(item)
 
 
 @dataclass(frozen=True)
 class Step:
-    """A model, the arguments of its forward, and how a loss is read from its output."""
+    """A step knows a model, the arguments of its forward, and how to read a loss off its output."""
 
     who: str
     model: nn.Module
@@ -112,12 +112,11 @@ def _cut(value: Any) -> Any:
 
 
 def _find_loss(who: str, output: Any) -> Any:
-    named = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-    if named is not None:
-        return named
-    if is_dataclass(output):
-        output = vars(output)
-    floating = [t for t in iter_tensors(output) if t.is_floating_point() and t.requires_grad]
+    loss = _named_loss(output)
+    if loss is not None:
+        return loss
+    parts = vars(output) if is_dataclass(output) else output
+    floating = [t for t in iter_tensors(parts) if t.is_floating_point() and t.requires_grad]
     if not floating:
         raise ConfigError(
             f"{who}: output must hold a differentiable tensor, got {_describe(output)}; unfreeze a "
@@ -127,6 +126,12 @@ def _find_loss(who: str, output: Any) -> Any:
         if tensor.dim() == 0:
             return tensor
     return torch.stack([t.sum().to(floating[0]) for t in floating]).sum()
+
+
+def _named_loss(output: Any) -> Any:
+    if isinstance(output, Mapping):
+        return cast("Mapping[str, Any]", output).get("loss")
+    return getattr(output, "loss", None)
 
 
 def _describe(value: Any) -> str:
@@ -153,9 +158,9 @@ def calibration_step(
         ConfigError: the batch is empty, or the output has no differentiable tensor.
     """
     step = make_step(who, model, batch)
-    with preserved(model, step.tensors()), torch.enable_grad():
+    with restored_afterwards(model, step.tensors()), torch.enable_grad():
         model.train()
         _, loss = step.forward()
-        loss.backward()
+        torch.autograd.backward(loss)
         if on_gradients is not None:
             on_gradients()

@@ -1,4 +1,4 @@
-"""Sizes and tables as plain text."""
+"""Sizes and tables are put into plain text here."""
 
 from collections.abc import Sequence
 

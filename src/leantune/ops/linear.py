@@ -3,7 +3,7 @@
 Legend: n rows (all leading dimensions flattened), d_in, d_out, w features kept of each row.
 """
 
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -78,17 +78,43 @@ def linear(
     xc = x.detach()
     if dtype is not None:
         xc = xc.to(dtype)
-    trained = None if subspace is None else subspace.parameter
+    trained = weight if subspace is None else subspace.parameter
+    note = indices = weights = None
+    saved: tuple[Tensor, ...] = ()
+    if trained.requires_grad and torch.is_grad_enabled():
+        # Outside the autograd Function: a compiler lets a policy keep state here, but not there.
+        with torch.no_grad(), autocast_off(x):
+            inputs, source = xc, x
+            if subspace is not None:
+                inputs = source = subspace.project(flatten(xc)).view(*x.shape[:-1], -1)
+            if rows is not None:
+                assert key is not None
+                (inputs, indices, weights), note = rows.keep(inputs, source, key)
+            saved = codec.encode(inputs)
+        if indices is not None:
+            assert weights is not None
+            saved = (indices, weights, *saved)
+    how = _How(rows, codec, subspace, note, indices is not None)
     # Saved first, multiplied second: see _SaveForBackward.
     placeholder: Tensor = _SaveForBackward.apply(
-        x, xc, weight, bias, trained, rows, codec, key, subspace
+        x, weight, bias, None if subspace is None else trained, xc.dtype, how, *saved
     )
     bc = None if bias is None else bias.detach()
     return _MatMul.apply(placeholder, xc, weight.detach(), bc, dtype)  # type: ignore[no-any-return]
 
 
+class _How(NamedTuple):
+    """How backward makes the weight gradient of what was saved."""
+
+    rows: RowPolicy | None
+    codec: Codec
+    subspace: TrainedSubspace | None
+    note: Any
+    is_sampled: bool
+
+
 class _SaveForBackward(torch.autograd.Function):
-    """The first half of a linear decides what backward keeps, and returns a placeholder.
+    """The first half of a linear holds what backward keeps, and returns a placeholder.
 
     A linear is two autograd nodes so that *saving happens before multiplying*. When a checkpointed
     block is recomputed, torch stops as soon as the last saved tensor exists; because this half
@@ -100,73 +126,48 @@ class _SaveForBackward(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        xc: Tensor,
         weight: Tensor,
         bias: Tensor | None,
         trained: Tensor | None,
-        rows: RowPolicy | None,
-        codec: Codec,
-        key: RandomKey | None,
-        subspace: TrainedSubspace | None,
+        dtype: torch.dtype,
+        how: _How,
+        *saved: Tensor,
     ) -> Tensor:
-        ctx.num_rows = ctx.note = None
-        saved: tuple[Tensor, ...] = ()
-        if ctx.needs_input_grad[2 if subspace is None else 4]:
-            # The caller's own tensor, where it is the one to keep: nothing is stored twice.
-            inputs = x if xc.dtype == x.dtype else xc
-            with autocast_off(x):
-                if subspace is not None:
-                    inputs = subspace.project(flatten(inputs)).view(*x.shape[:-1], -1)
-                kept = KeptRows(inputs)
-                if rows is not None:
-                    assert key is not None
-                    kept, ctx.note = rows.keep(inputs, x if subspace is None else inputs, key)
-                saved = codec.encode(kept.rows)
-            if kept.indices is not None:
-                assert kept.weights is not None
-                saved = (kept.indices, kept.weights, *saved)
-                ctx.num_rows = len(kept.indices)
         ctx.save_for_backward(weight, *saved)
-        ctx.rows, ctx.codec, ctx.subspace = rows, codec, subspace
-        ctx.dtypes = [None if t is None else t.dtype for t in (x, weight, bias, trained)]
-        ctx.shape = x.shape
+        ctx.how, ctx.shape = how, x.shape
+        ctx.x_dtype, ctx.weight_dtype = x.dtype, weight.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.trained_dtype = None if trained is None else trained.dtype
         # One element however large the output: the placeholder is never read.
-        return xc.new_empty(()).expand(*x.shape[:-1], len(weight))
+        return x.new_empty((), dtype=dtype).expand(*x.shape[:-1], len(weight))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor):  # type: ignore[override]
         weight, *saved = ctx.saved_tensors
-        subspace: TrainedSubspace | None = ctx.subspace
-        grad_x = grad_weight = grad_bias = grad_trained = None
-        g2 = flatten(grad_output)
+        how: _How = ctx.how
+        grad_x = grad_weight = grad_bias = grad_trained = indices = weights = None
+        num_saved = len(saved)
+        g2 = grad_output.reshape(-1, grad_output.shape[-1])
         with autocast_off(grad_output):
             if ctx.needs_input_grad[0]:
-                grad_x = (g2 @ weight.to(g2.dtype)).view(ctx.shape)
+                grad_x = (g2 @ weight.to(g2.dtype)).view(ctx.shape).to(ctx.x_dtype)
+            if how.is_sampled:
+                indices, weights, *saved = saved
             if saved:
-                outer = _outer_product(ctx, saved, g2)
-                if subspace is None:
-                    grad_weight = outer.dense()
+                kept = how.codec.decode(tuple(saved))
+                if how.rows is None:
+                    outer = OuterProduct(g2, kept.reshape(-1, kept.shape[-1]))
                 else:
-                    grad_trained = subspace.grad(outer)
-            if ctx.needs_input_grad[3]:
-                grad_bias = g2.sum(0)
-        grads = (grad_x, grad_weight, grad_bias, grad_trained)
-        for_x, *others = [
-            g if g is None else g.to(d) for g, d in zip(grads, ctx.dtypes, strict=True)
-        ]
-        return (for_x, None, *others, None, None, None, None)
-
-
-def _outer_product(ctx: Any, saved: list[Tensor], grad_output: Tensor) -> OuterProduct:
-    """Return the weight gradient in factored form, from what was saved."""
-    indices = weights = None
-    if ctx.num_rows is not None:
-        indices, weights, *saved = saved
-    kept = ctx.codec.decode(tuple(saved))
-    if ctx.rows is None:
-        return OuterProduct(grad_output, flatten(kept))
-    return ctx.rows.outer_product(KeptRows(kept, indices, weights), ctx.note, grad_output)
+                    kept_rows = KeptRows(kept, indices, weights)
+                    outer = how.rows.outer_product(kept_rows, how.note, g2)
+                if how.subspace is None:
+                    grad_weight = outer.dense().to(ctx.weight_dtype)
+                else:
+                    grad_trained = how.subspace.grad(outer).to(ctx.trained_dtype)
+            if ctx.needs_input_grad[2]:
+                grad_bias = g2.sum(0).to(ctx.bias_dtype)
+        return grad_x, grad_weight, grad_bias, grad_trained, None, None, *([None] * num_saved)
 
 
 class _MatMul(torch.autograd.Function):
@@ -181,11 +182,10 @@ class _MatMul(torch.autograd.Function):
         bias: Tensor | None,
         dtype: torch.dtype | None,
     ) -> Tensor:
-        if dtype is not None:
-            weight = weight.to(dtype)
-            bias = None if bias is None else bias.to(dtype)
-        with autocast_off(xc):
+        if dtype is None:
             return F.linear(xc, weight, bias)
+        with autocast_off(xc):
+            return F.linear(xc, weight.to(dtype), None if bias is None else bias.to(dtype))
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor):  # type: ignore[override]

@@ -1,5 +1,1 @@
-"""One self-contained HTML page and PNG plots of a finished run."""
-
-from leantune.report.page import write_report
-
-__all__ = ["write_report"]
+"""One self-contained HTML page of a finished run, and its plots as SVG beside it."""

@@ -1,159 +1,32 @@
-"""The plots of a report, as PNG bytes; drawn on Figure objects, so nothing global changes."""
+"""The plots of a report: SVG whose colours are the page's, so one drawing serves light and dark."""
 
 import io
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from leantune.measure import format_bytes
-from leantune.report.results import EXACT, FigureRecord, Results, RunRecord
+from leantune.measure.text import format_bytes
+from leantune.training.results import RunResult, VariantResult
 
-_DPI = 160
+# Drawn in the first colour, shown in the page's variable; a file on its own has the first.
+INK, MUTED, GRID = "#1b2430", "#5d6978", "#dfe4ea"
+COLOURS = ("#8793a3", "#0f766e", "#b45309", "#6d28d9", "#be123c")
+_VARIABLES = {INK: "ink", MUTED: "muted", GRID: "line"} | {
+    colour: f"run-{number}" for number, colour in enumerate(COLOURS)
+}
 _CURVE_INCHES = (5.4, 3.1)
 _BARS_WIDTH_INCHES = 9.0
 _MAX_BARS = 40
 _SMOOTH_FROM_POINTS = 30
 _BYTE_UNITS = (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10), ("B", 1))
 
-
-@dataclass(frozen=True)
-class Theme:
-    """Colours of a plot on a transparent ground.
-
-    Args:
-        suffix: of the file name.
-        ink: text.
-        muted: axis text and the baseline.
-        grid: grid lines.
-        exact: the exact model.
-        methods: the methods' runs, in order.
-    """
-
-    suffix: str
-    ink: str
-    muted: str
-    grid: str
-    exact: str
-    methods: tuple[str, ...]
-
-    def colour(self, results: Results, run: RunRecord) -> str:
-        """Return the colour that a run has in every plot."""
-        if run.name == EXACT:
-            return self.exact
-        others = [other for other in results.runs if other.name != EXACT]
-        return self.methods[others.index(run) % len(self.methods)]
-
-
-LIGHT = Theme(
-    "", "#1b2430", "#5d6978", "#dfe4ea", "#8793a3", ("#0f766e", "#b45309", "#6d28d9", "#be123c")
-)
-DARK = Theme(
-    "-dark",
-    "#e6eaf0",
-    "#9aa6b5",
-    "#303a47",
-    "#8b98a9",
-    ("#2dd4bf", "#fbbf24", "#a78bfa", "#fb7185"),
-)
-
-
-def plot_loss(results: Results, theme: Theme) -> bytes | None:
-    """Draw the training loss by step; long curves as points with their running mean over them."""
-    if not any(run.train_loss for run in results.runs):
-        return None
-    figure, axes = _canvas(_CURVE_INCHES, theme)
-    for run in results.runs:
-        steps, losses = [s for s, _ in run.train_loss], [v for _, v in run.train_loss]
-        colour = theme.colour(results, run)
-        if len(losses) >= _SMOOTH_FROM_POINTS:
-            axes.plot(steps, losses, color=colour, alpha=0.25, linewidth=0.8)
-            losses = _running_mean(losses)
-        marker = "o" if len(losses) == 1 else None
-        axes.plot(steps, losses, color=colour, linewidth=1.8, label=run.name, marker=marker)
-    axes.set_ylabel("training loss", color=theme.muted)
-    return _finish_curves(figure, axes, theme)
-
-
-def plot_evaluations(results: Results, theme: Theme) -> bytes | None:
-    """Draw the main metric on the validation split by step, with the baseline's line."""
-    name = results.main_metric
-    curves = {
-        run.name: [(step, values[name]) for step, values in run.evaluations if name in values]
-        for run in results.runs
-    }
-    if not any(curves.values()):
-        return None
-    figure, axes = _canvas(_CURVE_INCHES, theme)
-    for run in results.runs:
-        axes.plot(
-            [step for step, _ in curves[run.name]],
-            [value for _, value in curves[run.name]],
-            color=theme.colour(results, run),
-            linewidth=1.8,
-            marker="o",
-            markersize=4.5,
-            label=run.name,
-        )
-    if results.baseline is not None:
-        label, value = results.baseline
-        axes.axhline(value, color=theme.muted, linewidth=1.2, linestyle=(0, (4, 3)), label=label)
-    axes.set_ylabel(f"validation {name}", color=theme.muted)
-    return _finish_curves(figure, axes, theme)
-
-
-def plot_blocks(results: Results, theme: Theme) -> bytes | None:
-    """Draw saved bytes by block, top to bottom as the forward runs, every run beside the other."""
-    return _plot_bars(results, theme, lambda entry: block_of(entry["module"]))
-
-
-def plot_modules(results: Results, theme: Theme) -> bytes | None:
-    """Draw saved bytes by module inside a block, summed over the blocks."""
-    return _plot_bars(results, theme, lambda entry: place_in_block(entry["module"]), by_size=True)
-
-
-def plot_kinds(results: Results, theme: Theme) -> bytes | None:
-    """Draw saved bytes by what they are, largest first."""
-    return _plot_bars(results, theme, lambda entry: entry["kind"], by_size=True)
-
-
-PLOTS: Mapping[str, Callable[[Results, Theme], bytes | None]] = {
-    "loss": plot_loss,
-    "evaluation": plot_evaluations,
-    "saved-by-block": plot_blocks,
-    "saved-by-module": plot_modules,
-    "saved-by-kind": plot_kinds,
-}
-"""File name -> function that draws it, or returns None where the run has nothing to show."""
-
-
-def figures_of(results: Results) -> dict[str, tuple[RunRecord, FigureRecord]]:
-    """Return file name -> a figure that a run's methods measured, and that run."""
-    found = [(run, figure) for run in results.runs for figure in run.figures]
-    return {f"figure-{number}": pair for number, pair in enumerate(found, start=1)}
-
-
-def plot_figure(results: Results, run: RunRecord, figure: FigureRecord, theme: Theme) -> bytes:
-    """Draw one method's figure as horizontal bars from top to bottom, each with its number."""
-    height = 0.9 + 0.3 * len(figure.values)
-    canvas, axes = _canvas((_BARS_WIDTH_INCHES, height), theme)
-    colour = theme.colour(results, run)
-    places = range(len(figure.values))
-    bars = axes.barh(places, list(figure.values.values()), 0.7, color=colour, label=run.name)
-    labels = [format_number(value) for value in figure.values.values()]
-    axes.bar_label(bars, labels, padding=3, fontsize=7.5, color=theme.muted)
-    _finish_bars(axes, list(figure.values), theme)
-    return _finish(canvas, axes, theme)
-
-
-def format_number(value: float) -> str:
-    """Return a figure with three significant digits."""
-    return f"{value:.3g}"
+Key = Callable[[Mapping[str, Any]], str]
 
 
 def block_of(module: str) -> str:
@@ -175,119 +48,165 @@ def place_in_block(module: str) -> str:
     return module.removeprefix(block).lstrip(".") or "(block)"
 
 
-def saved_table(
-    results: Results, key: Callable[[Mapping[str, Any]], str], *, by_size: bool = False
-) -> dict[str, list[int]]:
-    """Return name -> saved bytes of every run, 0 where a run has none of that name.
+BARS: Mapping[str, Key] = {
+    "block": lambda entry: block_of(entry["module"]),
+    "module": lambda entry: place_in_block(entry["module"]),
+    "kind": lambda entry: entry["kind"],
+}
+"""What saved bytes are grouped by -> the group of a ledger entry."""
+
+
+def draw(result: RunResult) -> dict[str, str]:
+    """Return file name -> SVG of everything that the run has something to show of."""
+    # No pyplot, and no change that outlives the call.
+    options = {"svg.fonttype": "none", "svg.hashsalt": "leantune", "font.family": "sans-serif"}
+    with matplotlib.rc_context(options):
+        plots = {"loss": _plot_loss(result), "evaluation": _plot_evaluations(result)}
+        plots |= {f"saved-by-{name}": _plot_bars(result, name) for name in BARS}
+        return {name: _svg(figure) for name, figure in plots.items() if figure is not None}
+
+
+def saved_table(result: RunResult, name: str) -> dict[str, list[int]]:
+    """Return group -> saved bytes of every run, 0 where a run has none of that name.
+
+    Blocks stay in the order of the forward; the others come largest first.
 
     Args:
-        key: names the group of a ledger entry.
-        by_size: largest first, instead of the order of the forward.
+        name: of ``BARS``.
     """
-    columns = [run.saved(key) for run in results.runs]
-    names = list(dict.fromkeys(name for column in columns for name in column))
-    rows = {name: [column.get(name, 0) for column in columns] for name in names}
-    if by_size:
+    columns = [run.saved(BARS[name]) for run in result.runs]
+    names = list(dict.fromkeys(group for column in columns for group in column))
+    rows = {group: [column.get(group, 0) for column in columns] for group in names}
+    if name != "block":
         rows = dict(sorted(rows.items(), key=lambda item: -max(item[1])))
     return rows
-
-
-def _plot_bars(
-    results: Results,
-    theme: Theme,
-    key: Callable[[Mapping[str, Any]], str],
-    by_size: bool = False,
-) -> bytes | None:
-    rows = _shorten(saved_table(results, key, by_size=by_size))
-    if not rows:
-        return None
-    unit, size = _unit(max(max(values) for values in rows.values()))
-    num_runs = len(results.runs)
-    thick = 0.8 / num_runs
-    height = 0.9 + len(rows) * (0.1 + 0.16 * num_runs)
-    figure, axes = _canvas((_BARS_WIDTH_INCHES, height), theme)
-    for number, run in enumerate(results.runs):
-        places = [row + (number - (num_runs - 1) / 2) * thick for row in range(len(rows))]
-        values = [sizes[number] / size for sizes in rows.values()]
-        colour = theme.colour(results, run)
-        bars = axes.barh(places, values, height=thick * 0.88, color=colour, label=run.name)
-        labels = [format_bytes(round_bytes(sizes[number])) for sizes in rows.values()]
-        axes.bar_label(bars, labels, padding=3, fontsize=7.5, color=theme.muted)
-    axes.set_xlabel(f"saved for backward ({unit})", color=theme.muted)
-    _finish_bars(axes, list(rows), theme)
-    return _finish(figure, axes, theme)
 
 
 def round_bytes(num_bytes: float) -> float:
     """Return a size with three significant digits in its unit, as figures are read."""
     _, size = _unit(num_bytes)
     value = num_bytes / size
-    digits = 0 if size == 1 else max(0, 2 - len(str(int(value))) + 1)
+    digits = 0 if size == 1 else max(0, 3 - len(str(int(value))))
     return round(value, digits) * size
 
 
 def _unit(num_bytes: float) -> tuple[str, int]:
-    return next((u for u in _BYTE_UNITS if num_bytes >= u[1]), _BYTE_UNITS[-1])
+    return next((unit for unit in _BYTE_UNITS if num_bytes >= unit[1]), _BYTE_UNITS[-1])
+
+
+def _colour(result: RunResult, run: VariantResult) -> str:
+    """Return the colour that a run has in every plot; the reference is grey."""
+    others = [other for other in result.runs if other is not result.reference]
+    if run is result.reference and others:
+        return COLOURS[0]
+    return COLOURS[1 + (others.index(run) if others else 0) % (len(COLOURS) - 1)]
+
+
+def _plot_loss(result: RunResult) -> Figure | None:
+    """Draw the training loss by step; long curves as points with their running mean over them."""
+    if not any(run.train_loss for run in result.runs):
+        return None
+    figure, axes = _canvas(_CURVE_INCHES)
+    for run in result.runs:
+        steps, losses = [step for step, _ in run.train_loss], [loss for _, loss in run.train_loss]
+        colour = _colour(result, run)
+        if len(losses) >= _SMOOTH_FROM_POINTS:
+            axes.plot(steps, losses, color=colour, alpha=0.25, linewidth=0.8)
+            half = max(1, len(losses) // 20)
+            windows = [losses[max(0, i - half) : i + half + 1] for i in range(len(losses))]
+            losses = [sum(window) / len(window) for window in windows]
+        marker = "o" if len(losses) == 1 else None
+        axes.plot(steps, losses, color=colour, linewidth=1.8, label=run.name, marker=marker)
+    return _finish_curves(figure, axes, "training loss")
+
+
+def _plot_evaluations(result: RunResult) -> Figure | None:
+    """Draw the main metric on the validation split by step, with the floor's line."""
+    name = result.main_metric
+    if not any(name in values for run in result.runs for _, values in run.evaluations):
+        return None
+    figure, axes = _canvas(_CURVE_INCHES)
+    for run in result.runs:
+        points = [(step, values[name]) for step, values in run.evaluations if name in values]
+        style: dict[str, Any] = {"linewidth": 1.8, "marker": "o", "markersize": 4.5}
+        steps, values = [step for step, _ in points], [value for _, value in points]
+        axes.plot(steps, values, color=_colour(result, run), label=run.name, **style)
+    if result.floor is not None:
+        style = {"color": MUTED, "linewidth": 1.2, "linestyle": (0, (4, 3))}
+        axes.axhline(result.floor["value"], label=result.floor["name"], **style)
+    return _finish_curves(figure, axes, f"validation {name}")
+
+
+def _plot_bars(result: RunResult, name: str) -> Figure | None:
+    """Draw saved bytes as horizontal bars, every run beside the other."""
+    rows = _shorten(saved_table(result, name))
+    if not rows:
+        return None
+    unit, size = _unit(max(max(values) for values in rows.values()))
+    num_runs = len(result.runs)
+    thick = 0.8 / num_runs
+    figure, axes = _canvas((_BARS_WIDTH_INCHES, 0.9 + len(rows) * (0.1 + 0.16 * num_runs)))
+    for number, run in enumerate(result.runs):
+        places = [row + (number - (num_runs - 1) / 2) * thick for row in range(len(rows))]
+        values = [sizes[number] / size for sizes in rows.values()]
+        colour = _colour(result, run)
+        bars = axes.barh(places, values, height=thick * 0.88, color=colour, label=run.name)
+        labels = [format_bytes(round_bytes(sizes[number])) for sizes in rows.values()]
+        axes.bar_label(bars, labels, padding=3, fontsize=7.5, color=MUTED)
+    axes.set_xlabel(f"saved for backward ({unit})", color=MUTED)
+    axes.set_yticks(range(len(rows)), list(rows))
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.margins(x=0.12)
+    axes.grid(axis="x", color=GRID, linewidth=0.8)
+    axes.tick_params(axis="y", labelcolor=INK, length=0)
+    axes.spines["left"].set_visible(True)
+    axes.spines["bottom"].set_visible(False)
+    return figure
 
 
 def _shorten(rows: dict[str, list[int]]) -> dict[str, list[int]]:
-    if len(rows) <= _MAX_BARS:
+    rest = list(rows.values())[_MAX_BARS:]
+    if not rest:
         return rows
-    names = list(rows)
-    rest = [rows[name] for name in names[_MAX_BARS:]]
-    kept = {name: rows[name] for name in names[:_MAX_BARS]}
+    kept = dict(list(rows.items())[:_MAX_BARS])
     return kept | {f"{len(rest)} more": [sum(column) for column in zip(*rest, strict=True)]}
 
 
-def _running_mean(values: Sequence[float]) -> list[float]:
-    """Return the mean of a window of a tenth of the curve around each point."""
-    half = max(1, len(values) // 20)
-    windows = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
-    return [sum(window) / len(window) for window in windows]
-
-
-def _canvas(inches: tuple[float, float], theme: Theme) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=inches, dpi=_DPI, layout="constrained")
-    FigureCanvasAgg(figure)
+def _canvas(inches: tuple[float, float]) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=inches, layout="constrained")
+    FigureCanvasSVG(figure)
     figure.patch.set_alpha(0)
     axes = figure.add_subplot()
     axes.patch.set_alpha(0)
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
     for spine in axes.spines.values():
-        spine.set_color(theme.grid)
-    axes.tick_params(colors=theme.muted, labelsize=9, length=3)
+        spine.set_color(GRID)
+    axes.tick_params(colors=MUTED, labelsize=9, length=3)
     return figure, axes
 
 
-def _finish_curves(figure: Figure, axes: Axes, theme: Theme) -> bytes:
-    axes.set_xlabel("step", color=theme.muted)
+def _finish_curves(figure: Figure, axes: Axes, title: str) -> Figure:
+    axes.set_ylabel(title, color=MUTED)
+    axes.set_xlabel("step", color=MUTED)
     axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
-    axes.grid(axis="y", color=theme.grid, linewidth=0.8)
-    return _finish(figure, axes, theme)
+    axes.grid(axis="y", color=GRID, linewidth=0.8)
+    return figure
 
 
-def _finish_bars(axes: Axes, names: list[str], theme: Theme) -> None:
-    axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
-    axes.set_ylim(len(names) - 0.4, -0.6)
-    axes.margins(x=0.12)
-    axes.grid(axis="x", color=theme.grid, linewidth=0.8)
-    axes.tick_params(axis="y", labelcolor=theme.ink, length=0)
-    axes.spines["left"].set_visible(True)
-    axes.spines["bottom"].set_visible(False)
-
-
-def _finish(figure: Figure, axes: Axes, theme: Theme) -> bytes:
-    handles, _ = axes.get_legend_handles_labels()
-    figure.legend(
-        loc="outside upper left",
-        frameon=False,
-        labelcolor=theme.ink,
-        fontsize=9,
-        ncols=len(handles),
-    )
-    out = io.BytesIO()
-    figure.savefig(out, format="png")
-    return out.getvalue()
+def _svg(figure: Figure) -> str:
+    """Return a figure with its legend as one ``<svg>`` element."""
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    place = {"loc": "outside upper left", "ncols": len(handles)}
+    figure.legend(handles, labels, frameon=False, labelcolor=INK, fontsize=9, **place)
+    out = io.StringIO()
+    figure.savefig(out, format="svg", metadata={"Date": None})
+    text = out.getvalue()
+    text = text[text.index("<svg") :]
+    # The size is the page's business; the view box keeps the shape.
+    text = re.sub(r'(<svg\b[^>]*?) width="[^"]*"', r"\1", text, count=1)
+    text = re.sub(r'(<svg\b[^>]*?) height="[^"]*"', r"\1", text, count=1)
+    for colour, name in _VARIABLES.items():
+        text = text.replace(colour, f"var(--{name}, {colour})")
+    return text

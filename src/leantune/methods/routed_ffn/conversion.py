@@ -102,24 +102,18 @@ class RoutedFFNs(SwapConversion):
         Raises:
             ConfigError: there is no batch, or none with a real token.
         """
-        kept: list[list[tuple[Tensor, Tensor]]] = [[] for _ in self._layers]
-        for layer, pairs in zip(self._layers, kept, strict=True):
-            layer.recorder = lambda *seen, pairs=pairs: pairs.append(_thin(*seen))
+        recorders = [_Recorder() for _ in self._layers]
+        for layer, recorder in zip(self._layers, recorders, strict=True):
+            layer.recorder = recorder
         try:
             for _ in run_batches(self._model, self._runtime, batches):
-                if all(sum(len(x) for x, _ in pairs) >= _MAX_TOKENS for pairs in kept):
+                if all(recorder.num_tokens >= _MAX_TOKENS for recorder in recorders):
                     break
         finally:
             for layer in self._layers:
                 layer.recorder = None
-        for layer, pairs in zip(self._layers, kept, strict=True):
-            if not sum(len(x) for x, _ in pairs):
-                raise ConfigError(
-                    "RoutedFFN: batches must hold at least one real token for calibration, got "
-                    "none; give session.calibrate a few training batches"
-                )
-            x, hidden = (torch.cat(seen)[:_MAX_TOKENS] for seen in zip(*pairs, strict=True))
-            _fit(layer, x, hidden)
+        for layer, recorder in zip(self._layers, recorders, strict=True):
+            _fit(layer, *recorder.tokens())
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the order of the hidden units of each FFN that was reordered."""
@@ -148,9 +142,27 @@ def convert(model: nn.Module, sites: list[Site], config: RoutedFFN, runtime: Run
     return conversion
 
 
-def _thin(x: Tensor, hidden: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    rows = evenly_spaced_rows(x, mask, _TOKENS_PER_BATCH)
-    return x.flatten(0, -2)[rows], hidden.flatten(0, -2)[rows]
+class _Recorder:
+    """A recorder keeps some real tokens that one FFN sees, with their hidden activations."""
+
+    def __init__(self) -> None:
+        self.num_tokens = 0
+        self._kept: list[tuple[Tensor, Tensor]] = []
+
+    def __call__(self, x: Tensor, hidden: Tensor, mask: Tensor | None) -> None:
+        rows = evenly_spaced_rows(x, mask, _TOKENS_PER_BATCH)
+        self._kept.append((x.flatten(0, -2)[rows], hidden.flatten(0, -2)[rows]))
+        self.num_tokens += len(rows)
+
+    def tokens(self) -> tuple[Tensor, Tensor]:
+        """Return the inputs (s, d_model) and the hidden activations (s, F)."""
+        if not self.num_tokens:
+            raise ConfigError(
+                "RoutedFFN: batches must hold at least one real token for calibration, got none; "
+                "give session.calibrate a few training batches"
+            )
+        x, hidden = zip(*self._kept, strict=True)
+        return torch.cat(x)[:_MAX_TOKENS], torch.cat(hidden)[:_MAX_TOKENS]
 
 
 def evenly_spaced_rows(x: Tensor, mask: Tensor | None, num_rows: int) -> Tensor:

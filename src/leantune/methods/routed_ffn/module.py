@@ -3,7 +3,7 @@
 Legend: n tokens, m = n A routed rows, d_model, F hidden units, G groups, A active groups.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
@@ -130,8 +130,9 @@ class RoutedMLP(nn.Module):
 
             sums = ffn.stacked(num_groups).run(rows, low, scale, multiply)
         else:
-            sizes = routing.ends.diff(prepend=routing.ends.new_zeros(1)).tolist()
-            split = [t.split(sizes) for t in (rows, *low)]
+            sizes: list[int] = routing.ends.diff(prepend=routing.ends.new_zeros(1)).tolist()
+            split: list[tuple[Tensor, ...]] = [t.split(sizes) for t in (rows, *low)]
+            scales: Sequence[Tensor | None]
             scales = [None] * num_groups if scale is None else scale.split(sizes)
             outputs = [
                 own.run(rows, low, scale)

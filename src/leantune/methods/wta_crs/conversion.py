@@ -62,8 +62,8 @@ def convert(
 ) -> SampledLinears:
     """Give each linear a row policy; linears that read one input share their sample."""
     groups = [group for read in group_by_input(sites) for group in _sharing(read)]
-    names = [site.name for group in groups for site in group]
-    norms, handle = _norm_source(names, config), None
+    linears = [site for group in groups for site in group]
+    norms, handle = _norm_source(linears, config), None
     if isinstance(norms, CachedNorms):
         handle = model.register_forward_pre_hook(norms.take_ids, with_kwargs=True)
     swaps: list[Swap] = []
@@ -80,13 +80,15 @@ def convert(
     return SampledLinears(swaps, norms, handle)
 
 
-def _norm_source(names: Sequence[str], config: WTACRS) -> NormSource | None:
+def _norm_source(sites: list[Site], config: WTACRS) -> NormSource | None:
     # In backward the norms are exact.
     if config.norms == "activation" or config.draw_at == "backward":
         return None
+    names = [site.name for site in sites]
     if config.norms == "cache":
         return CachedNorms(names, config.cache_gib)
-    return RunningNorms(names, config.decay)
+    devices = [site.module.get_parameter("weight").device for site in sites]
+    return RunningNorms(names, config.decay, devices)
 
 
 def _sharing(sites: list[Site]) -> list[list[Site]]:

@@ -8,8 +8,12 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from leantune.errors import ConfigError
+
+_NUM_POSITIONS = 2048
+"""Positions that there is room for from the start: 8 KiB for each linear."""
 
 
 class NormSource(Protocol):
@@ -26,6 +30,18 @@ class NormSource(Protocol):
 
         ``columns`` are the linears that read the input: their squared norms add up, each relative
         to its own mean, so that no linear drowns the others.
+        """
+        ...
+
+    def expect(self, column: int, shape: torch.Size, device: torch.device) -> None:
+        """Prepare in forward for what :meth:`update` writes in backward.
+
+        Backward writes values alone, so that a compiler can follow it.
+
+        Args:
+            column: of the linear.
+            shape: of its input, (b, t, d); others are ignored.
+            device: of its output's gradient.
         """
         ...
 
@@ -66,25 +82,52 @@ class RunningNorms:
     Args:
         names: of the linears; a linear's column is its place in this list.
         decay: weight of the past, in [0, 1).
+        devices: of the linears.
     """
 
     ids: Tensor | None = None
 
-    def __init__(self, names: Sequence[str], decay: float) -> None:
+    def __init__(self, names: Sequence[str], decay: float, devices: Sequence[torch.device]) -> None:
         self._names = list(names)
         self._decay = decay
-        self._means: dict[int, Tensor] = {}
+        # A position that was never seen stands at the mean.
+        self._means = [torch.ones(_NUM_POSITIONS, device=device) for device in devices]
+        self._is_known = [False] * len(names)
 
     def predict(self, shape: torch.Size, columns: Sequence[int]) -> Tensor | None:
         """Return (n,) relative norms, the same for every sample; see :class:`NormSource`."""
         if len(shape) < 3:
             return None
         t = shape[-2]
-        known = [self._padded(c, t)[:t] for c in columns if c in self._means]
+        known: list[Tensor] = []
+        for column in columns:
+            if self._is_known[column]:
+                if len(self._means[column]) < t:
+                    self._make_room(column, t, self._means[column].device)
+                known.append(self._means[column][:t])
         if not known:
             return None
         total = torch.stack(known).sum(0)  # (t,)
         return total.sqrt().expand(shape[:-1]).reshape(-1)
+
+    def expect(self, column: int, shape: torch.Size, device: torch.device) -> None:
+        """Make room for what backward will write; see :class:`NormSource`."""
+        if len(shape) < 3:
+            return
+        means = self._means[column]
+        if len(means) < shape[-2] or means.device != device:
+            self._make_room(column, shape[-2], device)
+        self._is_known[column] = True
+
+    def _make_room(self, column: int, num_positions: int, device: torch.device) -> None:
+        """Put a linear's means on ``device``, with room for at least ``num_positions``."""
+        if is_compiling():
+            # A graph cannot write in its backward to what it made itself.
+            torch._dynamo.graph_break()
+        old = self._means[column]
+        new = torch.ones(max(len(old), 2 * num_positions), device=device)
+        new[: len(old)] = old
+        self._means[column] = new
 
     def update(
         self,
@@ -100,30 +143,18 @@ class RunningNorms:
         squares = grad_norms.square().view(-1, shape[-2])  # (b, t)
         real = torch.ones_like(squares) if mask is None else mask.view_as(squares).float()
         count = real.sum(0)  # (t,)
-        if column not in self._means:
-            self._means[column] = squares.new_ones(shape[-2])
         mean = (squares * real).sum() / real.sum().clamp(min=1)
         by_position = (squares * real).sum(0) / count.clamp(min=1) / mean
-        if self._means[column].device != squares.device:
-            # A resumed run reads its state on the CPU.
-            self._means[column] = self._means[column].to(squares.device)
-        old_here = self._padded(column, shape[-2])[: shape[-2]]
+        old_here = self._means[column][: shape[-2]]
         new = torch.lerp(by_position, old_here, self._decay)
         # An overflowed step under mixed precision, or a position without a real row, says nothing.
         is_known = torch.isfinite(new) & torch.isfinite(mean) & (count > 0)
         old_here.copy_(torch.where(is_known, new, old_here))
 
-    def _padded(self, column: int, num_positions: int) -> Tensor:
-        """Return the (>= num_positions,) means of a linear; new positions start at the mean."""
-        means = self._means[column]
-        if len(means) < num_positions:
-            means = torch.cat([means, means.new_ones(num_positions - len(means))])
-            self._means[column] = means
-        return means
-
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the means by the linear's name."""
-        return {self._names[c]: means for c, means in self._means.items()}
+        """Return the means by the linear's name, up to the last position that was seen."""
+        known = [column for column, is_known in enumerate(self._is_known) if is_known]
+        return {self._names[column]: _without_ones(self._means[column]) for column in known}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take saved means on.
@@ -142,4 +173,16 @@ class RunningNorms:
                     f"WTACRS: running norms of {name} must be finite, got nan or inf in the saved "
                     "state; take an earlier checkpoint"
                 )
-        self._means = {self._names.index(name): means.clone() for name, means in state.items()}
+        self._is_known = [name in state for name in self._names]
+        for column, name in enumerate(self._names):
+            self._means[column].fill_(1.0)
+            if name in state:
+                values = state[name]
+                if len(values) > len(self._means[column]):
+                    self._make_room(column, len(values), self._means[column].device)
+                self._means[column][: len(values)] = values
+
+
+def _without_ones(means: Tensor) -> Tensor:
+    """Return the means up to the last that is not 1."""
+    return means[: int((means != 1).nonzero().max()) + 1] if bool((means != 1).any()) else means[:0]

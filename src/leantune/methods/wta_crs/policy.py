@@ -42,6 +42,7 @@ class SharedInput:
         self.columns = columns
         self.stream = stream_of(names[0])
         self._num_readers = len(names)
+        self.has_several_readers = len(names) > 1
         # Weak, so that an input whose readers turn out not to share it is released all the same.
         self._source: weakref.ref[Tensor] | None = None
         self._sample: KeptRows | None = None
@@ -59,8 +60,7 @@ class SharedInput:
 
     def share(self, source: Tensor, sample: KeptRows) -> None:
         """Offer a sample to the other readers of its source."""
-        if self._num_readers > 1:
-            self._source, self._sample, self._num_served = weakref.ref(source), sample, 1
+        self._source, self._sample, self._num_served = weakref.ref(source), sample, 1
 
     def forget(self) -> None:
         """Drop the sample: the graph alone holds it from now on."""
@@ -110,9 +110,11 @@ class SampledRows:
         note = Note(source.shape, self._runtime.batch, ids)
         if self._draws_in_backward():
             return KeptRows(x), note
-        sample = self._shared.sample_of(source)
+        # A compiler sees the same computation in every reader and does it once by itself.
+        shares = self._shared.has_several_readers and not is_compiling()
+        sample = self._shared.sample_of(source) if shares else None
         if sample is None:
-            rows = flatten(x)
+            rows = x.reshape(-1, x.shape[-1])
             mask = note.batch.row_mask(self._mask_field, note.shape)
             scores = row_norms(rows)
             if self._norms is not None:
@@ -120,7 +122,10 @@ class SampledRows:
                 scores = scores if guess is None else scores * guess.to(scores.device)
             p = estimators.probabilities(scores, mask, self.config.probability_floor)
             sample = self._sample(rows, p, k, key)
-            self._shared.share(source, sample)
+            if shares:
+                self._shared.share(source, sample)
+        if self._norms is not None:
+            self._norms.expect(self._column, note.shape, x.device)
         return sample, note
 
     def outer_product(self, kept: KeptRows, note: Note | None, grad_output: Tensor) -> OuterProduct:
@@ -128,7 +133,14 @@ class SampledRows:
         if note is None:
             return OuterProduct(grad_output, flatten(kept.rows))
         if kept.indices is not None:
-            self._learn(grad_output, note)
+            wants_check = not (self._is_checked or is_compiling())
+            if self._norms is not None or wants_check:
+                grad_norms = row_norms(grad_output)
+                mask = note.batch.row_mask(self._mask_field, note.shape)
+                if self._norms is not None:
+                    self._norms.update(self._column, grad_norms, mask, note.shape, note.ids)
+                if wants_check:
+                    self._check(grad_norms, mask)
             return weighted(kept, grad_output)
         rows = flatten(kept.rows)
         # Exact norms: padding has none, and nothing else needs a floor.
@@ -138,24 +150,15 @@ class SampledRows:
         return weighted(self._sample(rows, p, k, key), grad_output)
 
     def _sample(self, rows: Tensor, p: Tensor, k: int, key: RandomKey) -> KeptRows:
-        key = key.at(self._shared.stream)
+        key = RandomKey(key.seed, key.counter, self._shared.stream)
         indices, weights = estimators.sample(p, k, self.config.estimator, key)
         return KeptRows(rows.index_select(0, indices), indices, weights)
 
-    def _learn(self, grad_output: Tensor, note: Note) -> None:
-        """Update the running norms; once, check that what is called padding has no gradient.
+    def _check(self, grad_norms: Tensor, mask: Tensor | None) -> None:
+        """Check, once, that what is called padding has no gradient.
 
         Rows of padding are never drawn. A loss that counts them would make the estimate biased.
         """
-        wants_check = not (self._is_checked or is_compiling())
-        if self._norms is None and not wants_check:
-            return
-        grad_norms = row_norms(grad_output)
-        mask = note.batch.row_mask(self._mask_field, note.shape)
-        if self._norms is not None:
-            self._norms.update(self._column, grad_norms, mask, note.shape, note.ids)
-        if not wants_check:
-            return
         self._is_checked = True
         if mask is not None and bool((grad_norms.masked_fill(mask, 0.0) > 0).any()):
             raise UnsupportedError(

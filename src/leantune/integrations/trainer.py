@@ -1,0 +1,247 @@
+"""The Trainer callback that carries a session through a run, and the batches it calibrates on."""
+
+import math
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
+from transformers.utils import SAFE_WEIGHTS_NAME
+
+from leantune.core.files import load_tensors, save_tensors, trained_weights
+from leantune.core.session import Session
+from leantune.errors import ConfigError, UnsupportedError
+
+SESSION_FILE = "leantune_session.safetensors"
+
+
+class TrainerCallback(transformers.TrainerCallback):
+    """Carry a session through an unmodified ``transformers.Trainer``.
+
+    A run that was stopped at any step and resumed ends with the weights of an uninterrupted one, to
+    the bit: the session's state lies in each checkpoint as ``leantune_session.safetensors``. An
+    optimiser step counts as one step; each micro-batch is a forward and draws by itself. Auxiliary
+    losses are added to the loss that the model returns.
+
+    Methods that ask for calibration see a few batches, evenly spread over the training set, before
+    step 1; a resumed run takes what they found from the checkpoint.
+
+    Args:
+        session: of the model that is trained, or of one inside it.
+        resume_from: the checkpoint folder that ``train(resume_from_checkpoint=...)`` is given,
+            where it lies outside ``args.output_dir``.
+
+    Raises:
+        ConfigError: the session is closed or of another model; a checkpoint has no session file,
+            or a damaged one.
+        UnsupportedError: several GPUs in one process, sparse gradients, or an auxiliary loss that
+            does not reach the loss that is trained on.
+    """
+
+    def __init__(self, session: Session, resume_from: str | Path | None = None) -> None:
+        self.session = session
+        self.resume_from = resume_from
+        self._hook: Any = None
+        self._num_micro_batches = 1
+        self._is_loss_unused = False
+
+    # The trainer passes much more by keyword; what is not named here is not needed.
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        train_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        self._check(args, model)
+        if state.global_step > 0:
+            self._restore(args, state)
+        elif self.resume_from is not None:
+            raise ConfigError(
+                "TrainerCallback: resume_from must be left out where training starts at step 0, "
+                f"got {str(self.resume_from)!r}; give the same folder to "
+                "trainer.train(resume_from_checkpoint=...)"
+            )
+        else:
+            self._calibrate(args, train_dataloader)
+        self._drop_hook()
+        self._hook = self.session.model.register_forward_hook(self._add_loss, with_kwargs=True)
+
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        train_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        self._num_micro_batches = args.gradient_accumulation_steps
+        if train_dataloader is not None and has_length(train_dataloader):
+            num_batches = len(train_dataloader)
+            num_steps = math.ceil(num_batches / args.gradient_accumulation_steps)
+            rest = num_batches % args.gradient_accumulation_steps
+            if rest and state.global_step % num_steps == num_steps - 1:
+                self._num_micro_batches = rest
+
+    def on_substep_end(self, *args: Any, **kwargs: Any) -> None:
+        self._check_loss_was_used()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self._check_loss_was_used()
+        self.session.on_step()
+
+    def on_save(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        assert args.output_dir is not None
+        folder = _checkpoint(args.output_dir, state.global_step)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_tensors(folder / _file_name(args), self.session.state_dict())
+        # Of an adapter that transformers injected the trainer saves a file that it cannot resume
+        # from; it loads what it finds under this name.
+        if getattr(model, "_hf_peft_config_loaded", False):
+            assert model is not None
+            weights = trained_weights(model)
+            if state.is_world_process_zero:
+                save_tensors(folder / SAFE_WEIGHTS_NAME, weights)
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        self._drop_hook()
+
+    def _check(self, args: TrainingArguments, model: nn.Module | None) -> None:
+        own = self.session.model
+        if getattr(own, "_leantune_session", None) is not self.session:
+            raise ConfigError(
+                "TrainerCallback: session must be open, got one after merge() or remove(); apply "
+                "the recipe again and give the new session to TrainerCallback"
+            )
+        if model is not None and all(module is not own for module in model.modules()):
+            raise ConfigError(
+                "TrainerCallback: model must be the session's, got another "
+                f"{type(model).__name__}; give the trainer session.model"
+            )
+        num_sparse = sum(len(c.sparse_parameters) for c in self.session.conversions)
+        if num_sparse:
+            raise UnsupportedError(
+                "TrainerCallback: gradients must be dense, since a Trainer takes their norm at "
+                f"each step, got {num_sparse} parameters without; choose a method option whose "
+                "gradients are dense, or train in a loop of your own with "
+                "session.optimizer(torch.optim.AdamW, lr=...)"
+            )
+        if args.n_gpu > 1:
+            raise UnsupportedError(
+                f"TrainerCallback: n_gpu must be 1 in each process, got {args.n_gpu}, which "
+                "replicates the model at each step; start one process for each GPU with torchrun, "
+                "or set CUDA_VISIBLE_DEVICES=0"
+            )
+
+    def _restore(self, args: TrainingArguments, state: TrainerState) -> None:
+        given = self.resume_from or args.resume_from_checkpoint
+        if isinstance(given, str | Path) and str(given).lower() not in ("true", "false"):
+            folder = Path(given)
+        else:
+            assert args.output_dir is not None
+            folder = _checkpoint(args.output_dir, state.global_step)
+        path = folder / _file_name(args)
+        if not path.is_file():
+            raise ConfigError(
+                f"TrainerCallback: checkpoint must hold {path.name}, got no such file in {folder}; "
+                "resume from an earlier checkpoint, or name the folder with "
+                "TrainerCallback(session, resume_from=...)"
+            )
+        self.session.load_state_dict(load_tensors(path))
+
+    def _calibrate(self, args: TrainingArguments, loader: Any) -> None:
+        num = max((c.num_calibration_batches for c in self.session.conversions), default=0)
+        if loader is None or not num:
+            return
+        # Neither the order of the samples nor dropout may depend on calibration.
+        devices = [args.device] if args.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            self.session.calibrate(calibration_batches(loader, args, num))
+
+    def _add_loss(self, model: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> Any:
+        if not (model.training and torch.is_grad_enabled()):
+            return None
+        extra = self.session.auxiliary_loss()
+        if not extra.requires_grad:
+            return None
+        loss = output.get("loss") if isinstance(output, Mapping) else output[0]
+        if not (isinstance(loss, Tensor) and loss.ndim == 0 and loss.requires_grad):
+            raise _unused_loss(self.session)
+        if kwargs.get("num_items_in_batch") is not None:
+            # Such a loss is already this micro-batch's share of the step's.
+            extra = extra / self._num_micro_batches
+        extra.register_hook(self._see_gradient)
+        self._is_loss_unused = True
+        total = loss + extra.to(loss)
+        if isinstance(output, dict):
+            output["loss"] = total
+            return output
+        return (total, *output[1:])
+
+    def _see_gradient(self, grad: Tensor) -> None:
+        self._is_loss_unused = False
+
+    def _check_loss_was_used(self) -> None:
+        if self._is_loss_unused:
+            raise _unused_loss(self.session)
+
+    def _drop_hook(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
+
+def _unused_loss(session: Session) -> UnsupportedError:
+    names = ", ".join(config.method for config in session.methods)
+    return UnsupportedError(
+        "TrainerCallback: loss must be the one that the model returns, since an auxiliary loss of "
+        f"{names} is added to it, got a trainer that computes its own; leave out "
+        "label_smoothing_factor and compute_loss_func, or add session.auxiliary_loss() there"
+    )
+
+
+def _checkpoint(output_dir: str | Path, step: int) -> Path:
+    return Path(output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+
+
+def _file_name(args: TrainingArguments) -> str:
+    # Each process has met other samples, so each keeps a state of its own.
+    if args.world_size <= 1:
+        return SESSION_FILE
+    stem, _, suffix = SESSION_FILE.rpartition(".")
+    return f"{stem}_{args.process_index}.{suffix}"
+
+
+def calibration_batches(loader: Any, args: TrainingArguments, num_batches: int) -> Iterator[Any]:
+    """Yield the batches that a run calibrates on: the same ones whenever it is asked.
+
+    Their rows are evenly spread over the data set, as far as its length is known.
+
+    Args:
+        loader: of the training set.
+        args: of the run: size of a batch, device.
+        num_batches: limit.
+    """
+    dataset, size = loader.dataset, args.per_device_train_batch_size
+    rows: Any = None
+    if has_length(dataset):
+        wanted = min(len(dataset), size * num_batches)
+        rows = [i * len(dataset) // wanted for i in range(wanted)]
+    batches = DataLoader(dataset, size, sampler=rows, collate_fn=loader.collate_fn)
+    return (send_to_device(batch, args.device) for batch in islice(batches, num_batches))

@@ -1,1 +1,0 @@
-"""Training: tasks, data, metrics, the trainer callback, and whole runs."""

@@ -1,0 +1,383 @@
+"""From files or the hub to checked rows, and from rows to tokens, as ``datasets`` all along."""
+
+import math
+import random
+import tempfile
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import datasets
+import pandas
+
+from leantune.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FORMATS = {
+    ".tsv": "csv",
+    ".csv": "csv",
+    ".jsonl": "json",
+    ".json": "json",
+    ".parquet": "parquet",
+    ".txt": "text",
+}
+TRAIN_SHARE_OF_ONE_TEXT = 0.95
+_SPLIT_WORDS = {
+    "train": ("train",),
+    "validation": ("validation", "valid", "dev"),
+    "validation_matched": ("validation_matched", "dev_matched", "validation", "dev"),
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task says what is read, what is predicted and how that is judged.
+
+    Args:
+        columns: each way in which files may name the one or two texts, the first that fits counts.
+        label_names: of the classes in the order of their ids; None where train decides.
+        metrics: the first one compares runs; none for a language model.
+        hub: configuration of ``nyu-mll/glue``; None where only files have the task.
+    """
+
+    name: str
+    kind: Literal["classification", "regression", "causal_lm"]
+    columns: tuple[tuple[str, ...], ...] = (("sentence1", "sentence2"), ("sentence1",))
+    label_names: tuple[str, ...] | None = None
+    metrics: tuple[str, ...] = ("accuracy",)
+    hub: str | None = None
+    validation: str = "validation"
+
+    @property
+    def main_metric(self) -> str:
+        """The metric that compares runs; larger is better, except for ``perplexity``."""
+        return self.metrics[0] if self.metrics else "perplexity"
+
+
+def _glue(
+    name: str,
+    labels: str,
+    columns: str,
+    metrics: tuple[str, ...] = ("accuracy",),
+    validation: str = "validation",
+) -> Task:
+    hub = tuple(columns.split())
+    own = ("sentence1", "sentence2")[: len(hub)]
+    names = tuple(labels.split()) or None
+    kind = "classification" if names else "regression"
+    return Task(name, kind, (own, hub), names, metrics, name, validation)
+
+
+_PAIR, _F1, _SCORES = "sentence1 sentence2", ("f1", "accuracy"), ("pearson", "spearman")
+_NLI = "entailment neutral contradiction"
+_ENTAILS = "entailment not_entailment"
+TASKS: Mapping[str, Task] = {
+    task.name: task
+    for task in (
+        _glue("cola", "unacceptable acceptable", "sentence", ("matthews", "accuracy")),
+        _glue("sst2", "negative positive", "sentence"),
+        _glue("mrpc", "not_equivalent equivalent", _PAIR, _F1),
+        _glue("qqp", "not_duplicate duplicate", "question1 question2", _F1),
+        _glue("stsb", "", _PAIR, _SCORES),
+        _glue("mnli", _NLI, "premise hypothesis", validation="validation_matched"),
+        _glue("qnli", _ENTAILS, "question sentence"),
+        _glue("rte", _ENTAILS, _PAIR),
+        _glue("wnli", "not_entailment entailment", _PAIR),
+        Task("text", "classification"),
+        Task("regression", "regression", metrics=_SCORES),
+        Task("causal_lm", "causal_lm", (("text",),), metrics=()),
+        Task("demo", "classification", (("sentence1",),), ("swapped", "intact")),
+    )
+}
+
+
+def get_task(name: str) -> Task:
+    """Return the task of that name.
+
+    Raises:
+        ConfigError: no such task; the message lists the names.
+    """
+    if name not in TASKS:
+        raise ConfigError(
+            f"get_task: task must be one of {', '.join(TASKS)}, got {name!r}; for files of your "
+            "own take 'text'"
+        )
+    return TASKS[name]
+
+
+def load_task(
+    name: str,
+    source: str | Path | None,
+    *,
+    max_train: int | None = None,
+    max_validation: int | None = None,
+) -> datasets.DatasetDict:
+    """Read and check both splits of a task.
+
+    A subset is the head of one fixed shuffle, or of a text its first lines, so the smaller of two
+    lies in the larger. It does not depend on a run's seed, so that seeds can be compared.
+
+    Args:
+        name: of ``TASKS``.
+        source: a folder of files; for ``causal_lm`` also one text file; ``"hub"`` for GLUE, or the
+            name of a hub data set, with ``:config`` where it has several; None for the demo.
+        max_train: most rows to keep.
+        max_validation: most rows to keep.
+
+    Returns:
+        ``train`` and ``validation`` with ``sentence1``, perhaps ``sentence2``, and ``label`` (a
+        ``ClassLabel``, or a float64 score); for ``causal_lm`` with ``text``, a line in each row.
+
+    Raises:
+        ConfigError: a file or data set is missing or damaged, or a column, a text or a label is
+            not acceptable (file, row and value named).
+    """
+    task = get_task(name)
+    if source is None:
+        from leantune.training.demo import demo_data
+
+        return demo_data(max_train or 6000, max_validation or 1000)
+    data = _read_splits(task, str(source))
+    limits = {"train": max_train, "validation": max_validation}
+    if task.kind == "causal_lm":
+        return datasets.DatasetDict(
+            {
+                split: rows.select(range(min(limits[split] or len(rows), len(rows))))
+                for split, (rows, _) in data.items()
+            }
+        )
+    names = _class_names(task, *data["train"])
+    return datasets.DatasetDict(
+        {
+            split: _subset(_check_rows(task, rows, place, names), limits[split], split)
+            for split, (rows, place) in data.items()
+        }
+    )
+
+
+def find_split(folder: Path, task: str, split: str) -> Path:
+    """Find the one file of a split: ``<task>.<split>``, ``<split>`` or ``<task>/<split>``.
+
+    ``validation`` may also be called ``valid`` or ``dev``; any suffix of ``FORMATS`` is taken, and
+    ``.gz`` after it.
+
+    Raises:
+        ConfigError: no such folder, no such file, or several.
+    """
+    stems = [s for w in _SPLIT_WORDS[split] for s in (f"{task}.{w}", w, f"{task}/{w}")]
+    suffixes = [suffix + gz for suffix in FORMATS for gz in ("", ".gz")]
+    found = [p for s in stems for x in suffixes if (p := folder / (s + x)).is_file()]
+    if len(found) != 1:
+        there = sorted(p.name for p in folder.iterdir())[:20] if folder.is_dir() else "no folder"
+        raise ConfigError(
+            f"find_split: folder {folder} must hold one {split} file of task {task} "
+            f"({', '.join(stems)}, with {' '.join(FORMATS)}), got "
+            f"{[str(p) for p in found] or there}; rename the file, or give another folder"
+        )
+    return found[0]
+
+
+def tokenize(
+    data: datasets.DatasetDict, tokenizer: "PreTrainedTokenizerBase", max_length: int
+) -> datasets.DatasetDict:
+    """Turn both splits into token ids and labels, truncated but not padded.
+
+    A text is cut into blocks of ``max_length`` without special tokens; its last, incomplete block
+    is dropped.
+
+    Args:
+        data: what :func:`load_task` returned.
+        tokenizer: of the model to train.
+        max_length: most tokens of a row, special ones included.
+
+    Returns:
+        ``input_ids``, ``attention_mask``, perhaps ``token_type_ids``, and ``labels``: class ids,
+        float32 scores, or the ``input_ids`` of a block (a causal model shifts them itself).
+
+    Raises:
+        ConfigError: ``max_length`` does not fit the tokenizer, or a text gives no block.
+    """
+    features = data["train"].features
+    is_text, is_pair = "text" in features, "sentence2" in features
+    # One token of each text must remain beside the special ones; a block of one predicts nothing.
+    shortest = 2 if is_text else tokenizer.num_special_tokens_to_add(is_pair) + 1 + is_pair
+    # Tokenizers without a limit state a number near 1e30.
+    if not shortest <= max_length <= tokenizer.model_max_length:
+        raise ConfigError(
+            f"tokenize: max_length must be from {shortest} to {tokenizer.model_max_length} (the "
+            f"tokenizer's model_max_length), got {max_length}; choose a length within it"
+        )
+
+    def encode(rows: Mapping[str, Any]) -> dict[str, Any]:
+        if is_text:
+            return _blocks("\n".join(rows["text"]), tokenizer, max_length)
+        texts = [rows[name] for name in ("sentence1", "sentence2") if name in rows]
+        encoded = tokenizer(*texts, truncation=True, max_length=max_length)
+        return {**encoded, "labels": rows["label"]}
+
+    tokens = data.map(
+        encode,
+        batched=True,
+        batch_size=None if is_text else 1000,
+        remove_columns=list(features),
+        load_from_cache_file=False,
+    )
+    if not is_text:
+        kind = "int64" if isinstance(features["label"], datasets.ClassLabel) else "float32"
+        tokens = tokens.cast_column("labels", datasets.Value(kind))
+    return tokens
+
+
+def _blocks(text: str, tokenizer: Any, size: int) -> dict[str, list[list[int]]]:
+    tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    if len(tokens) < size:
+        raise ConfigError(
+            f"tokenize: text must have at least max_length = {size} tokens, got {len(tokens)}; "
+            "use a longer text or shorter blocks"
+        )
+    blocks = [tokens[at : at + size] for at in range(0, len(tokens) - size + 1, size)]
+    ones = [[1] * size for _ in blocks]
+    return {"input_ids": blocks, "attention_mask": ones, "labels": blocks}
+
+
+def _read_splits(task: Task, source: str) -> dict[str, tuple[datasets.Dataset, str]]:
+    """Return split -> rows, and the place that errors name."""
+    names = {"train": "train", "validation": task.validation}
+    path = Path(source).expanduser()
+    if path.is_dir():
+        files = {split: find_split(path, task.name, name) for split, name in names.items()}
+        return {split: (_read_file(file), str(file)) for split, file in files.items()}
+    if path.is_file() and task.kind == "causal_lm":
+        lines = _read_file(path)
+        mark = max(1, int(len(lines) * TRAIN_SHARE_OF_ONE_TEXT))
+        halves = (range(mark), range(min(mark, len(lines) - 1), len(lines)))
+        return {
+            split: (lines.select(half), source) for split, half in zip(names, halves, strict=True)
+        }
+    if source == "hub":
+        source = f"nyu-mll/glue:{task.hub}"
+    name, _, config = source.partition(":")
+    return {split: (_read_hub(name, config or None, at), source) for split, at in names.items()}
+
+
+def _read_file(path: Path) -> datasets.Dataset:
+    suffix = Path(path.name.removesuffix(".gz")).suffix
+    try:
+        options = _text_columns(path, suffix) if FORMATS[suffix] == "csv" else {}
+        with tempfile.TemporaryDirectory() as cache, warnings.catch_warnings():
+            # Rows longer than the header are cut short with a warning.
+            warnings.simplefilter("error", pandas.errors.ParserWarning)
+            rows = datasets.load_dataset(
+                FORMATS[suffix],
+                data_files=str(path),
+                split="train",
+                cache_dir=cache,
+                keep_in_memory=True,
+                **options,
+            )
+        assert isinstance(rows, datasets.Dataset) and len(rows), "no rows"
+    # Each reader raises its own errors, and datasets hides them in one of its own.
+    except Exception as error:
+        raise ConfigError(
+            f"load_task: {path} must be a table or text that datasets can read "
+            f"({' '.join(FORMATS)}), got {type(error).__name__}: {error.__cause__ or error}; "
+            "export the data set again"
+        ) from error
+    return rows
+
+
+def _text_columns(path: Path, suffix: str) -> dict[str, Any]:
+    """Return what reads every field as the text it is, be it a number or the word "null"."""
+    # GLUE does not quote.
+    options: dict[str, Any] = {"sep": "\t", "quoting": 3} if suffix == ".tsv" else {}
+    header = pandas.read_csv(path, nrows=0, **options).columns
+    text = datasets.Features({column: datasets.Value("string") for column in header})
+    return options | {"na_filter": False, "index_col": False, "features": text}
+
+
+def _read_hub(name: str, config: str | None, split: str) -> datasets.Dataset:
+    try:
+        rows = datasets.load_dataset(name, config, split=split)
+    # The library's own errors, those of the HTTP client and those of the file formats.
+    except Exception as error:
+        raise ConfigError(
+            f"load_task: data must be a folder, or a data set on the hub with split {split!r}, got "
+            f"{name!r} (config {config!r}), which is no folder here ({type(error).__name__}: "
+            f"{error}); correct the path, or without a network give a local folder"
+        ) from error
+    assert isinstance(rows, datasets.Dataset)
+    return rows
+
+
+def _class_names(task: Task, rows: datasets.Dataset, place: str) -> tuple[str, ...] | None:
+    """Return the classes in the order of their ids, from train where the task leaves them open."""
+    if task.kind == "regression" or task.label_names is not None:
+        return task.label_names
+    names = sorted({str(v) for v in _column(rows, "label", place) if v not in (None, "")})
+    if len(names) < 2:
+        raise ConfigError(
+            f"load_task: {place}: column 'label' must hold at least two classes, got {names}; use "
+            "other data, or task 'regression' for scores"
+        )
+    return tuple(names)
+
+
+def _check_rows(
+    task: Task, rows: datasets.Dataset, place: str, names: tuple[str, ...] | None
+) -> datasets.Dataset:
+    """Return the rows under the standard names, or name the first bad value."""
+    fitting = (found for found in task.columns if set(found) <= set(rows.column_names))
+    columns = next(fitting, task.columns[0])
+    ids = None
+    if names is not None:
+        ids = {name: i for i, name in enumerate(names)}
+        if task.label_names is not None:
+            ids |= {str(i): i for i in ids.values()}
+    rule = "a finite number" if ids is None else f"one of {', '.join(list(ids)[:20])}"
+    labels = []
+    for column in columns:
+        for row, value in enumerate(_column(rows, column, place), start=1):
+            if not isinstance(value, str):
+                raise _bad_value(place, row, column, "text", value)
+    for row, value in enumerate(_column(rows, "label", place), start=1):
+        labels.append(_score(value) if ids is None else ids.get(str(value)))
+        if labels[-1] is None:
+            raise _bad_value(place, row, "label", rule, value)
+    new = dict(zip(columns, ("sentence1", "sentence2"), strict=False))
+    texts = rows.select_columns(list(columns)).rename_columns(new)
+    feature = datasets.Value("float64") if names is None else datasets.ClassLabel(names=list(names))
+    return texts.add_column("label", labels, feature=feature)
+
+
+def _column(rows: datasets.Dataset, name: str, place: str) -> Any:
+    if name not in rows.column_names:
+        raise ConfigError(
+            f"load_task: {place}: column {name!r} must be in the table, got columns "
+            f"{', '.join(rows.column_names)}; rename the column in the file"
+        )
+    return rows[name]
+
+
+def _score(value: Any) -> float | None:
+    try:
+        score = float(value)
+    except (TypeError, ValueError):
+        return None
+    return score if math.isfinite(score) else None
+
+
+def _bad_value(place: str, row: int, column: str, rule: str, value: Any) -> ConfigError:
+    return ConfigError(
+        f"load_task: {place} row {row}: {column!r} must be {rule}, got {value!r}; correct or "
+        "remove the row"
+    )
+
+
+def _subset(rows: datasets.Dataset, limit: int | None, split: str) -> datasets.Dataset:
+    order = list(range(len(rows)))
+    random.Random(f"0/{split}").shuffle(order)
+    return rows if limit is None or limit >= len(rows) else rows.select(order[:limit])

@@ -1,0 +1,148 @@
+"""From a name to a model with the task's head and its tokenizer; from a session to a checkpoint."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+
+from leantune.core.apply import load
+from leantune.core.files import STATE_FILE, atomic_folder
+from leantune.core.recipe import RECIPE_FILE
+from leantune.errors import ConfigError
+from leantune.training.data import Task
+from leantune.training.recipe import read_recipe_file
+
+DEMO_MODEL = "demo"
+_HEADS = {
+    "causal_lm": transformers.AutoModelForCausalLM,
+    "classification": transformers.AutoModelForSequenceClassification,
+    "regression": transformers.AutoModelForSequenceClassification,
+}
+
+
+def load_tokenizer(name: str) -> Any:
+    """Load the tokenizer of a model; one without a padding token pads with its end token.
+
+    Raises:
+        ConfigError: there is none, or it cannot pad.
+    """
+    tokenizer = _load(transformers.AutoTokenizer, name, "a tokenizer")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise ConfigError(
+            f"load_tokenizer: tokenizer of {name!r} must have a padding or an end token, got "
+            "neither; set tokenizer.pad_token and save it with tokenizer.save_pretrained"
+        )
+    return tokenizer
+
+
+def load_model(
+    name: str, task: Task, labels: Sequence[str] | None, tokenizer: Any, *, seed: int = 0
+) -> Any:
+    """Load a pre-trained model with the task's head, in float32 on the CPU.
+
+    Args:
+        name: a folder, a name on the hub, or ``"demo"``.
+        task: settles the head.
+        labels: of the classes; None unless classification.
+        tokenizer: of the model; its padding token is the model's where that has none.
+        seed: of the weights that are not in the file, such as a new head's; the caller's random
+            streams do not move.
+
+    Raises:
+        ConfigError: no such model, a damaged one, or one that does not fit the task.
+    """
+    options: dict[str, Any] = {"dtype": torch.float32}
+    if task.kind == "regression":
+        options |= {"num_labels": 1, "problem_type": "regression"}
+    elif labels is not None:
+        options |= {
+            "num_labels": len(labels),
+            "problem_type": "single_label_classification",
+            "id2label": dict(enumerate(labels)),
+            "label2id": {label: i for i, label in enumerate(labels)},
+        }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = _load(_HEADS[task.kind], name, f"a model for {task.kind}", **options)
+    if task.kind == "causal_lm" and getattr(model.config, "is_decoder", None) is False:
+        raise ConfigError(
+            f"load_model: model must read from left to right for task causal_lm, got {name!r}, a "
+            f"{type(model).__name__} that sees both sides; choose a decoder such as GPT-2 or LLaMA"
+        )
+    if getattr(model.config, "pad_token_id", None) is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return model
+
+
+def merge_checkpoint(
+    source: str | Path, output: str | Path, model: str | None = None, *, overwrite: bool = False
+) -> list[str]:
+    """Write a checkpoint that loads without leantune: the base model with what was trained.
+
+    Args:
+        source: a run folder, or a folder that ``session.save`` wrote.
+        output: the new checkpoint; replaced as a whole once everything is written.
+        model: the base model; None takes the run's own.
+        overwrite: whether ``output`` may exist.
+
+    Returns:
+        Names of the methods that were merged.
+
+    Raises:
+        ConfigError: a file is missing or damaged, or the session is of another model.
+    """
+    source, output = Path(source), Path(output)
+    if output.exists() and not (overwrite and output.is_dir()):
+        raise ConfigError(
+            f"merge: output must be a new folder, got {str(output)!r}, which exists; choose "
+            "another, or give overwrite to replace a folder"
+        )
+    run = source if (source / "session").is_dir() else source.resolve().parent
+    session_folder = source / "session" if run == source else source
+    if not (session_folder / STATE_FILE).is_file():
+        raise ConfigError(
+            "merge: source must be a run folder or a folder that session.save wrote, got "
+            f"{str(source)!r} without {STATE_FILE}; a run without methods has its plain checkpoint "
+            "in model/ already"
+        )
+    trained = run / "model" if (run / "model" / "config.json").is_file() else None
+    if model is None:
+        if trained is None:
+            raise ConfigError(
+                f"merge: model must be given for {str(source)!r}, which lies in no run folder, got "
+                "none; name the base that the session was applied to"
+            )
+        model = str(read_recipe_file(run / RECIPE_FILE)["model"])
+    config = _load(transformers.AutoConfig, model if trained is None else str(trained), "a config")
+    kind = getattr(transformers, (config.architectures or ["AutoModel"])[0])
+    network = _load(kind, model, kind.__name__, config=config, dtype=torch.float32)
+    session = load(network, session_folder)
+    session.merge()
+    with atomic_folder(output) as fresh:
+        network.save_pretrained(fresh)
+        load_tokenizer(model).save_pretrained(fresh)
+    return [method.method for method in session.methods]
+
+
+def _load(kind: Any, name: str, what: str, **options: Any) -> Any:
+    if name == DEMO_MODEL:
+        from leantune.training.demo import demo_model_path
+
+        name = str(demo_model_path())
+    try:
+        return kind.from_pretrained(str(Path(name).expanduser()), **options)
+    # What the library raises for a missing name, no network, an unknown architecture, weights of
+    # other shapes, and damaged files.
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        if "ignore_mismatched_sizes" in str(error):
+            reason = "weights of other shapes: start from the encoder without a head"
+        raise ConfigError(
+            f"load_model: model must be a folder or a name on the hub that transformers can load "
+            f"as {what}, got {name!r} ({type(error).__name__}: {reason}); correct the path, or "
+            "without a network give a local folder, or 'demo'"
+        ) from error

@@ -1,0 +1,168 @@
+"""What decides a training run: its options, and how a file and a caller's options become them."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+from leantune.core.config import MethodConfig, option
+from leantune.core.extras import require
+from leantune.core.recipe import RECIPE_FILE, Recipe, method_configs
+from leantune.errors import ConfigError
+
+BASELINE = "baseline"
+"""Names the plain model: in ``compare``, and among the variants of a run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureRecipe(Recipe):
+    """A recipe says what one training step computes: model, batch and methods."""
+
+    model: str = option("demo", help="a folder, a name on the hub, or 'demo'")
+    task: str = option("text", help="a GLUE task, 'text', 'regression', 'causal_lm' or 'demo'")
+    data: str | None = option(None, help="a folder of files, a text file, 'hub' or a hub name")
+    batch_size: int = option(32, ge=1, help="samples in a training batch")
+    max_length: int = option(128, ge=2, help="most tokens of a sample")
+    precision: Literal["float32", "bf16", "fp16"] = option(
+        "float32", help="dtype of the products; weights stay in float32"
+    )
+    gradient_checkpointing: bool = option(
+        False, help="recompute every block in backward, the baseline's too"
+    )
+    seed: int = option(0, ge=0, lt=2**32, help="of head, order, dropout and draws")
+
+    def __post_init__(self) -> None:
+        for name in ("model", "data", "output"):
+            if isinstance(getattr(self, name, None), os.PathLike):
+                object.__setattr__(self, name, os.fspath(getattr(self, name)))
+        super().__post_init__()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecipe(MeasureRecipe):
+    """A run's recipe holds all that decides it: equal recipes end with equal weights.
+
+    ``compare`` lists rival recipes that train with the same seed, data and steps. A rival is
+    ``"baseline"`` (the plain model), a method, or a list of methods.
+
+    Raises:
+        ConfigError: an option is out of range, of the wrong type, or does not fit the others.
+    """
+
+    own_rules: ClassVar[Mapping[str, str]] = {
+        "methods": "list of methods",
+        "compare": "list of rivals: 'baseline', a method, or a list of methods",
+    }
+    # They say how to start, not what to run.
+    not_saved: ClassVar[tuple[str, ...]] = ("resume", "overwrite")
+
+    model: str = option(dataclasses.MISSING, help="a folder, a name on the hub, or 'demo'")
+    task: str = option(
+        dataclasses.MISSING, help="a GLUE task, 'text', 'regression', 'causal_lm' or 'demo'"
+    )
+    output: str = option(dataclasses.MISSING, help="the run folder to write")
+    compare: tuple[tuple[MethodConfig, ...], ...] = option((), help="train these recipes as well")
+    epochs: float = option(3.0, gt=0, help="passes over the training set")
+    max_steps: int | None = option(None, ge=1, help="optimiser steps, instead of epochs")
+    eval_batch_size: int = option(64, ge=1, help="samples in an evaluation batch")
+    gradient_accumulation_steps: int = option(1, ge=1, help="batches in an optimiser step")
+    learning_rate: float = option(5e-5, gt=0, help="peak learning rate of AdamW")
+    weight_decay: float = option(0.0, ge=0, help="decoupled weight decay")
+    warmup_ratio: float = option(0.06, ge=0, lt=1, help="share of the steps that warm up")
+    schedule: Literal["linear", "cosine", "constant"] = option(
+        "linear", help="learning rate after the warm-up"
+    )
+    max_grad_norm: float = option(1.0, ge=0, help="clip the gradient's norm here; 0 is off")
+    max_train: int | None = option(None, ge=1, help="train on a fixed subset of this size")
+    max_validation: int | None = option(None, ge=1, help="judge by a fixed subset of this size")
+    eval_steps: int | None = option(None, ge=1, help="steps between evaluations; None: each epoch")
+    save_steps: int | None = option(None, ge=1, help="steps between checkpoints; None: each epoch")
+    resume: bool = option(False, help="go on from the last checkpoint in the run folder")
+    overwrite: bool = option(False, help="replace the run that is in the run folder")
+
+    def __post_init__(self) -> None:
+        rivals = self.compare if isinstance(self.compare, list | tuple) else [self.compare]
+        object.__setattr__(self, "compare", tuple(_rival(rival) for rival in rivals))
+        super().__post_init__()
+        if (self.task == "demo") != (self.data is None):
+            raise ConfigError(
+                f"RunRecipe: data must be given for every task but demo, got {self.data!r} for "
+                f"task {self.task}; name a folder of files or 'hub', or take task demo without data"
+            )
+        recipes = [*self.compare, self.methods]
+        if any(recipe in recipes[:i] for i, recipe in enumerate(recipes)):
+            raise ConfigError(
+                "RunRecipe: compare must name recipes other than methods, each once, got "
+                f"{[_name(r) for r in self.compare]} beside {_name(self.methods)}; leave it out"
+            )
+        if self.resume and self.overwrite:
+            raise ConfigError(
+                "RunRecipe: overwrite must be False where resume is True, got True; the one keeps "
+                "the run that is there, the other replaces it"
+            )
+
+    @classmethod
+    def read(cls, recipe: Any, overrides: Mapping[str, Any]) -> Self:
+        """Make a recipe of a file's path, a mapping or another recipe, and of options that win.
+
+        Raises:
+            ConfigError: the file cannot be read, or an option is not acceptable.
+        """
+        if isinstance(recipe, Recipe):
+            how = {name: getattr(recipe, name) for name in cls.not_saved if hasattr(recipe, name)}
+            recipe = recipe.to_dict() | how
+        elif not isinstance(recipe, Mapping):
+            recipe = read_recipe_file(Path(recipe))
+        return cls.from_dict({**recipe, **overrides})
+
+    def variants(self) -> dict[str, tuple[MethodConfig, ...]]:
+        """Return name -> methods of everything that trains: rivals, the plain one first, then us.
+
+        A name that is taken gets a number, so that each names a folder of its own.
+        """
+        names: dict[str, tuple[MethodConfig, ...]] = {}
+        for methods in (self.methods, *sorted(self.compare, key=bool)):
+            same = [name for name in names if name.partition("#")[0] == _name(methods)]
+            names[_name(methods) + (f"#{len(same) + 1}" if same else "")] = methods
+        own = _name(self.methods)
+        return {name: names[name] for name in [*(n for n in names if n != own), own]}
+
+
+def read_recipe_file(path: Path) -> dict[str, Any]:
+    """Read a recipe file, YAML or JSON, without judging its options.
+
+    Raises:
+        ConfigError: the file is missing, not valid, or no mapping.
+    """
+    require("yaml", extra="cli", who="recipe")
+    import yaml
+
+    try:
+        text = path.read_text("utf-8")
+        data = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text) or {}
+    except OSError as error:
+        raise ConfigError(
+            f"recipe: file must exist, got {str(path)!r} ({error.strerror}); give a YAML file, or "
+            f"a run's {RECIPE_FILE}"
+        ) from error
+    except (ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"recipe: {path} must be valid YAML or JSON, got {error}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(
+            f"recipe: {path} must be a mapping of options, got {type(data).__name__}; write one "
+            "'option: value' on each line"
+        )
+    return data
+
+
+def _rival(rival: Any) -> tuple[MethodConfig, ...]:
+    if rival == BASELINE:
+        return ()
+    return method_configs(rival if isinstance(rival, list | tuple) else [rival], "compare")
+
+
+def _name(methods: tuple[MethodConfig, ...]) -> str:
+    return "+".join(method.method for method in methods) or BASELINE

@@ -1,0 +1,113 @@
+"""What a run found: the content of ``metrics.json``, which reports and the command read."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from leantune.errors import ConfigError
+
+METRICS_FILE = "metrics.json"
+METRICS_FORMAT = 2
+
+
+@dataclass(frozen=True)
+class VariantResult:
+    """One trained model of a run: the recipe's, or one that it is compared with.
+
+    Args:
+        name: ``baseline``, or the methods' names joined by ``+``.
+        methods: the JSON form of each; none is the plain model.
+        saved_bytes: activations kept for backward on the first batch, from the ledger.
+        step_ms: median time of forward and backward on the first batch.
+        step_time_ratio: over the reference's, interleaved in one run; None without comparison.
+        step_time_ratio_spread: 20th and 80th percentile over the rounds.
+        ledger: ``leantune.ledger`` on the first batch, as a dictionary.
+        metrics: of the trained model on the validation split, its ``loss`` among them.
+        train_loss: (step, mean loss since the last entry).
+        evaluations: (step, metrics).
+        num_steps: optimiser steps.
+        train_seconds: spent in optimiser steps, all parts of a resumed run together.
+        tokens_per_second: tokens without padding over those seconds.
+        peak_bytes: peak of the CUDA allocator in training; None on the CPU.
+    """
+
+    name: str
+    methods: list[dict[str, Any]]
+    saved_bytes: int
+    step_ms: float
+    step_time_ratio: float | None
+    step_time_ratio_spread: list[float] | None
+    ledger: dict[str, Any] = field(repr=False)
+    metrics: dict[str, float] = field(default_factory=dict)
+    train_loss: list[list[float]] = field(default_factory=list)
+    evaluations: list[list[Any]] = field(default_factory=list)
+    num_steps: int = 0
+    train_seconds: float = 0.0
+    tokens_per_second: float = 0.0
+    peak_bytes: int | None = None
+
+    def saved(self, key: Callable[[Mapping[str, Any]], str]) -> dict[str, int]:
+        """Return bytes of activations summed by ``key(entry)``, in the order of the forward."""
+        sums: dict[str, int] = {}
+        for entry in self.ledger["entries"]:
+            if entry["ledger"] == "activations":
+                sums[key(entry)] = sums.get(key(entry), 0) + entry["num_bytes"]
+        return sums
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Everything that a run folder's ``metrics.json`` holds.
+
+    Args:
+        versions: of leantune, Python and the libraries.
+        device: in words.
+        floor: name and main metric of a model that ignores its input; None for language models.
+        runs: the recipe's own is the last.
+    """
+
+    versions: dict[str, str]
+    device: str
+    model: str
+    task: str
+    main_metric: str
+    floor: dict[str, Any] | None
+    num_train: int
+    num_validation: int
+    seed: int
+    runs: tuple[VariantResult, ...]
+
+    @property
+    def reference(self) -> VariantResult:
+        """The variant that ratios refer to: the plain model, else the first."""
+        return next((run for run in self.runs if not run.methods), self.runs[0])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON form."""
+        runs = [vars(run) for run in self.runs]
+        return {"format": METRICS_FORMAT, **vars(self), "runs": runs}
+
+    @classmethod
+    def read(cls, folder: str | Path) -> Self:
+        """Read a run folder's results.
+
+        Raises:
+            ConfigError: the file is missing, no JSON, of another format, or lacks a key.
+        """
+        path = Path(folder) / METRICS_FILE
+        try:
+            data = json.loads(path.read_text("utf-8"))
+            found = data["format"]
+            if found != METRICS_FORMAT or not data["runs"]:
+                raise ValueError(f"format {found} with {len(data['runs'])} runs")
+            names = [spec.name for spec in dataclasses.fields(cls)]
+            runs = tuple(VariantResult(**run) for run in data["runs"])
+            return cls(**{name: data[name] for name in names} | {"runs": runs})
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"results: {path} must be what a finished run of format {METRICS_FORMAT} writes, "
+                f"got {type(error).__name__}: {error}; give a finished run's folder, or train again"
+            ) from error

@@ -1,0 +1,352 @@
+"""One training run: from a recipe to a folder with the model, its results and its checkpoints.
+
+Every variant's model is loaded twice, once to be measured before the run folder is touched and once
+to be trained, so that no measurement leaves a trace in the training.
+"""
+
+import dataclasses
+import gc
+import json
+import math
+import platform
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from leantune._version import __version__
+from leantune.core.apply import apply
+from leantune.core.files import atomic_folder, write_atomic
+from leantune.core.session import Session
+from leantune.errors import ConfigError
+from leantune.integrations.trainer import TrainerCallback
+from leantune.measure.ledger import ledger
+from leantune.measure.peak import compare_steps
+from leantune.training.data import get_task, load_task, tokenize
+from leantune.training.folder import check_folder, last_checkpoint, make_folder
+from leantune.training.interrupt import StopOnInterrupt, Stopwatch
+from leantune.training.metrics import floor_score, metrics_of_logits
+from leantune.training.models import load_model, load_tokenizer
+from leantune.training.recipe import RunRecipe
+from leantune.training.results import METRICS_FILE, RunResult, VariantResult
+
+MEASURED_ROUNDS = 5
+_RESULT_FILE = "result.json"
+_TIMINGS = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
+
+
+def train(
+    recipe: Any, *, callbacks: Sequence[transformers.TrainerCallback] = (), **overrides: Any
+) -> RunResult:
+    """Train what a recipe says with an unmodified ``transformers.Trainer``, and write its folder.
+
+    Everything that can be wrong with the input is found before the folder is touched. On Ctrl-C the
+    step in progress is finished and a checkpoint kept; ``resume=True`` then ends with the weights
+    of an uninterrupted run.
+
+    Args:
+        recipe: path of a YAML or JSON file, a mapping, or a ``RunRecipe``.
+        callbacks: go to the trainer of every variant; ``args.run_name`` tells which one.
+        overrides: options that win over the recipe's.
+
+    Raises:
+        ConfigError: an option, the data, the model or the run folder is not acceptable.
+        KeyboardInterrupt: Ctrl-C was pressed.
+    """
+    recipe = RunRecipe.read(recipe, overrides)
+    check_folder(recipe)
+    _check_device(recipe)
+    output = Path(recipe.output)
+    if recipe.resume and (output / METRICS_FILE).is_file():
+        return RunResult.read(output)
+    experiment = _Experiment(recipe, callbacks)
+    drafts = experiment.measure()
+    if not recipe.resume:
+        make_folder(recipe)
+    runs = tuple(experiment.train(draft, draft is drafts[-1]) for draft in drafts)
+    result = experiment.result(runs)
+    write_atomic(output / METRICS_FILE, json.dumps(result.to_dict(), indent=1) + "\n")
+    return result
+
+
+class _Experiment:
+    """A run's data and tokenizer, from which each variant's model and trainer are made."""
+
+    def __init__(
+        self, recipe: RunRecipe, callbacks: Sequence[transformers.TrainerCallback]
+    ) -> None:
+        self.recipe, self.callbacks = recipe, callbacks
+        self.variants = recipe.variants()
+        self.task = get_task(recipe.task)
+        self.data = load_task(
+            recipe.task,
+            recipe.data,
+            max_train=recipe.max_train,
+            max_validation=recipe.max_validation,
+        )
+        self.tokenizer = load_tokenizer(recipe.model)
+        self.rows = tokenize(self.data, self.tokenizer, recipe.max_length)
+
+    def build(self, name: str, folder: Path) -> tuple[transformers.Trainer, Session | None]:
+        """Load the model anew, apply the variant's methods, and make its trainer."""
+        recipe, methods = self.recipe, self.variants[name]
+        labels = getattr(self.data["train"].features.get("label"), "names", None)
+        model = load_model(recipe.model, self.task, labels, self.tokenizer, seed=recipe.seed)
+        longest = getattr(model.config, "max_position_embeddings", recipe.max_length)
+        if recipe.max_length > longest:
+            raise ConfigError(
+                f"RunRecipe: max_length must be at most {longest} for this model, got "
+                f"{recipe.max_length}; shorten it"
+            )
+        # The trainer switches it off; the saved model should generate as the loaded one did.
+        self.use_cache = getattr(model.config, "use_cache", None)
+        session = None
+        if methods:
+            # On the device first: the session's counters live where the weights are.
+            model.to("cuda" if torch.cuda.is_available() else "cpu")
+            session = apply(model, *methods, seed=recipe.seed)
+        is_text = self.task.kind == "causal_lm"
+        trainer = transformers.Trainer(
+            model,
+            training_arguments(recipe, name, folder),
+            # Blocks of a language model are of equal length: nothing to pad.
+            data_collator=transformers.default_data_collator
+            if is_text
+            else transformers.DataCollatorWithPadding(self.tokenizer),
+            train_dataset=self.rows["train"],
+            eval_dataset=self.rows["validation"],
+            compute_metrics=metrics_of_logits(self.task),
+            callbacks=[*([TrainerCallback(session)] if session else []), *self.callbacks],
+        )
+        trainer.remove_callback(transformers.PrinterCallback)
+        return trainer, session
+
+    def measure(self) -> list[VariantResult]:
+        """Measure bytes and time of a step on the first batch, all variants side by side."""
+        steps: dict[str, _Step] = {}
+        ledgers: dict[str, dict[str, Any]] = {}
+        for name in self.variants:
+            steps[name] = step = self._first_step(name)
+            with autocast(self.recipe.precision):
+                ledgers[name] = ledger(step.model, step.batch).to_dict()
+        plain = (name for name, methods in self.variants.items() if not methods)
+        reference = next(plain, next(iter(steps)))
+        stats = compare_steps(steps, reference=reference, rounds=MEASURED_ROUNDS)
+        # A trainer is full of cycles; its model would count towards the peak of the training.
+        del step, steps
+        gc.collect()
+        is_compared = len(ledgers) > 1
+        return [
+            VariantResult(
+                name=name,
+                methods=[method.to_dict() for method in self.variants[name]],
+                saved_bytes=found["activations"],
+                ledger=found,
+                step_ms=stats[name].median_ms,
+                step_time_ratio=stats[name].ratio if is_compared else None,
+                step_time_ratio_spread=[stats[name].ratio_p20, stats[name].ratio_p80]
+                if is_compared
+                else None,
+            )
+            for name, found in ledgers.items()
+        ]
+
+    def _first_step(self, name: str) -> "_Step":
+        """Make the step that training of the same seed begins with."""
+        # A trainer makes its folder at once; the run's own is not to be touched yet.
+        with tempfile.TemporaryDirectory() as folder:
+            trainer, session = self.build(name, Path(folder))
+        batch = dict(next(iter(trainer.get_train_dataloader())))
+        if session is not None:
+            # What is measured here is thrown away; training calibrates on more than one batch.
+            session.calibrate([batch])
+        if self.recipe.gradient_checkpointing:
+            checkpoint_blocks(trainer.model)
+        return _Step(trainer.model, session, batch, self.recipe.precision)
+
+    def train(self, draft: VariantResult, is_last: bool) -> VariantResult:
+        """Train one variant, or go on with it; of the last one the model is kept."""
+        recipe, output = self.recipe, Path(self.recipe.output)
+        folder = output / ("checkpoints" if is_last else f"checkpoints-{draft.name}")
+        kept = folder / _RESULT_FILE
+        if recipe.resume and not is_last and kept.is_file():
+            return VariantResult(**json.loads(kept.read_text("utf-8")))
+        trainer, session = self.build(draft.name, folder)
+        stop, stopwatch = StopOnInterrupt(), Stopwatch()
+        trainer.add_callback(stop)
+        trainer.add_callback(stopwatch)
+        checkpoint = last_checkpoint(folder, session is not None) if recipe.resume else None
+        peak = None
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        # Whatever was measured or converted before, training starts from the same random stream.
+        transformers.set_seed(recipe.seed)
+        with stop:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        if torch.cuda.is_available():
+            peak = torch.cuda.max_memory_allocated()
+        step = trainer.state.global_step
+        if not any(e["step"] == step and "eval_loss" in e for e in trainer.state.log_history):
+            trainer.evaluate()
+        history = trainer.state.log_history
+        evaluations = {e["step"]: self._metrics(e) for e in history if "eval_loss" in e}
+        result = replace(
+            draft,
+            metrics=evaluations[step],
+            train_loss=[[e["step"], e["loss"]] for e in history if "loss" in e],
+            evaluations=[[at, metrics] for at, metrics in sorted(evaluations.items())],
+            num_steps=step,
+            train_seconds=stopwatch.seconds,
+            tokens_per_second=trainer.state.num_input_tokens_seen / stopwatch.seconds,
+            peak_bytes=peak,
+        )
+        write_atomic(kept, json.dumps(vars(result)) + "\n")
+        if is_last:
+            self._save(trainer.model, session, output)
+        return result
+
+    def _save(self, model: Any, session: Session | None, output: Path) -> None:
+        if self.use_cache is not None:
+            model.config.use_cache = self.use_cache
+        if session is not None:
+            session.save(output / "session")
+            if hasattr(model, "peft_config"):
+                with atomic_folder(output / "adapter") as fresh:
+                    model.save_pretrained(fresh)
+            if not session.can_merge:
+                # No plain model computes the same: `leantune.load` puts the session onto the base.
+                return
+            session.merge()
+        with atomic_folder(output / "model") as fresh:
+            model.save_pretrained(fresh)
+            self.tokenizer.save_pretrained(fresh)
+
+    def _metrics(self, entry: Mapping[str, Any]) -> dict[str, float]:
+        names = [name for name in entry if name.startswith("eval_") and name not in _TIMINGS]
+        found = {name.removeprefix("eval_"): float(entry[name]) for name in names}
+        if self.task.kind == "causal_lm":
+            text = "\n".join(self.data["validation"]["text"])
+            tokens: Any = self.tokenizer(text, add_special_tokens=False, verbose=False)
+            per_byte = len(tokens["input_ids"]) / len(text.encode())
+            # Above e^700 the perplexity is no float any more.
+            found["perplexity"] = math.exp(min(found["loss"], 700.0))
+            found["bits_per_byte"] = found["loss"] / math.log(2) * per_byte
+        return found
+
+    def result(self, runs: tuple[VariantResult, ...]) -> RunResult:
+        """Put the variants together with what they have in common."""
+        labels = {s: rows["label"] for s, rows in self.data.items() if "label" in rows.features}
+        on_gpu = torch.cuda.is_available()
+        return RunResult(
+            versions={
+                "leantune": __version__,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "python": platform.python_version(),
+            },
+            device=torch.cuda.get_device_name()
+            if on_gpu
+            else f"cpu ({torch.get_num_threads()} threads)",
+            model=self.recipe.model,
+            task=self.recipe.task,
+            main_metric=self.task.main_metric,
+            floor=floor_score(self.task, labels["train"], labels["validation"]) if labels else None,
+            num_train=len(self.rows["train"]),
+            num_validation=len(self.rows["validation"]),
+            seed=self.recipe.seed,
+            runs=runs,
+        )
+
+
+@dataclass
+class _Step:
+    """Forward and backward of a model on one batch."""
+
+    model: Any
+    session: Session | None
+    batch: dict[str, Any]
+    precision: str
+
+    def __call__(self) -> None:
+        self.model.train()
+        self.model.zero_grad(set_to_none=True)
+        with autocast(self.precision):
+            loss = self.model(**self.batch).loss
+        if self.session is not None:
+            loss = loss + self.session.auxiliary_loss()
+        loss.backward()
+
+
+def autocast(precision: str) -> torch.autocast:
+    """Return the context that a trainer of this precision computes in."""
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.autocast(device, dtype=dtype, enabled=precision != "float32")
+
+
+def checkpoint_blocks(model: Any) -> None:
+    """Let a transformers model recompute its blocks in backward."""
+    # The older name is deprecated since the newer one exists (transformers 5.23).
+    newer = getattr(model, "activation_checkpointing_enable", None)
+    (newer or model.gradient_checkpointing_enable)()
+
+
+def training_arguments(
+    recipe: RunRecipe, name: str, folder: Path
+) -> transformers.TrainingArguments:
+    """Return a recipe's options in the words of ``transformers.TrainingArguments``."""
+    fields = {spec.name for spec in dataclasses.fields(transformers.TrainingArguments)}
+    newer = "activation_checkpointing"
+    constant = "constant_with_warmup" if recipe.warmup_ratio else "constant"
+    options: dict[str, Any] = {
+        newer if newer in fields else "gradient_checkpointing": recipe.gradient_checkpointing
+    }
+    for kind, steps in (("eval", recipe.eval_steps), ("save", recipe.save_steps)):
+        options[f"{kind}_strategy"] = "steps" if steps else "epoch"
+        options[f"{kind}_steps"] = steps or 500
+    same = ("gradient_accumulation_steps", "learning_rate", "weight_decay", "max_grad_norm", "seed")
+    on_gpu = torch.cuda.is_available()
+    return transformers.TrainingArguments(
+        output_dir=str(folder),
+        run_name=name,
+        num_train_epochs=recipe.epochs,
+        max_steps=recipe.max_steps or -1,
+        per_device_train_batch_size=recipe.batch_size,
+        per_device_eval_batch_size=recipe.eval_batch_size,
+        warmup_steps=recipe.warmup_ratio,
+        lr_scheduler_type=constant if recipe.schedule == "constant" else recipe.schedule,
+        bf16=recipe.precision == "bf16",
+        fp16=recipe.precision == "fp16",
+        data_seed=recipe.seed,
+        # A share of the run: about a hundred points of the loss curve.
+        logging_steps=0.01,
+        # The one before serves where the last was cut off by a crash.
+        save_total_limit=2,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        include_num_input_tokens_seen="non_padding",
+        dataloader_pin_memory=on_gpu,
+        use_cpu=not on_gpu,
+        report_to="none",
+        disable_tqdm=True,
+        **{option: getattr(recipe, option) for option in same},
+        **options,
+    )
+
+
+def _check_device(recipe: RunRecipe) -> None:
+    on_gpu = torch.cuda.is_available()
+    if recipe.precision == "fp16" and not on_gpu:
+        raise ConfigError(
+            "RunRecipe: precision must be 'float32' or 'bf16' without an NVIDIA GPU, got 'fp16'; "
+            "float16 needs one"
+        )
+    if recipe.precision == "bf16" and on_gpu and not torch.cuda.is_bf16_supported(False):
+        raise ConfigError(
+            "RunRecipe: precision must be 'float32' or 'fp16' on this GPU, got 'bf16', which it "
+            "does not compute"
+        )

@@ -1,0 +1,292 @@
+"""What a session saves: whole or not at all, and read back with checks."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from models import MODELS
+from safetensors.torch import load_file
+from torch import nn
+
+import leantune as lt
+from leantune.core import files as files_module
+from leantune.core.files import (
+    STATE_FILE,
+    WEIGHTS_FILE,
+    atomic_folder,
+    load_tensors,
+    save_tensors,
+    write_atomic,
+)
+from leantune.core.recipe import RECIPE_FILE
+from leantune.errors import ConfigError
+
+
+def make_session(seed: int = 3, **options) -> lt.Session:
+    model = MODELS["bert"].build()
+    session = lt.apply(model, lt.WTACRS(min_rows=2, **options), seed=seed)
+    model(**MODELS["bert"].batch()).loss.backward()
+    return session
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    folder = tmp_path / "run" / "session"
+    make_session().save(folder)
+    return folder
+
+
+def test_atomic_folder_replaces_the_old_one_whole(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    for text in ("first", "second"):
+        with atomic_folder(target) as fresh:
+            (fresh / text).write_text(text)
+            assert not (target / text).exists()
+        assert contents(target) == {text: text.encode()}
+        assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, OSError])
+def test_error_inside_keeps_the_old_folder(tmp_path: Path, error) -> None:
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "old").write_text("old")
+    with pytest.raises(error), atomic_folder(target) as fresh:
+        (fresh / "new").write_text("half")
+        raise error
+    assert contents(target) == {"old": b"old"} and os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize("failing_call", [1, 2])
+def test_error_while_renaming_keeps_the_old_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error, failing_call
+) -> None:
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "old").write_text("old")
+    replace, count = Path.replace, iter(range(1, 10))
+
+    def fail(self: Path, other: Path) -> Path:
+        if next(count) == failing_call:
+            raise error
+        return replace(self, other)
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(type(error)), atomic_folder(target) as fresh:
+        (fresh / "new").write_text("new")
+    assert contents(target) == {"old": b"old"} and os.listdir(tmp_path) == ["out"]
+
+
+def test_write_atomic_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.json"
+    write_atomic(path, "old")
+
+    def fail(*_) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files_module.os, "fsync", fail)
+    with pytest.raises(OSError, match="No space left"):
+        write_atomic(path, "new")
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["a.json"]
+
+
+@pytest.mark.parametrize("target", ["save_file", "os.replace"])
+def test_full_disk_keeps_the_old_session(saved: Path, monkeypatch, target: str) -> None:
+    before = contents(saved)
+
+    def fail(*_, **__) -> None:
+        raise OSError(28, "No space left on device")
+
+    session = make_session(seed=4)
+    if target == "save_file":
+        monkeypatch.setattr(files_module, "save_file", fail)
+    else:
+        monkeypatch.setattr(files_module.os, "replace", fail)
+    with pytest.raises(OSError, match="No space left"):
+        session.save(saved)
+    monkeypatch.undo()
+    assert contents(saved) == before and os.listdir(saved.parent) == ["session"]
+    assert lt.load(MODELS["bert"].build(), saved).seed == 3
+
+
+def test_file_that_cannot_grow_is_an_os_error(tmp_path: Path) -> None:
+    """A real one: the system refuses to let the file grow, as it does when the disk is full."""
+    code = """
+import resource, signal, sys, torch
+from pathlib import Path
+from leantune.core.files import save_tensors
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+path = Path(sys.argv[1])
+save_tensors(path, {"a": torch.zeros(4)})
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+try:
+    save_tensors(path, {"a": torch.ones(100_000)})
+except OSError as error:
+    print("OSError", path.name in str(error))
+"""
+    path = tmp_path / "a.safetensors"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["OSError", "True"]
+    assert os.listdir(tmp_path) == ["a.safetensors"]
+    assert torch.equal(load_tensors(path)["a"], torch.zeros(4))
+
+
+def test_tied_and_strided_tensors_are_written(tmp_path: Path) -> None:
+    value = torch.arange(6.0).view(2, 3)
+    save_tensors(tmp_path / "a", {"x": value, "y": value, "z": value.t()})
+    back = load_tensors(tmp_path / "a")
+    assert torch.equal(back["x"], value) and torch.equal(back["z"], value.t())
+
+
+def test_folder_holds_recipe_weights_and_state(saved: Path) -> None:
+    assert sorted(contents(saved)) == [RECIPE_FILE, STATE_FILE, WEIGHTS_FILE]
+    recipe = json.loads((saved / RECIPE_FILE).read_text())
+    assert recipe == {
+        "format": 2,
+        "seed": 3,
+        "methods": [lt.WTACRS(min_rows=2).to_dict()],
+    }
+
+
+def test_only_what_trains_is_saved(tmp_path: Path) -> None:
+    model = MODELS["bert"].build()
+    lt.apply(model, lt.LoRA(rank=2)).save(tmp_path / "s")
+    names = set(load_file(tmp_path / "s" / WEIGHTS_FILE))
+    assert names == {n for n, p in model.named_parameters() if p.requires_grad}
+    assert all("lora_" in n or "classifier" in n for n in names)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"norms": "activation"}, {"draw_at": "backward"}],
+    ids=lambda o: next(iter(o), "default"),
+)
+def test_loaded_session_goes_on_bit_for_bit(tmp_path: Path, options) -> None:
+    tiny = MODELS["bert"]
+    model = tiny.build()
+    session = lt.apply(model, lt.WTACRS(min_rows=2, **options), seed=3)
+    for step in range(3):
+        model(**tiny.batch(step)).loss.backward()
+    session.save(tmp_path / "s")
+    other = tiny.build(seed=9)
+    frozen = lt.load(other, tmp_path / "s")
+    assert frozen._runtime.counter == session._runtime.counter == 3 and frozen.seed == 3
+    for step in range(2):
+        grads = []
+        for m in (model, other):
+            m.zero_grad()
+            loss = m(**tiny.batch(step)).loss
+            loss.backward()
+            grads.append([loss, *(p.grad for p in m.parameters())])
+        assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_truncated_or_empty_safetensors(saved: Path) -> None:
+    for name in (WEIGHTS_FILE, STATE_FILE):
+        whole = (saved / name).read_bytes()
+        for size in (0, 4, 30, len(whole) // 2, len(whole) - 1):
+            (saved / name).write_bytes(whole[:size])
+            model = MODELS["bert"].build()
+            with pytest.raises(ConfigError, match=f"{name} must be a whole safetensors file"):
+                lt.load(model, saved)
+            assert not hasattr(model, "_leantune_session")
+        (saved / name).write_bytes(whole)
+    lt.load(MODELS["bert"].build(), saved)
+
+
+@pytest.mark.parametrize("name", [RECIPE_FILE, WEIGHTS_FILE, STATE_FILE])
+def test_missing_file(saved: Path, name: str) -> None:
+    (saved / name).unlink()
+    with pytest.raises(ConfigError, match=f"must hold {name}, got "):
+        lt.load(MODELS["bert"].build(), saved)
+
+
+def test_missing_folder(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"folder must hold recipe\.json, got none in"):
+        lt.load(MODELS["bert"].build(), tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1", b"\xff\xfe"])
+def test_broken_recipe(saved: Path, text) -> None:
+    (saved / RECIPE_FILE).write_bytes(text.encode() if isinstance(text, str) else text)
+    with pytest.raises(ConfigError, match=r"recipe\.json must be valid JSON"):
+        lt.load(MODELS["bert"].build(), saved)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"format": 3}, "format must be 2, got 3"),
+        ({"methods": [{"method": "wta_crs", "version": 2}]}, "version must be 1, got 2"),
+        (
+            {"methods": [{"method": "wta_crs", "keep_ratoi": 1}]},
+            "got 'keep_ratoi'; did you mean 'keep_ratio'",
+        ),
+        ({"methods": [{"method": "fancy"}]}, "got 'fancy'"),
+    ],
+)
+def test_recipe_that_this_version_does_not_know(saved: Path, change, match) -> None:
+    recipe = json.loads((saved / RECIPE_FILE).read_text())
+    (saved / RECIPE_FILE).write_text(json.dumps({**recipe, **change}))
+    with pytest.raises(ConfigError, match=match):
+        lt.load(MODELS["bert"].build(), saved)
+
+
+def untouched(model: nn.Module, before: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(v, before[n]) for n, v in model.state_dict().items()) and not hasattr(
+        model, "_leantune_session"
+    )
+
+
+@pytest.mark.parametrize("name", ["roberta", "distilbert", "llama"])
+def test_weights_of_another_model(saved: Path, name: str) -> None:
+    model = MODELS[name].build()
+    before = {n: v.clone() for n, v in model.state_dict().items()}
+    with pytest.raises(ConfigError, match=r"must match the model's|must belong to"):
+        lt.load(model, saved)
+    assert untouched(model, before)
+
+
+def test_weights_of_another_shape(saved: Path) -> None:
+    tiny = MODELS["bert"]
+    config = type(tiny.build().config)(**{**tiny.options, "vocab_size": 65})
+    model = type(tiny.build())(config)
+    before = {n: v.clone() for n, v in model.state_dict().items()}
+    with pytest.raises(ConfigError, match=r"must have shape \(65, 16\), got \(64, 16\)"):
+        lt.load(model, saved)
+    assert untouched(model, before)
+
+
+def test_state_of_another_recipe() -> None:
+    state = make_session().state_dict()
+    with pytest.raises(
+        ConfigError, match="state must hold what this recipe keeps, got an entry 'bert"
+    ):
+        make_session(norms="activation").load_state_dict(state)
+
+
+@pytest.mark.parametrize("key", ["counter", "step", "seed"])
+def test_state_without_a_counter(key: str) -> None:
+    session = make_session()
+    state = session.state_dict()
+    del state[key]
+    with pytest.raises(ConfigError, match=f"got none for '{key}'"):
+        session.load_state_dict(state)
+
+
+def test_predicate_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    session = make_session(sites=lambda site: site.name.endswith("query"))
+    with pytest.raises(ConfigError, match="got a predicate"):
+        session.save(tmp_path / "s")
+    assert os.listdir(tmp_path) == []

@@ -1,0 +1,73 @@
+"""The method that the documentation adds is a method: its code runs as it stands."""
+
+import re
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import leantune as lt
+from leantune.core import registry
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def code(title: str) -> str:
+    """Return the code block of that title in the page on adding a method."""
+    text = (DOCS / "add-a-method.md").read_text("utf-8")
+    found = re.search(rf'```python title="{re.escape(title)}"\n(.*?)```', text, re.DOTALL)
+    assert found, title
+    return found[1]
+
+
+@pytest.fixture
+def method(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Run the page's module; what it registers is taken back, so that no other test meets it."""
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+    module = types.ModuleType("uniform_rows_of_the_docs")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(compile(code("methods/uniform_rows.py"), "add-a-method.md", "exec"), vars(module))
+    yield module
+
+
+def test_the_example_method_is_unbiased(method: Any) -> None:
+    names = {"nn": nn, "torch": torch, "lt": lt, "UniformRows": method.UniformRows}
+    exec(code("tests/methods/test_uniform_rows.py"), names)
+    names["test_the_weight_gradient_is_unbiased"]()
+
+
+def test_its_control_fails(method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that count once each, whatever the budget, are biased, and the page's test sees it."""
+    honest = method.EvenRows.keep
+
+    def forgetful(self: Any, *args: Any) -> Any:
+        kept, note = honest(self, *args)
+        return kept._replace(weights=torch.ones_like(kept.weights)), note
+
+    monkeypatch.setattr(method.EvenRows, "keep", forgetful)
+    with pytest.raises(AssertionError):
+        test_the_example_method_is_unbiased(method)
+
+
+def test_it_saves_what_it_predicts_and_comes_off_again(method: Any) -> None:
+    model = nn.Sequential(nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 1))
+    plain = list(model)
+    x = torch.randn(40, 16)
+    session = lt.apply(model, method.UniformRows(keep_ratio=0.25), seed=3)
+    for layer, shape in ((model[0], (40, 16)), (model[2], (40, 8))):
+        predicted = layer.rows.nbytes(torch.Size(shape), torch.float32)
+        name = "0" if layer is model[0] else "2"
+        assert lt.ledger(model, (x,)).saved_bytes(name) == predicted
+    session.remove()
+    assert list(model) == plain
+
+
+@pytest.mark.parametrize("page", sorted(DOCS.rglob("*.md")), ids=lambda p: p.stem)
+def test_python_on_the_pages_compiles(page: Path) -> None:
+    for block in re.findall(r"```python[^\n]*\n(.*?)```", page.read_text("utf-8"), re.DOTALL):
+        compile(block, str(page), "exec")
