@@ -7,7 +7,7 @@ this checkpoint was trained without it, so that LoRA, which freezes it, could no
 
 import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice, product
 from statistics import fmean, stdev
@@ -116,10 +116,29 @@ def table(
 ) -> str:
     """Return mean, spread and difference to ``reference`` of each measured recipe, as Markdown.
 
+    Rows from several devices give a table for each: dropout draws other numbers on a GPU, so that
+    a seed is not the same run there.
+
     Args:
         columns: further row keys, taken from an SST-2 row, each with its heading.
     """
-    found = [r for r in rows.read(result) if r["seed"] in seeds]
+    found = [r for r in rows.read(result) if r["seed"] in seeds and r["recipe"] in recipes]
+    parts = {
+        device: _table(of_device, settings, recipes, reference, columns or {})
+        for device, of_device in rows.by_device(found).items()
+    }
+    if len(parts) > 1:
+        return "\n\n".join(f"{device}:\n\n{part}" for device, part in parts.items())
+    return next(iter(parts.values()), NO_ROWS)
+
+
+def _table(
+    found: list[dict[str, Any]],
+    settings: Sequence[Setting],
+    recipes: Iterable[str],
+    reference: str,
+    columns: Mapping[str, str],
+) -> str:
     lines = []
     for name in recipes:
         line: dict[str, Any] = {"recipe": name}
@@ -132,18 +151,20 @@ def table(
                 continue
             values, others = ({s: 100 * r["metric"] for s, r in x.items()} for x in (ours, base))
             line[setting.task] = cell(values, None if name == reference else others)
-            line["seeds"] = min(line.get("seeds", len(seeds)), len(ours))
+            line.setdefault("seeds", set()).add(len(ours))
             if setting.task == "sst2":
                 first = ours[min(ours)]
                 line["saved"] = f"{first['saved_bytes'] / 2**20:.1f}"
-                line.update({k: first.get(k) for k in columns or {}})
+                line.update({k: first.get(k) for k in columns})
         if "seeds" in line:
+            fewest, most = min(line["seeds"]), max(line["seeds"])
+            line["seeds"] = fewest if fewest == most else f"{fewest} to {most}"
             lines.append(line)
-    if not lines:
-        return NO_ROWS
-    heads = {"recipe": "recipe"} | {s.task: HEADS[s.task] for s in settings}
-    heads |= {"saved": "saved MiB (an SST-2 batch)", **(columns or {}), "seeds": "seeds"}
-    return rows.table(lines, heads)
+    measured = {r["task"] for r in found}
+    heads = {"recipe": "recipe"} | {s.task: HEADS[s.task] for s in settings if s.task in measured}
+    if "sst2" in measured:
+        heads |= {"saved": "saved MiB (an SST-2 batch)", **columns}
+    return rows.table(lines, heads | {"seeds": "seeds"})
 
 
 def cell(values: Mapping[int, float], base: Mapping[int, float] | None, digits: int = 1) -> str:
