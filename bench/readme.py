@@ -6,7 +6,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from bench import rows, sparse_grad_quality, spt_language, spt_quality, wta_crs_quality
+from bench import rows
+from bench.cases import sparse_grad_quality, spt_language, spt_quality, wta_crs_quality
 from leantune.core.files import write_atomic
 
 ROOT = Path(__file__).parents[1]

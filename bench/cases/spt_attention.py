@@ -15,8 +15,8 @@ from transformers.models.llama.modeling_llama import LlamaModel
 
 import leantune as lt
 from bench import rows
-from bench.cases import run_cases, timing_row
 from bench.models import glue, minilm
+from bench.timing import run_cases, timing_row
 from leantune.core.config import MethodConfig
 from leantune.measure.peak import compare_steps, peak_memory
 from leantune.ops.sparse_attention.codebooks import kmeans, quantise
@@ -42,7 +42,7 @@ _LONGEST = {
 
 @dataclass(frozen=True)
 class Case:
-    """Sequences of ``n`` tokens; in bfloat16 on a GPU. See :class:`bench.cases.Case`."""
+    """Sequences of ``n`` tokens; in bfloat16 on a GPU. See :class:`bench.timing.Case`."""
 
     n: int
     needs_gpu: bool = False

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import leantune as lt
-from bench.cases import run_cases, timing_row
 from bench.models import BertBlocks, Gpt2Blocks, LlamaBlocks
+from bench.timing import run_cases, timing_row
 from leantune.core.config import MethodConfig
 from leantune.measure.peak import compare_steps
 from leantune.measure.text import format_bytes
@@ -33,7 +33,7 @@ VARIANTS: dict[str, tuple[MethodConfig, ...]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """One model shape and batch; see :class:`bench.cases.Case`."""
+    """One model shape and batch; see :class:`bench.timing.Case`."""
 
     name: str
     model: Callable[[], nn.Module]

@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.opt.modeling_opt import OPTDecoderLayer
 
 import leantune as lt
-from bench.cases import run_cases, timing_row
+from bench.timing import run_cases, timing_row
 from leantune.core.config import MethodConfig
 from leantune.measure.peak import compare_steps
 
@@ -57,7 +57,7 @@ class OPTFFN(nn.Module):
 
 @dataclass(frozen=True)
 class Case:
-    """One FFN; see :class:`bench.cases.Case`."""
+    """One FFN; see :class:`bench.timing.Case`."""
 
     name: str
     model: Callable[[], nn.Module]

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import leantune as lt
-from bench.cases import run_cases, timing_row
 from bench.models import BERT_MLP, BertBlocks, LlamaBlocks
+from bench.timing import run_cases, timing_row
 from leantune.core.config import MethodConfig
 from leantune.measure.peak import compare_steps
 
