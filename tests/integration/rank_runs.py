@@ -12,10 +12,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 import leantune as lt
 from leantune.core.config import MethodConfig
-from leantune.core.ranks import is_sharded, rank, whole
-from leantune.methods.sparse_grad import layer as layer_module
-from leantune.methods.sparse_grad.conversion import Conversion
+from leantune.core.distributed import full_tensor, is_sharded, rank
+from leantune.methods.sparse_grad.conversion import SparseGradConversion
 from leantune.methods.spt_attention import attention as attention_module
+from leantune.methods.spt_attention import conversion as spt_conversion
 
 NUM_STEPS = 5
 
@@ -71,7 +71,6 @@ def sparse_grad(
     calibrates: str = "before",
     rows: str = "same",
     dropout: float = 0.0,
-    is_summed: bool = True,
     end: str | None = None,
     optimizer_options: dict[str, Any] | None = None,
     num_micro_batches: int = 1,
@@ -83,12 +82,11 @@ def sparse_grad(
         how: None, "ddp", "fsdp" or "fsdp root".
         calibrates: "before" or "after" the model is wrapped.
         rows: what each process is shown: the "same" batches or its "own" part of them.
-        is_summed: False leaves out the sum of scores over ranks, the control.
         end: "merge" or "remove" before the values are read.
     """
     model = dropped_out(MODELS[kind].build().double(), dropout)
     torch.manual_seed(1000 + rank())
-    fields = {"density": 0.1, "refresh_steps": 2, "num_calibration_steps": 2, **options}
+    fields = {"density": 0.1, "num_calibration_batches": 2, **options}
     session = lt.apply(model, lt.SparseGrad(selection=selection, **fields), seed=3)
     shown = [batch(kind, seed) for seed in (100, 101)]
     shown = shown if rows == "same" else [part(b) for b in shown]
@@ -97,16 +95,11 @@ def sparse_grad(
     wrapped = wrap(model, kind, how)
     if calibrates == "after":
         session.calibrate(shown)
-    (change,) = session.changes
-    assert isinstance(change, Conversion)
-    layers = change.layers
+    (change,) = session.conversions
+    assert isinstance(change, SparseGradConversion)
     # A whole weight that the old module kept would undo what sharding saves.
     assert how != "fsdp" or all(is_sharded(swap.old.weight) for swap in change.swaps)
-    first = [None if n.indices is None else n.indices.clone() for n in layers]
     optimizer = session.optimizer(torch.optim.AdamW, lr=0.02, **(optimizer_options or {}))
-    before = layer_module.sum_over_ranks
-    if not is_summed:
-        layer_module.sum_over_ranks = lambda tensor: tensor
     for step in range(NUM_STEPS):
         for i in range(num_micro_batches):
             loss = wrapped(**part(batch(kind, num_micro_batches * step + i))).loss
@@ -114,14 +107,12 @@ def sparse_grad(
         optimizer.step()
         optimizer.zero_grad()
         session.on_step()
-    layer_module.sum_over_ranks = before
     named = dict(model.named_parameters())
     return {
-        "bases": [n.bases.q_out for n in layers],
-        "first": first,
-        "masks": [n.indices for n in layers],
+        "bases": [rule.bases.q_out for rule in change.rules],
+        "masks": [rule.indices for rule in change.rules],
         "moments": {
-            f"{name}:{key}": whole(value).detach()
+            f"{name}:{key}": full_tensor(value).detach()
             for name, p in named.items()
             for key, value in optimizer.state.get(p, {}).items()
         },
@@ -133,7 +124,7 @@ def values(session: lt.Session, end: str | None = None) -> dict[str, Tensor]:
     """Return the model's whole state, after ``session.merge()`` or ``remove()`` if ``end`` says."""
     if end is not None:
         getattr(session, end)()
-    return {n: whole(v).detach().clone() for n, v in session.model.state_dict().items()}
+    return {n: full_tensor(v).detach().clone() for n, v in session.model.state_dict().items()}
 
 
 def calibrated_start(
@@ -156,6 +147,8 @@ def calibrated_start(
     session.calibrate(shown if rows == "same" else [part(b) for b in shown])
     first = copy.deepcopy({**values(session), **session.state_dict()})
     optimizer = session.optimizer(torch.optim.AdamW, lr=0.02)
+    # Forwards 2 and 4 of five move the codebooks.
+    refresh_steps, spt_conversion._REFRESH_STEPS = spt_conversion._REFRESH_STEPS, 2
     before = attention_module.mean_over_ranks
     if not agrees:
         attention_module.mean_over_ranks = lambda tensor: tensor
@@ -166,6 +159,7 @@ def calibrated_start(
         optimizer.zero_grad()
         session.on_step()
     attention_module.mean_over_ranks = before
+    spt_conversion._REFRESH_STEPS = refresh_steps
     return {"first": first, "last": {**values(session), **session.state_dict()}}
 
 
@@ -180,11 +174,37 @@ def sharded_order() -> dict[str, dict[str, Tensor]]:
     session.calibrate([batch("llama", 100)])
     shard(model, "llama")
     session.load_state_dict(first)
-    before = {n: whole(p).detach().clone() for n, p in model.named_parameters()}
+    before = {n: full_tensor(p).detach().clone() for n, p in model.named_parameters()}
     state = model.state_dict()
     model.load_state_dict(state)
-    after = {n: whole(p).detach() for n, p in model.named_parameters()}
+    after = {n: full_tensor(p).detach() for n, p in model.named_parameters()}
     return {"state": values(session), "before": before, "after": after}
+
+
+def sampled_rows(
+    how: str | None = None, rows: str = "own", keep_ratio: float = 0.3
+) -> dict[str, dict[str, Tensor]]:
+    """Train with WTA-CRS a few steps; return the first gradients, and the weights at the end.
+
+    Args:
+        how: None, "ddp" or "fsdp".
+        rows: each process trains on its "own" part of the batches, or on the "same" ones.
+    """
+    model = MODELS["bert"].build().double()
+    session = lt.apply(model, lt.WTACRS(keep_ratio=keep_ratio, min_rows=2), seed=3)
+    wrapped = wrap(model, "bert", how)
+    optimizer = session.optimizer(torch.optim.SGD, lr=0.1)
+    gradients: dict[str, Tensor] = {}
+    for step in range(NUM_STEPS):
+        shown = batch("bert", step)
+        wrapped(**(part(shown) if rows == "own" else shown)).loss.backward()
+        if not gradients:
+            named = [(n, p.grad) for n, p in model.named_parameters() if p.grad is not None]
+            gradients = {n: full_tensor(grad).detach().clone() for n, grad in named}
+        optimizer.step()
+        optimizer.zero_grad()
+        session.on_step()
+    return {"gradients": gradients, "values": values(session)}
 
 
 def save_sharded(folder: str) -> None:
