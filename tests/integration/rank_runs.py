@@ -182,6 +182,32 @@ def sharded_order() -> dict[str, dict[str, Tensor]]:
     return {"state": values(session), "before": before, "after": after}
 
 
+def sampled_rows(
+    how: str | None = None, rows: str = "own", keep_ratio: float = 0.3
+) -> dict[str, dict[str, Tensor]]:
+    """Train with WTA-CRS a few steps; return the first gradients, and the weights at the end.
+
+    Args:
+        how: None, "ddp" or "fsdp".
+        rows: each process trains on its "own" part of the batches, or on the "same" ones.
+    """
+    model = MODELS["bert"].build().double()
+    session = lt.apply(model, lt.WTACRS(keep_ratio=keep_ratio, min_rows=2), seed=3)
+    wrapped = wrap(model, "bert", how)
+    optimizer = session.optimizer(torch.optim.SGD, lr=0.1)
+    gradients: dict[str, Tensor] = {}
+    for step in range(NUM_STEPS):
+        shown = batch("bert", step)
+        wrapped(**(part(shown) if rows == "own" else shown)).loss.backward()
+        if not gradients:
+            named = [(n, p.grad) for n, p in model.named_parameters() if p.grad is not None]
+            gradients = {n: full_tensor(grad).detach().clone() for n, grad in named}
+        optimizer.step()
+        optimizer.zero_grad()
+        session.on_step()
+    return {"gradients": gradients, "values": values(session)}
+
+
 def save_sharded(folder: str) -> None:
     model = MODELS["bert"].build()
     session = lt.apply(model, lt.SparseGrad())
