@@ -70,6 +70,7 @@ def measure_step(
     import torch
 
     import leantune
+    from leantune.core.conversion import SAMPLE_ID
     from leantune.training.data import get_task, load_task, tokenize
     from leantune.training.models import load_model, load_tokenizer
     from leantune.training.run import autocast, checkpoint_blocks
@@ -101,6 +102,8 @@ def measure_step(
         ledgers = {BASELINE: ledger(model, batch)}
         if recipe.methods:
             session = leantune.apply(model, *recipe.methods, seed=recipe.seed)
+            if any(c.needs_sample_ids for c in session.conversions):
+                batch[SAMPLE_ID] = torch.arange(len(batch["input_ids"]))
             session.calibrate([batch])
             after = ledger(model, batch)
             ledgers["+".join(m.method for m in recipe.methods)] = after

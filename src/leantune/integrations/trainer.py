@@ -15,6 +15,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from leantune.core.conversion import SAMPLE_ID
 from leantune.core.files import load_tensors, save_tensors, trained_weights
 from leantune.core.session import Session
 from leantune.errors import ConfigError, UnsupportedError
@@ -40,7 +41,7 @@ class TrainerCallback(transformers.TrainerCallback):
 
     Raises:
         ConfigError: the session is closed or of another model; a checkpoint has no session file,
-            or a damaged one.
+            or a damaged one; the trainer drops a column that a method needs.
         UnsupportedError: several GPUs in one process, sparse gradients, or an auxiliary loss that
             does not reach the loss that is trained on.
     """
@@ -141,6 +142,13 @@ class TrainerCallback(transformers.TrainerCallback):
                 f"each step, got {num_sparse} parameters without; choose a method option whose "
                 "gradients are dense, or train in a loop of your own with "
                 "session.optimizer(torch.optim.AdamW, lr=...)"
+            )
+        if args.remove_unused_columns and any(c.needs_sample_ids for c in self.session.conversions):
+            raise ConfigError(
+                "TrainerCallback: remove_unused_columns must be False where a method needs "
+                f"{SAMPLE_ID}, got True, which drops that column; give "
+                "TrainingArguments(remove_unused_columns=False) and a data set with the column, "
+                f"dataset.add_column({SAMPLE_ID!r}, range(len(dataset)))"
             )
         if args.n_gpu > 1:
             raise UnsupportedError(

@@ -20,6 +20,7 @@ import transformers
 
 from leantune._version import __version__
 from leantune.core.apply import apply
+from leantune.core.conversion import SAMPLE_ID
 from leantune.core.files import atomic_folder, write_atomic
 from leantune.core.session import Session
 from leantune.errors import ConfigError
@@ -109,6 +110,9 @@ class _Experiment:
             # On the device first: the session's counters live where the weights are.
             model.to("cuda" if torch.cuda.is_available() else "cpu")
             session = apply(model, *methods, seed=recipe.seed)
+        train_rows = self.rows["train"]
+        if session is not None and any(c.needs_sample_ids for c in session.conversions):
+            train_rows = train_rows.add_column(SAMPLE_ID, range(len(train_rows)))
         is_text = self.task.kind == "causal_lm"
         trainer = transformers.Trainer(
             model,
@@ -117,7 +121,7 @@ class _Experiment:
             data_collator=transformers.default_data_collator
             if is_text
             else transformers.DataCollatorWithPadding(self.tokenizer),
-            train_dataset=self.rows["train"],
+            train_dataset=train_rows,
             eval_dataset=self.rows["validation"],
             compute_metrics=metrics_of_logits(self.task),
             callbacks=[*([TrainerCallback(session)] if session else []), *self.callbacks],

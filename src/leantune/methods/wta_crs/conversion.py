@@ -21,24 +21,24 @@ class SampledLinears(SwapConversion):
     Args:
         swaps: of the linears.
         norms: what they share; None where nothing is guessed.
-        handle: of the hook that takes sample ids out of the batch, where ``norms`` wants them.
+        handles: of the hooks that take sample ids out of the batch, where ``norms`` wants them.
     """
 
     def __init__(
         self,
         swaps: Sequence[Swap],
         norms: NormSource | None,
-        handle: RemovableHandle | None = None,
+        handles: Sequence[RemovableHandle] = (),
     ) -> None:
         super().__init__(swaps)
-        self.needs_sample_ids = handle is not None
+        self.needs_sample_ids = bool(handles)
         self._norms = norms
-        self._handle = handle
+        self._handles = handles
 
     def undo(self) -> None:
         """Put the plain linears back."""
-        if self._handle is not None:
-            self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
         super().undo()
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -63,9 +63,8 @@ def convert(
     """Give each linear a row policy; linears that read one input share their sample."""
     groups = [group for read in group_by_input(sites) for group in _sharing(read)]
     linears = [site for group in groups for site in group]
-    norms, handle = _norm_source(linears, config), None
-    if isinstance(norms, CachedNorms):
-        handle = model.register_forward_pre_hook(norms.take_ids, with_kwargs=True)
+    norms = _norm_source(linears, config)
+    handles = norms.install(model) if isinstance(norms, CachedNorms) else []
     swaps: list[Swap] = []
     for group in groups:
         first = len(swaps)
@@ -77,7 +76,7 @@ def convert(
             rows = SampledRows(site, column, shared, norms, config, runtime, block)
             new = converted(site.module, runtime, rows=rows)
             swaps.append(swap(model, site.name, new))
-    return SampledLinears(swaps, norms, handle)
+    return SampledLinears(swaps, norms, handles)
 
 
 def _norm_source(sites: list[Site], config: WTACRS) -> NormSource | None:
