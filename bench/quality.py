@@ -7,7 +7,7 @@ this checkpoint was trained without it, so that LoRA, which freezes it, could no
 
 import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice, product
 from statistics import fmean, stdev
@@ -116,10 +116,29 @@ def table(
 ) -> str:
     """Return mean, spread and difference to ``reference`` of each measured recipe, as Markdown.
 
+    Rows from several devices give a table for each: dropout draws other numbers on a GPU, so that
+    a seed is not the same run there.
+
     Args:
         columns: further row keys, taken from an SST-2 row, each with its heading.
     """
-    found = [r for r in rows.read(result) if r["seed"] in seeds]
+    found = [r for r in rows.read(result) if r["seed"] in seeds and r["recipe"] in recipes]
+    parts = {
+        device: _table(of_device, settings, recipes, reference, columns or {})
+        for device, of_device in rows.by_device(found).items()
+    }
+    if len(parts) > 1:
+        return "\n\n".join(f"{device}:\n\n{part}" for device, part in parts.items())
+    return next(iter(parts.values()), NO_ROWS)
+
+
+def _table(
+    found: list[dict[str, Any]],
+    settings: Sequence[Setting],
+    recipes: Iterable[str],
+    reference: str,
+    columns: Mapping[str, str],
+) -> str:
     lines = []
     for name in recipes:
         line: dict[str, Any] = {"recipe": name}
@@ -132,18 +151,20 @@ def table(
                 continue
             values, others = ({s: 100 * r["metric"] for s, r in x.items()} for x in (ours, base))
             line[setting.task] = cell(values, None if name == reference else others)
-            line["seeds"] = min(line.get("seeds", len(seeds)), len(ours))
+            line.setdefault("seeds", set()).add(len(ours))
             if setting.task == "sst2":
                 first = ours[min(ours)]
                 line["saved"] = f"{first['saved_bytes'] / 2**20:.1f}"
-                line.update({k: first.get(k) for k in columns or {}})
+                line.update({k: first.get(k) for k in columns})
         if "seeds" in line:
+            fewest, most = min(line["seeds"]), max(line["seeds"])
+            line["seeds"] = fewest if fewest == most else f"{fewest} to {most}"
             lines.append(line)
-    if not lines:
-        return NO_ROWS
-    heads = {"recipe": "recipe"} | {s.task: HEADS[s.task] for s in settings}
-    heads |= {"saved": "saved MiB (an SST-2 batch)", **(columns or {}), "seeds": "seeds"}
-    return rows.table(lines, heads)
+    measured = {r["task"] for r in found}
+    heads = {"recipe": "recipe"} | {s.task: HEADS[s.task] for s in settings if s.task in measured}
+    if "sst2" in measured:
+        heads |= {"saved": "saved MiB (an SST-2 batch)", **columns}
+    return rows.table(lines, heads | {"seeds": "seeds"})
 
 
 def cell(values: Mapping[int, float], base: Mapping[int, float] | None, digits: int = 1) -> str:
@@ -211,72 +232,25 @@ def _pad(encoded: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 def measure(run: Run, encoded: Encoded) -> dict[str, Any]:
     """Train one recipe with one seed and score it once, at the end; on a GPU where there is one."""
-    setting, seed = run.setting, run.seed
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    random.seed(seed)
-    np.random.seed(seed)
-    label = encoded.data["train"].features["label"]
-    model, _ = minilm(getattr(label, "num_classes", 1), seed, setting.pooling)
-    model.to(device).get_submodule("bert.embeddings").requires_grad_(False)
-    session = lt.apply(model, *run.recipe, seed=seed) if run.recipe else None
-    calibration_seconds = 0.0
-    keeps_ids = session is not None and any(c.needs_sample_ids for c in session.conversions)
-
-    def usable(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {k: v.to(device) for k, v in batch.items() if k != "sample_id" or keeps_ids}
-
-    if session is not None:
-        session.num_samples = len(encoded.train)
-        if run.num_calibration:
-            shown = islice(encoded.batches(seed * 1000 + 999), run.num_calibration)
-            start = time.process_time()
-            session.calibrate([usable(batch) for batch in shown])
-            calibration_seconds = time.process_time() - start
-    if any(isinstance(m, lt.LoRA) for m in run.recipe):
-        _train_beside_lora(model, run.is_rest_trained)
-    saved = lt.ledger(model, usable(next(encoded.batches(seed * 1000)))).activations
-    trained = [p for p in model.parameters() if p.requires_grad]
-    # torch's fused optimiser takes no sparse gradients, and torch clips none.
-    is_sparse = session is not None and bool(session.sparse_parameters)
-    options: dict[str, Any] = {"lr": run.rate, "weight_decay": 0.0, "fused": True}
-    if session is None:
-        optimizer: torch.optim.Optimizer = torch.optim.AdamW(trained, **options)
-    else:
-        optimizer = session.optimizer(torch.optim.AdamW, **options)
-    clipped = [p for p in trained if not is_sparse or p not in session.sparse_parameters]  # type: ignore[union-attr]
-    num_steps = setting.num_epochs * -(-len(encoded.train) // setting.batch_size)
-    warmup = max(1, num_steps // 10)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda s: min((s + 1) / warmup, (num_steps - s) / (num_steps - warmup)),
-    )
-    torch.manual_seed(seed)  # dropout: the same stream for every recipe
-    model.train()
+    setting = run.setting
+    random.seed(run.seed)
+    np.random.seed(run.seed)
+    trainee = _Trainee(run, encoded)
+    calibration_seconds = trainee.calibrate()
+    first = trainee.usable(next(encoded.batches(run.seed * 1000)))
+    saved = lt.ledger(trainee.model, first).activations
     start, wall_start = time.process_time(), time.perf_counter()
-    losses = []
-    for epoch in range(setting.num_epochs):
-        for batch in encoded.batches(seed * 1000 + epoch):
-            loss = model(**usable(batch)).loss
-            if session is not None:
-                loss = loss + session.auxiliary_loss()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(clipped, 1.0)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            if session is not None:
-                session.on_step()
-            losses.append(loss.detach())
+    losses = trainee.train()
     train_loss = torch.stack(losses[-50:]).mean().item()  # waits for a GPU
     seconds, wall_seconds = time.process_time() - start, time.perf_counter() - wall_start
     return {
         "task": setting.task,
         "recipe": run.name,
-        "seed": seed,
-        **score(model, encoded),
+        "seed": run.seed,
+        **score(trainee.model, encoded),
         "train_loss": train_loss,
         "saved_bytes": saved,
-        "num_steps": num_steps,
+        "num_steps": len(losses),
         "num_train": len(encoded.train),
         "num_epochs": setting.num_epochs,
         "batch_size": setting.batch_size,
@@ -286,6 +260,78 @@ def measure(run: Run, encoded: Encoded) -> dict[str, Any]:
         "wall_seconds": round(wall_seconds, 1),
         "calibration_cpu_seconds": round(calibration_seconds, 1),
     }
+
+
+class _Trainee:
+    """MiniLM under one recipe, on this machine's device, and the loop that trains it."""
+
+    def __init__(self, run: Run, encoded: Encoded) -> None:
+        self.run, self.encoded = run, encoded
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        label = encoded.data["train"].features["label"]
+        num_labels = getattr(label, "num_classes", 1)
+        self.model, _ = minilm(num_labels, run.seed, run.setting.pooling)
+        self.model.to(self.device).get_submodule("bert.embeddings").requires_grad_(False)
+        self.session: lt.Session | None = None
+        if run.recipe:
+            self.session = lt.apply(self.model, *run.recipe, seed=run.seed)
+        if any(isinstance(m, lt.LoRA) for m in run.recipe):
+            _train_beside_lora(self.model, run.is_rest_trained)
+
+    def usable(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return what the model takes of a batch, on its device."""
+        conversions = [] if self.session is None else self.session.conversions
+        keeps_ids = any(c.needs_sample_ids for c in conversions)
+        return {k: v.to(self.device) for k, v in batch.items() if k != "sample_id" or keeps_ids}
+
+    def calibrate(self) -> float:
+        """Show the run's number of batches where a method asks for them; return CPU seconds."""
+        if self.session is None or not self.run.num_calibration:
+            return 0.0
+        stream = self.encoded.batches(self.run.seed * 1000 + 999)
+        start = time.process_time()
+        shown = islice(stream, self.run.num_calibration)
+        self.session.calibrate([self.usable(batch) for batch in shown])
+        return time.process_time() - start
+
+    def train(self) -> list[Tensor]:
+        """Train for all epochs under a warm-up and a linear decay; return the loss of each step."""
+        optimizer, clipped = self._optimizer()
+        setting, seed = self.run.setting, self.run.seed
+        num_steps = setting.num_epochs * -(-len(self.encoded.train) // setting.batch_size)
+        warmup = max(1, num_steps // 10)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer,
+            lambda s: min((s + 1) / warmup, (num_steps - s) / (num_steps - warmup)),
+        )
+        torch.manual_seed(seed)  # dropout: the same stream for every recipe
+        self.model.train()
+        losses = []
+        for epoch in range(setting.num_epochs):
+            for batch in self.encoded.batches(seed * 1000 + epoch):
+                loss = self.model(**self.usable(batch)).loss
+                if self.session is not None:
+                    loss = loss + self.session.auxiliary_loss()
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(clipped, 1.0)
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+                if self.session is not None:
+                    self.session.on_step()
+                losses.append(loss.detach())
+        return losses
+
+    def _optimizer(self) -> tuple[torch.optim.Optimizer, list[torch.nn.Parameter]]:
+        """Return AdamW over what trains, and the parameters whose gradients are clipped."""
+        options: dict[str, Any] = {"lr": self.run.rate, "weight_decay": 0.0, "fused": True}
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        if self.session is None:
+            return torch.optim.AdamW(trained, **options), trained
+        # torch clips no sparse gradients.
+        sparse = {p for c in self.session.conversions for p in c.sparse_parameters}
+        optimizer = self.session.optimizer(torch.optim.AdamW, **options)
+        return optimizer, [p for p in trained if p not in sparse]
 
 
 def _train_beside_lora(model: torch.nn.Module, is_rest_trained: bool) -> None:

@@ -1,4 +1,4 @@
-"""Fill the tables of the README and the methods' pages from the committed rows, between markers."""
+"""Fill the tables of the pages from the committed rows, between markers."""
 
 import re
 from collections.abc import Callable
@@ -6,26 +6,48 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from bench import rows, sparse_grad_quality, spt_language, spt_quality, wta_crs_quality
-from leantune.core.state import write_atomic
+from bench import rows
+from bench.cases import sparse_grad_quality, spt_language, spt_quality, wta_crs_quality
+from leantune.core.files import write_atomic
 
 ROOT = Path(__file__).parents[1]
+
+RETIRED = frozenset(
+    {
+        "LoRA 16 + routed 2 of 4, prototype's gate",
+        "LoRA 16 + routed 2 of 4, grouped",
+        "LoRA 16 + routed 2 of 4, loop",
+        "SPT 128 keys",
+        "exact norms, rows in random order",
+        "exact norms, rule 'variance'",
+        "exact norms, centred",
+        "exact norms, rank 4 exact, equal storage",
+        "exact norms, rank 16 exact, equal storage",
+        "running, rank 4 exact, equal storage",
+    }
+)
+"""Variants whose option is gone: their rows stay as the reason why, and no table shows them."""
 
 
 def main() -> None:
     """Rewrite every ``<!-- NAME -->`` ... ``<!-- /NAME -->`` block of the pages."""
-    pages = [ROOT / "README.md", *sorted((ROOT / "src/leantune/methods").glob("*/README.md"))]
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
     texts = {page: page.read_text("utf-8") for page in pages}
     for name, make in _TABLES.items():
         block = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         holders = [page for page, text in texts.items() if block.search(text)]
         if not holders:
-            raise ValueError(f"README: markers must hold {name!r}, got none; add them")
+            raise ValueError(f"readme: a page must have markers of {name!r}, got none; add them")
         table = make()
         for page in holders:
             texts[page] = block.sub(lambda m, t=table: m[1] + t + "\n" + m[2], texts[page])
     for page, text in texts.items():
         write_atomic(page, text)
+
+
+def _read(name: str, key: str = "variant") -> list[dict[str, Any]]:
+    """Return the rows of what can be chosen today."""
+    return [row for row in rows.read(name) if row[key] not in RETIRED]
 
 
 def speed() -> str:
@@ -94,24 +116,27 @@ def energy() -> str:
 
 def routed_ffn() -> str:
     """Return the routed FFNs' step time, relative to the dense FFN under the same LoRA."""
-    found = rows.read("routed_ffn_speed")
-    cases = list(dict.fromkeys(r["case"] for r in found))
-    time = {(r["variant"], r["case"]): _spread(r) for r in found}
-    variants = dict.fromkeys(r["variant"] for r in found)
-    lines = [{"variant": v, **{c: time.get((v, c)) for c in cases}} for v in variants]
-    return rows.table(lines, {"variant": ""} | {c: c for c in cases})
+    return _by_case("routed_ffn_speed", _spread)
 
 
 def attention() -> str:
     """Return time and bytes of sparse attention relative to SDPA, by length."""
-    found = rows.read("spt_attention_speed")
-    cases = list(dict.fromkeys(r["case"] for r in found))
-    cell = {
-        (r["variant"], r["case"]): f"{r['ratio']:.2f}, {r['attention_mib']:.0f} MiB" for r in found
-    }
-    variants = dict.fromkeys(r["variant"] for r in found)
-    lines = [{"variant": v, **{c: cell.get((v, c)) for c in cases}} for v in variants]
-    return rows.table(lines, {"variant": ""} | {c: c for c in cases})
+    return _by_case(
+        "spt_attention_speed", lambda r: f"{r['ratio']:.2f}, {r['attention_mib']:.0f} MiB"
+    )
+
+
+def _by_case(name: str, cell: Callable[[dict[str, Any]], str]) -> str:
+    """Return a table for each device, with a line for each variant and a column for each case."""
+    parts = []
+    for device, found in rows.by_device(_read(name)).items():
+        cases = dict.fromkeys(r["case"] for r in found)
+        cells = {(r["variant"], r["case"]): cell(r) for r in found}
+        variants = dict.fromkeys(r["variant"] for r in found)
+        lines = [{"variant": v, **{c: cells.get((v, c)) for c in cases}} for v in variants]
+        table = rows.table(lines, {"variant": ""} | {c: c for c in cases})
+        parts.append(f"{device}:\n\n{table}")
+    return "\n\n".join(parts)
 
 
 def recall() -> str:
@@ -126,7 +151,7 @@ def recall() -> str:
 
 def variance() -> str:
     """Return the estimators on MiniLM's real rows."""
-    found = rows.read("wta_crs_variance_minilm")
+    found = _read("wta_crs_variance_minilm", "probabilities")
     lines = [
         {
             "estimator": r["estimator"],
@@ -151,6 +176,7 @@ _TABLES: dict[str, Callable[[], Any]] = {
     "speed": speed,
     "variance": variance,
     "quality": wta_crs_quality.summary,
+    "cached-norms": wta_crs_quality.cached,
     "sparse-grad": sparse_grad,
     "sparse-grad-quality": sparse_grad_quality.summary,
     "spt-quality": spt_quality.summary,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import transformers
 
-from leantune.core.state import write_atomic
+from leantune.core.files import write_atomic
 
 RESULTS = Path(os.environ.get("LEANTUNE_RESULTS", Path(__file__).parent / "results"))
 """Folder of the result files; a run elsewhere writes to a folder of its own."""
@@ -82,6 +82,14 @@ def replace(name: str, key: str, value: Any, rows: list[dict[str, Any]]) -> None
     others = [row for row in old if row[key] != value]
     fresh = [row | environment() for row in rows]
     _write(name, [*others[:first], *fresh, *others[first:]])
+
+
+def by_device(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Group rows by the device that they were measured on: no table mixes a GPU with a CPU."""
+    out: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        out.setdefault(row["device"], []).append(row)
+    return out
 
 
 def table(rows: list[dict[str, Any]], columns: dict[str, str]) -> str:

@@ -17,34 +17,39 @@ from torch import Tensor, nn
 
 import leantune as lt
 from leantune.core import registry
-from leantune.core.config import MethodConfig
-from leantune.core.sites import Site, find_sites
-from leantune.core.swap import StoredConv1D, StoredLinear
+from leantune.core.config import Axis, MethodConfig
+from leantune.core.discovery import find_sites
+from leantune.core.linear import ConvertedConv1D, ConvertedLinear
+from leantune.core.sites import Site, is_nested
 from leantune.errors import ConfigError, SiteError, UnsupportedError
-from leantune.measure import ledger
+from leantune.measure._record import HIDDEN
+from leantune.measure.ledger import ledger
 
-SPECS = registry.methods()
+SPECS = registry.list_methods()
 CASES = [(method, model) for method in SPECS for model in MODELS]
 # One of each kind where every model would add time and no new path.
 FEW = [(method, model) for method in SPECS for model in ("bert", "t5", "gpt2", "llama")]
 ONE = [(method, "bert") for method in SPECS]
-NEUTRAL = [(m, model) for m, model in CASES if SPECS[m].neutral is not None]
+IDENTITY = [(m, model) for m, model in CASES if SPECS[m].identity_options is not None]
+
+# These leave output and input gradient alone to the bit.
+EXACT_AXES = ("rows", "bits", "recompute")
 
 Results = list[Tensor]
 
 
 def example(method: str, **options: Any) -> MethodConfig:
-    return SPECS[method].config(**{**SPECS[method].example, **options})
+    return SPECS[method].config(**{**SPECS[method].test_options, **options})
 
 
-def neutral(method: str) -> MethodConfig:
-    options = SPECS[method].neutral
+def identity(method: str) -> MethodConfig:
+    options = SPECS[method].identity_options
     assert options is not None
     return SPECS[method].config(**options)
 
 
 def merges(method: str) -> bool:
-    return SPECS[method].merges(example(method))
+    return lt.apply(MODELS["bert"].build(), example(method)).can_merge
 
 
 def convert(model: nn.Module, name: str, *methods: MethodConfig, **options: Any) -> lt.Session:
@@ -52,6 +57,11 @@ def convert(model: nn.Module, name: str, *methods: MethodConfig, **options: Any)
     session = lt.apply(model, *methods, **options)
     session.calibrate([batch_of(name, seed) for seed in (90, 91)])
     return session
+
+
+def counted(session: lt.Session) -> int:
+    """How many training forwards the session has seen."""
+    return int(session.state_dict()["counter"])
 
 
 def batch_of(name: str, seed: int = 0) -> dict[str, Tensor]:
@@ -72,14 +82,15 @@ def same(a: Results, b: Results) -> bool:
 
 
 def check_output(method: str, got: Tensor, wanted: Tensor) -> None:
-    """Stores leave the output alone to the bit; another layout may round another way.
+    """What is kept or recomputed leaves the output alone to the bit.
 
-    What a ``compute`` method evaluates is its own business, except in its neutral setting.
+    A trained parameter of another layout may round another way, and what an ``evaluated`` method
+    computes is its own business.
     """
     assert got.dtype == wanted.dtype and got.shape == wanted.shape
-    if SPECS[method].axis == "compute":
+    if SPECS[method].axis == "evaluated":
         assert torch.isfinite(got).all()
-    elif SPECS[method].stores is not None:
+    elif SPECS[method].axis in EXACT_AXES:
         assert torch.equal(got, wanted)
     else:
         check_close(got, wanted)
@@ -91,7 +102,7 @@ def check_close(got: Tensor, wanted: Tensor) -> None:
 
 
 def is_random(method: str) -> bool:
-    return bool(SPECS[method].stores)
+    return SPECS[method].axis == "rows"
 
 
 @pytest.mark.parametrize(("method", "name"), CASES)
@@ -113,15 +124,15 @@ def test_remove_restores_objects_ties_and_values(method: str, name: str) -> None
     assert all(p.requires_grad for p in model.parameters())
 
 
-@pytest.mark.parametrize(("method", "name"), NEUTRAL)
-def test_neutral_setting_is_the_plain_model(method: str, name: str) -> None:
+@pytest.mark.parametrize(("method", "name"), IDENTITY)
+def test_identity_options_are_the_plain_model(method: str, name: str) -> None:
     plain, model = MODELS[name].build(), MODELS[name].build()
-    convert(model, name, neutral(method))
+    convert(model, name, identity(method))
     given = {n for n, _ in plain.named_parameters()}
     for seed in range(2):
         wanted = step(plain, batch_of(name, seed))
         got = step(model, batch_of(name, seed))
-        if SPECS[method].axis == "saved":
+        if SPECS[method].axis in EXACT_AXES:
             assert same(got, wanted)
             continue
         # A module of another shape rounds another way, and may train something of its own.
@@ -133,11 +144,12 @@ def test_neutral_setting_is_the_plain_model(method: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-@pytest.mark.parametrize(("method", "name"), [c for c in FEW if SPECS[c[0]].stores])
+@pytest.mark.parametrize(("method", "name"), [c for c in FEW if SPECS[c[0]].axis == "rows"])
 def test_saved_bytes_equal_the_prediction(method: str, name: str, dtype) -> None:
     model = MODELS[name].build()
     convert(model, name, example(method))
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, StoredLinear | StoredConv1D)}
+    kinds = (ConvertedLinear, ConvertedConv1D)
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, kinds)}
     shapes: dict[str, torch.Size] = {}
     for n, m in layers.items():
         m.register_forward_pre_hook(lambda module, args, n=n: shapes.__setitem__(n, args[0].shape))
@@ -146,16 +158,26 @@ def test_saved_bytes_equal_the_prediction(method: str, name: str, dtype) -> None
     sites = {s.name: s for s in find_sites(MODELS[name].build())}
     groups: dict[str, list[str]] = {}
     for n in layers:
-        groups.setdefault(sites[n].reads or n, []).append(n)
+        groups.setdefault(sites[n].shared_input or n, []).append(n)
+    assert groups
     for members in groups.values():
         measured = sum(
             entry.num_bytes
             for entry in book.entries
             if entry.ledger == "activations" and any(h.module in members for h in entry.holders)
         )
-        layer = layers[members[0]]
-        predicted = layer.store.saved_bytes(shapes[members[0]], dtype or torch.float32, layer.rule)
-        assert measured == predicted, members
+        rows = layers[members[0]].rows
+        assert rows is not None
+        assert measured == rows.nbytes(shapes[members[0]], dtype or torch.float32), members
+
+
+@pytest.mark.parametrize(("method", "name"), FEW)
+def test_no_tensor_is_hidden_from_saved_tensor_hooks(method: str, name: str) -> None:
+    model = MODELS[name].build()
+    convert(model, name, example(method))
+    step(model, batch_of(name))
+    book = ledger(model, batch_of(name))
+    assert not [entry for entry in book.entries if entry.kind == HIDDEN]
 
 
 @pytest.mark.parametrize("mode", ["no_grad", "eval"])
@@ -180,10 +202,10 @@ def test_no_grad_and_eval_compute_and_keep_what_the_plain_model_does(method, nam
     session = convert(model, name, example(method))
     got, got_sizes = run(model)
     check_output(method, got, logits)
-    assert session.draw == 0
+    assert counted(session) == 0
     if mode == "no_grad":
         assert not got_sizes
-    elif SPECS[method].axis == "saved":
+    elif SPECS[method].axis in EXACT_AXES:
         assert got_sizes == sizes
 
 
@@ -215,7 +237,7 @@ def test_checkpointing_by_transformers(method: str, name: str, use_reentrant: bo
         # Reentrant checkpoints need an input with a gradient, which frozen embeddings lack.
         model.enable_input_require_grads()
     results = step(model, batch_of(name))
-    if SPECS[method].axis != "compute":
+    if SPECS[method].axis != "evaluated":
         # T5 takes another path without its cache, which rounds another way.
         torch.testing.assert_close(results[1], wanted[1])
     missing = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
@@ -237,6 +259,7 @@ class Small(nn.Module):
 # Warnings of torch's own compiler about itself.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 @pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [m for m in SPECS if "linear" in SPECS[m].roles])
 def test_compiled_equals_eager(method: str) -> None:
     torch._dynamo.reset()
@@ -283,7 +306,7 @@ def test_load_gives_the_same_output_and_next_gradients(method: str, name: str, t
     other = MODELS[name].build()
     lt.load(other, tmp_path / "saved")
     got, wanted = step(other, batch_of(name, 5)), step(model, batch_of(name, 5))
-    if SPECS[method].axis == "weights" and SPECS[method].calibrate is not None:
+    if SPECS[method].axis == "trained" and session.conversions[0].num_calibration_batches:
         # Dense weights that were brought up to date step by step have rounded at each step.
         torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-6)
     else:
@@ -321,7 +344,7 @@ def test_merge_without_a_dense_equivalent_is_refused_and_changes_nothing(method:
     wanted = step(model, batch_of("bert"))
     with pytest.raises(UnsupportedError, match="must have a dense equivalent, got"):
         session.merge()
-    assert len(step(model, batch_of("bert"))) == len(wanted) and session.draw == 2
+    assert len(step(model, batch_of("bert"))) == len(wanted) and counted(session) == 2
 
 
 def test_merged_checkpoint_loads_without_this_library(tmp_path: Path) -> None:
@@ -342,30 +365,40 @@ PAIRS = list(combinations(SPECS, 2))
 def chosen(method: str, model: nn.Module) -> set[str]:
     spec, config = SPECS[method], example(method)
     sites = [s for s in find_sites(model) if s.role in spec.roles]
-    return {s.name for s in sites if spec.selects(s, config)}
+    return {s.name for s in sites if spec.default_sites(s, config)}
+
+
+def clash(one: str, other: str, model: nn.Module) -> bool:
+    """Whether two methods act along one axis on one site or on nested ones."""
+    names = [
+        {
+            n
+            for s in find_sites(model)
+            if s.name in chosen(method, model) and s.role in SPECS[method].roles
+            for n in (s.name, *s.also_replaced)
+        }
+        for method in (one, other)
+    ]
+    return SPECS[one].axis == SPECS[other].axis and any(
+        is_nested(a, b) for a in names[0] for b in names[1]
+    )
 
 
 def compatible(model: nn.Module) -> list[MethodConfig]:
     """As many methods that merge as go together: of those that clash the first."""
-    taken: set[tuple[str, str]] = set()
-    methods = []
-    for method in SPECS:
-        places = {(SPECS[method].axis, name) for name in chosen(method, model)}
-        if merges(method) and not places & taken:
-            taken |= places
-            methods.append(example(method))
-    return methods
+    taken: list[str] = []
+    for method in filter(merges, SPECS):
+        if not any(clash(method, other, model) for other in taken):
+            taken.append(method)
+    return [example(method) for method in taken]
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids="+".join)
 def test_every_pair_runs_or_is_refused_before_anything_is_swapped(pair: tuple[str, str]) -> None:
     model = MODELS["bert"].build()
     modules = dict(model.named_modules())
-    clash = SPECS[pair[0]].axis == SPECS[pair[1]].axis and bool(
-        chosen(pair[0], model) & chosen(pair[1], model)
-    )
     methods = [example(m) for m in pair]
-    if clash:
+    if clash(*pair, model):
         with pytest.raises(SiteError, match="at most one method per axis"):
             lt.apply(model, *methods)
     else:
@@ -376,13 +409,49 @@ def test_every_pair_runs_or_is_refused_before_anything_is_swapped(pair: tuple[st
     assert list(model.named_modules()) == list(modules.items())
 
 
+@pytest.mark.parametrize("method", SPECS)
+def test_two_configs_on_different_sites_are_two_conversions(method: str) -> None:
+    """They calibrate, step, save and undo apart, and count once each."""
+    model = MODELS["bert"].build()
+    modules = dict(model.named_modules())
+    halves = [
+        example(method, sites=lambda s, i=i: s.block is not None and f".{i}" in s.block)
+        for i in range(2)
+    ]
+    if method == "lora":
+        halves = halves[:1]  # peft holds one adapter for each model
+    session = lt.apply(model, *halves)
+    assert len(session.conversions) == len(halves)
+    calls: list[tuple[str, int]] = []
+    for i, conversion in enumerate(session.conversions):
+        for name in ("calibrate", "on_step"):
+            original = getattr(conversion, name)
+            setattr(
+                conversion,
+                name,
+                lambda given, original=original, name=name, i=i: (
+                    calls.append((name, i)),
+                    original(given),
+                ),
+            )
+    session.calibrate([batch_of("bert", 90), batch_of("bert", 91)])
+    step(model, batch_of("bert"))
+    session.on_step()
+    wanted = [("on_step", i) for i in range(len(halves))]
+    if session.conversions[0].num_calibration_batches:
+        wanted += [("calibrate", i) for i in range(len(halves))]
+    assert sorted(calls) == sorted(wanted)
+    session.remove()
+    assert list(model.named_modules()) == list(modules.items())
+
+
 def test_all_methods_together_give_the_gradient_of_the_weights_alone() -> None:
-    """Neutral methods of other axes change nothing for the one that trains."""
-    for method in (m for m in SPECS if SPECS[m].axis == "weights"):
+    """Identity options on other axes change nothing for the one that trains."""
+    for method in (m for m in SPECS if SPECS[m].axis == "trained"):
         alone, together = MODELS["bert"].build(), MODELS["bert"].build()
         convert(alone, "bert", example(method))
-        axes = {m: SPECS[m].axis for m in SPECS if SPECS[m].neutral is not None}
-        others = [neutral(m) for m, axis in axes.items() if axis != "weights"]
+        axes = {m: SPECS[m].axis for m in SPECS if SPECS[m].identity_options is not None}
+        others = [identity(m) for m, axis in axes.items() if axis != "trained"]
         convert(together, "bert", example(method), *others)
         wanted, got = (step(m, batch_of("bert")) for m in (alone, together))
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-8)
@@ -445,7 +514,7 @@ def test_options_are_documented_and_round_trip(method: str) -> None:
     rows = spec.config.describe()
     assert [r["name"] for r in rows] == [f.name for f in dataclasses.fields(spec.config)]
     assert all(r["help"] and r["rule"] for r in rows)
-    assert spec.summary and spec.source and spec.axis in ("weights", "compute", "saved")
+    assert spec.summary and spec.source and spec.axis in typing.get_args(Axis)
     config = example(method)
     assert registry.config_from_dict(config.to_dict()) == config
     assert spec.config.__doc__ and getattr(lt, spec.config.__name__) is spec.config
@@ -458,26 +527,6 @@ def pickled(model: nn.Module) -> nn.Module:
     return torch.load(buffer, weights_only=False)
 
 
-@pytest.mark.parametrize(("method", "name"), [c for c in CASES if SPECS[c[0]].figures])
-def test_figures_are_finite_and_leave_no_trace(method: str, name: str) -> None:
-    models = [MODELS[name].build() for _ in range(2)]
-    session, _ = (convert(model, name, example(method), seed=5) for model in models)
-    shown, held_out = ([batch_of(name, s) for s in seeds] for seeds in ((90, 91), (92, 93)))
-    measure = SPECS[method].figures
-    assert measure is not None
-    stream = torch.random.get_rng_state()
-    found = measure(session, shown, held_out)
-    assert found and torch.equal(torch.random.get_rng_state(), stream)
-    assert all(p.grad is None for p in models[0].parameters())
-    for figure in found:
-        assert figure.title and figure.note.endswith(".") and figure.values
-        assert all(math.isfinite(value) for value in figure.values.values())
-    first, second = (step(model, batch_of(name)) for model in models)
-    assert same(first, second)
-    weights = (model.state_dict().values() for model in models)
-    assert all(torch.equal(x, y) for x, y in zip(*weights, strict=True))
-
-
 @pytest.mark.parametrize("way", [copy.deepcopy, pickled])
 @pytest.mark.parametrize(("method", "name"), ONE)
 def test_copies_train_independently(method: str, name: str, way) -> None:
@@ -486,12 +535,12 @@ def test_copies_train_independently(method: str, name: str, way) -> None:
     step(model, batch_of(name))
     twin = way(model)
     other = twin._leantune_session
-    assert other is not session and other.model is twin and other.draw == session.draw == 1
+    assert other is not session and other.model is twin and counted(other) == counted(session) == 1
     mine = {id(p) for p in model.parameters()} | {id(m) for m in model.modules()}
     assert not mine & ({id(p) for p in twin.parameters()} | {id(m) for m in twin.modules()})
     values = [p.detach().clone() for p in model.parameters()]
     first = step(twin, batch_of(name, 1))
-    assert (other.draw, session.draw) == (2, 1)
+    assert (counted(other), counted(session)) == (2, 1)
     # The same state, hence the same gradients.
     assert same(step(model, batch_of(name, 1)), first)
     torch.optim.SGD([p for p in twin.parameters() if p.requires_grad], lr=1.0).step()
@@ -501,7 +550,7 @@ def test_copies_train_independently(method: str, name: str, way) -> None:
     assert [type(m) for m in twin.modules()] == [type(m) for m in plain.modules()]
     assert all(p.requires_grad for p in twin.parameters())
     step(twin, batch_of(name))
-    assert session.changes and not other.changes
+    assert session.conversions and not other.conversions
 
 
 @pytest.mark.parametrize("method", SPECS)

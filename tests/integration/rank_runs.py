@@ -5,6 +5,7 @@ import warnings
 from typing import Any
 
 import torch
+from leantune.core.ranks import is_sharded, rank, whole
 from models import MODELS, Batch
 from torch import Tensor, nn
 from torch import distributed as dist
@@ -15,6 +16,7 @@ from leantune.core.config import MethodConfig
 from leantune.core.distributed import full_tensor, is_sharded, rank
 from leantune.methods.sparse_grad.conversion import SparseGradConversion
 from leantune.methods.spt_attention import attention as attention_module
+from leantune.methods.spt_attention import conversion as spt_conversion
 
 NUM_STEPS = 5
 
@@ -146,6 +148,8 @@ def calibrated_start(
     session.calibrate(shown if rows == "same" else [part(b) for b in shown])
     first = copy.deepcopy({**values(session), **session.state_dict()})
     optimizer = session.optimizer(torch.optim.AdamW, lr=0.02)
+    # Forwards 2 and 4 of five move the codebooks.
+    refresh_steps, spt_conversion._REFRESH_STEPS = spt_conversion._REFRESH_STEPS, 2
     before = attention_module.mean_over_ranks
     if not agrees:
         attention_module.mean_over_ranks = lambda tensor: tensor
@@ -156,6 +160,7 @@ def calibrated_start(
         optimizer.zero_grad()
         session.on_step()
     attention_module.mean_over_ranks = before
+    spt_conversion._REFRESH_STEPS = refresh_steps
     return {"first": first, "last": {**values(session), **session.state_dict()}}
 
 
@@ -175,6 +180,32 @@ def sharded_order() -> dict[str, dict[str, Tensor]]:
     model.load_state_dict(state)
     after = {n: full_tensor(p).detach() for n, p in model.named_parameters()}
     return {"state": values(session), "before": before, "after": after}
+
+
+def sampled_rows(
+    how: str | None = None, rows: str = "own", keep_ratio: float = 0.3
+) -> dict[str, dict[str, Tensor]]:
+    """Train with WTA-CRS a few steps; return the first gradients, and the weights at the end.
+
+    Args:
+        how: None, "ddp" or "fsdp".
+        rows: each process trains on its "own" part of the batches, or on the "same" ones.
+    """
+    model = MODELS["bert"].build().double()
+    session = lt.apply(model, lt.WTACRS(keep_ratio=keep_ratio, min_rows=2), seed=3)
+    wrapped = wrap(model, "bert", how)
+    optimizer = session.optimizer(torch.optim.SGD, lr=0.1)
+    gradients: dict[str, Tensor] = {}
+    for step in range(NUM_STEPS):
+        shown = batch("bert", step)
+        wrapped(**(part(shown) if rows == "own" else shown)).loss.backward()
+        if not gradients:
+            named = [(n, p.grad) for n, p in model.named_parameters() if p.grad is not None]
+            gradients = {n: full_tensor(grad).detach().clone() for n, grad in named}
+        optimizer.step()
+        optimizer.zero_grad()
+        session.on_step()
+    return {"gradients": gradients, "values": values(session)}
 
 
 def save_sharded(folder: str) -> None:

@@ -9,6 +9,7 @@ import torch
 from integration.rank_runs import (
     calibrated_start,
     forward_uncalibrated,
+    sampled_rows,
     save_sharded,
     sharded_order,
     sparse_grad,
@@ -120,13 +121,12 @@ def moved(run: dict, word: str) -> bool:
     return bool(names) and not any(torch.equal(run["first"][n], run["last"][n]) for n in names)
 
 
-# Forwards 2 and 4 of five move the codebooks.
-SPT = lt.SPTAttention(num_keys=3, subspace_width=2, num_codewords=4, refresh_steps=2)
+SPT = lt.SPTAttention(min_keys=3, subspace_width=2, num_codewords=4)
 
 
 @pytest.mark.parametrize("rows", ["same", "own"])
 def test_codebooks_start_and_move_alike(ranks: Ranks, rows: str) -> None:
-    assert moved(both(ranks, calibrated_start, SPT, rows), "/codebooks")
+    assert moved(both(ranks, calibrated_start, SPT, rows), ".codebooks")
     one, other = ranks.run(calibrated_start, SPT, rows, agrees=False)
     assert agree(one["first"], other["first"]) and not agree(one["last"], other["last"])
 
@@ -149,6 +149,28 @@ def test_sharded_state_keeps_the_original_order_of_units(ranks: Ranks) -> None:
 def test_codebooks_must_be_calibrated_first(ranks: Ranks) -> None:
     with pytest.raises(AssertionError, match=r"codebooks must be calibrated before .*calibrate\("):
         ranks.run(forward_uncalibrated, SPT)
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_sampled_gradients_are_averaged(ranks: Ranks, how: str) -> None:
+    got = both(ranks, sampled_rows, how)
+    start, exact = MODELS["bert"].build().double().state_dict(), sampled_rows(keep_ratio=1.0)
+    name = "bert.encoder.layer.0.attention.self.query.weight"
+    assert not torch.equal(got["values"][name], start[name])
+    # Biases and norms are exact in the first step; two halves count as the whole batch.
+    for kind, is_exact in (("query.bias", True), ("query.weight", False)):
+        name = f"bert.encoder.layer.0.attention.self.{kind}"
+        a, b = got["gradients"][name], exact["gradients"][name]
+        assert torch.allclose(a, b, rtol=1e-7, atol=1e-12) == is_exact
+
+
+@pytest.mark.parametrize(("keep_ratio", "differs"), [(0.3, True), (1.0, False)])
+def test_ranks_draw_different_rows(ranks: Ranks, keep_ratio: float, differs: bool) -> None:
+    """Of the same batch, without an average over the processes."""
+    runs = ranks.run(sampled_rows, rows="same", keep_ratio=keep_ratio)
+    name = "bert.encoder.layer.0.attention.self.query.weight"
+    one, other = (run["gradients"][name] for run in runs)
+    assert torch.equal(one, other) != differs
 
 
 def test_a_sharded_session_is_not_saved(ranks: Ranks, tmp_path: Path) -> None:

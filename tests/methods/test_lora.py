@@ -8,7 +8,7 @@ from models import MODELS
 from torch import nn
 
 import leantune as lt
-from leantune.core.swap import StoredLinear
+from leantune.core.linear import ConvertedLinear
 from leantune.errors import UnsupportedError
 
 TINY = MODELS["bert"]
@@ -83,7 +83,7 @@ def test_adapter_on_disk_is_a_plain_peft_one(name: str, tmp_path: Path) -> None:
 def test_only_the_first_factor_is_sampled() -> None:
     model = TINY.build()
     lt.apply(model, lt.LoRA(rank=2), lt.WTACRS(min_rows=2))
-    sampled = [n for n, m in model.named_modules() if isinstance(m, StoredLinear)]
+    sampled = [n for n, m in model.named_modules() if isinstance(m, ConvertedLinear)]
     assert len(sampled) == 12 and all(n.endswith("lora_A.default") for n in sampled)
 
 
@@ -92,10 +92,10 @@ def test_adapter_that_is_there_already_is_worked_on() -> None:
 
     model = get_peft_model(TINY.build(), LoraConfig(r=2, target_modules=["query", "value"]))
     session = lt.apply(model, lt.WTACRS(min_rows=2))
-    sampled = [n for n, m in model.named_modules() if isinstance(m, StoredLinear)]
+    sampled = [n for n, m in model.named_modules() if isinstance(m, ConvertedLinear)]
     assert len(sampled) == 4 and all("lora_A" in n for n in sampled)
     model(**TINY.batch()).loss.backward()
-    assert session.draw == 1
+    assert int(session.state_dict()["counter"]) == 1
     session.remove()
     with pytest.raises(UnsupportedError, match="model must carry no PEFT adapter yet"):
         lt.apply(model, lt.LoRA())

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 import leantune as lt
 from leantune.core.files import trained_weights
 from leantune.core.linear import ConvertedLinear, converted, swap
+from leantune.core.runtime import Runtime
 from leantune.errors import ConfigError, SiteError, UnsupportedError
 from leantune.methods.routed_ffn import maths
 from leantune.methods.routed_ffn import module as module_file
-from leantune.methods.routed_ffn.conversion import evenly_spaced_rows
 from leantune.methods.routed_ffn.module import RoutedMLP
 from leantune.ops.groups import has_grouped_product
 from leantune.ops.rows import OuterProduct
@@ -41,6 +41,19 @@ def lora_for(name: str) -> lt.LoRA:
 def grouped(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compute all groups in one product, as on a GPU, or one after the other."""
     monkeypatch.setattr(module_file, "prefers_grouped", lambda rows, ffn: request.param)
+
+
+class Subspace:
+    """Trains a copy of the weight instead of the weight."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.parameter = nn.Parameter(weight.detach().clone())
+
+    def project(self, rows: Tensor) -> Tensor:
+        return rows
+
+    def grad(self, outer: OuterProduct) -> Tensor:
+        return outer.dense()
 
 
 def layers_of(model: nn.Module) -> list[RoutedMLP]:
@@ -498,7 +511,7 @@ def test_calibration_leaves_modes_and_streams_alone_and_wants_a_token() -> None:
     for batches in ([], [{**tiny.batch(), "attention_mask": torch.zeros(4, 8), "labels": None}]):
         with pytest.raises(ConfigError, match="must hold at least one real token"):
             session.calibrate(batches)
-    assert all(layer.recorder is None for layer in layers_of(model))
+    assert all(layer.recorded is None for layer in layers_of(model))
 
 
 def test_router_starts_from_the_seed_near_one_and_uses_every_group() -> None:
@@ -531,12 +544,12 @@ def test_router_takes_dtype_and_device_of_the_ffn() -> None:
 
 def test_evenly_spaced_rows() -> None:
     x = torch.zeros(2, 5, 3)
-    assert evenly_spaced_rows(x, None, 20).tolist() == list(range(10))
-    assert evenly_spaced_rows(x, None, 5).tolist() == [0, 2, 4, 6, 8]
+    assert maths.evenly_spaced_rows(x, None, 20).tolist() == list(range(10))
+    assert maths.evenly_spaced_rows(x, None, 5).tolist() == [0, 2, 4, 6, 8]
     mask = torch.tensor([False, True] * 5)
-    assert evenly_spaced_rows(x, mask, 20).tolist() == [1, 3, 5, 7, 9]
-    assert evenly_spaced_rows(x, mask, 2).tolist() == [1, 5]
-    assert evenly_spaced_rows(x, torch.zeros(10, dtype=torch.bool), 4).tolist() == []
+    assert maths.evenly_spaced_rows(x, mask, 20).tolist() == [1, 3, 5, 7, 9]
+    assert maths.evenly_spaced_rows(x, mask, 2).tolist() == [1, 5]
+    assert maths.evenly_spaced_rows(x, torch.zeros(10, dtype=torch.bool), 4).tolist() == []
 
 
 def test_configs_of_other_sites_are_calibrated_apart(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -719,18 +732,7 @@ def test_frozen_weights_have_no_gradient_and_keep_no_input() -> None:
 
 def test_linear_that_trains_a_subspace_is_not_cut() -> None:
     """Such a linear needs its whole input: the FFN runs dense, with the other groups at zero."""
-
-    class Whole:
-        def __init__(self, weight: Tensor) -> None:
-            self.parameter = nn.Parameter(weight.detach().clone())
-
-        def project(self, rows: Tensor) -> Tensor:
-            return rows
-
-        def grad(self, outer: OuterProduct) -> Tensor:
-            return outer.dense()
-
-    model, _, layer = make("llama")
+    _, _, layer = make("llama")
     x = tokens()
     wanted = layer(x)
     wanted.square().sum().backward()
@@ -738,13 +740,26 @@ def test_linear_that_trains_a_subspace_is_not_cut() -> None:
     assert isinstance(old, nn.Linear)
     gradient = old.weight.grad
     old.weight.requires_grad_(False)
-    subspace = Whole(old.weight)
+    subspace = Subspace(old.weight)
     swap(layer, "up_proj", converted(old, layer.runtime, subspace=subspace))
     got = layer(x)
     torch.testing.assert_close(got, wanted)
     got.square().sum().backward()
     torch.testing.assert_close(subspace.parameter.grad, gradient)
-    del model
+
+
+def test_units_are_not_reordered_under_a_subspace() -> None:
+    """Its entries would stay where they are while the weight's rows move."""
+    model = MODELS["llama"].build()
+    mlp = model.model.layers[1].mlp
+    weight = mlp.gate_proj.weight.requires_grad_(False)
+    subspace = Subspace(weight)
+    swap(mlp, "gate_proj", converted(mlp.gate_proj, Runtime(model, 0), subspace=subspace))
+    with pytest.raises(
+        SiteError, match=r"1 of 2 sites .*'contiguous' where gate trains a subspace"
+    ):
+        lt.apply(model, lt.RoutedFFN(split="coactivation"))
+    lt.apply(model, lt.RoutedFFN())
 
 
 def test_thin_gradients_stay_thin_inside_groups() -> None:

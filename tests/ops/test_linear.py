@@ -1,6 +1,6 @@
 """The linear Function against float64, and bit for bit against the plain linear."""
 
-from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -10,12 +10,14 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from leantune.ops.codec import EXACT, Exact
 from leantune.ops.linear import linear
-from leantune.ops.stores import ExactStore, Factors, grad_weight
+from leantune.ops.random import RandomKey
+from leantune.ops.rows import KeptRows, OuterProduct
 
 D_IN, D_OUT = 12, 7
 SHAPES = [(5, D_IN), (3, 4, D_IN), (2, 3, 4, D_IN), (1, D_IN), (0, D_IN), (2, 0, D_IN)]
-STORE = ExactStore()
+KEY = RandomKey(0, torch.zeros((), dtype=torch.int64))
 
 
 def leaves(
@@ -37,7 +39,7 @@ def run(function, x, weight, bias, grad_output) -> tuple[Tensor, list[Tensor]]:
 
 
 def ours(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return linear(x, weight, bias, STORE)
+    return linear(x, weight, bias)
 
 
 def relative_error(got: Tensor, wanted: Tensor) -> float:
@@ -185,12 +187,12 @@ def test_gradcheck_in_float64() -> None:
     x, weight, b = leaves((2, 3, D_IN), torch.float64)
     assert torch.autograd.gradcheck(ours, (x, weight, b))
 
-    class Wrong(ExactStore):
-        def grad_factors(self, packed, grad_output, rule=None):
-            return super().grad_factors(packed, grad_output * 1.01, rule)
+    class Wrong(Exact):
+        def decode(self, saved: tuple[Tensor, ...]) -> Tensor:
+            return saved[0] * 1.01
 
     with pytest.raises(GradcheckError):
-        torch.autograd.gradcheck(lambda *t: linear(*t, Wrong()), (x, weight, b))
+        torch.autograd.gradcheck(lambda *t: linear(*t, codec=Wrong()), (x, weight, b))
 
 
 def test_gradient_accumulates_over_backwards() -> None:
@@ -236,14 +238,95 @@ def test_saved_tensor_hooks_see_the_input() -> None:
     torch.testing.assert_close(weight.grad, 2 * plain)
 
 
-def test_exact_store_predicts_its_bytes() -> None:
-    assert STORE.saved_bytes(torch.Size((3, 4, D_IN)), torch.bfloat16) == 3 * 4 * D_IN * 2
+def test_exact_codec_predicts_its_bytes_and_copies_nothing() -> None:
+    assert EXACT.nbytes(torch.Size((3, 4, D_IN)), torch.bfloat16) == 3 * 4 * D_IN * 2
+    x = torch.randn(3, 4)
+    assert EXACT.encode(x)[0] is x and EXACT.decode((x,)) is x
+
+
+class FirstRows:
+    """A row policy that keeps the first rows, each counted twice."""
+
+    def __init__(self, num_rows: int = 5) -> None:
+        self.num_rows = num_rows
+        self.sources: list[Tensor] = []
+
+    def keep(self, x: Tensor, source: Tensor, key: RandomKey) -> tuple[KeptRows, Any]:
+        self.sources.append(source)
+        assert not torch.is_grad_enabled() and not x.requires_grad
+        indices = torch.arange(self.num_rows, dtype=torch.int32)
+        rows = x.reshape(-1, x.shape[-1])[: self.num_rows].clone()
+        return KeptRows(rows, indices, torch.full((self.num_rows,), 2.0)), "note"
+
+    def outer_product(self, kept: KeptRows, note: Any, grad_output: Tensor) -> OuterProduct:
+        assert note == "note" and kept.indices is not None and kept.weights is not None
+        return OuterProduct(grad_output[kept.indices.long()] * kept.weights[:, None], kept.rows)
+
+    def nbytes(self, shape: torch.Size, dtype: torch.dtype) -> int:
+        return self.num_rows * (shape[-1] * dtype.itemsize + 8)
+
+
+class Halves(Exact):
+    """A codec that keeps half as many bits."""
+
+    def encode(self, x: Tensor) -> tuple[Tensor, ...]:
+        return (x.half(),)
+
+    def decode(self, saved: tuple[Tensor, ...]) -> Tensor:
+        return saved[0].float()
+
+
+@pytest.mark.parametrize("codec", [EXACT, Halves()])
+def test_rows_and_bits_are_chosen_apart(codec: Exact) -> None:
+    rows = FirstRows()
+    x, weight, b = leaves()
+    grad_output = torch.randn(3, 4, D_OUT)
+    saved: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = linear(x, weight, b, rows=rows, codec=codec, key=KEY)
+    assert len(rows.sources) == 1 and rows.sources[0] is x
+    kept = sum(t.nbytes for t in saved if t.data_ptr() != weight.data_ptr())
+    half = 5 * D_IN * 2 if codec is not EXACT else 0
+    assert kept == rows.nbytes(x.shape, x.dtype) - half
+    got = torch.autograd.grad(y, (x, weight, b), grad_output)
+    y_plain, plain = run(F.linear, x, weight, b, grad_output)
+    assert torch.equal(y, y_plain)
+    assert torch.equal(got[0], plain[0]) and torch.equal(got[2], plain[2])
+    g2, x2 = (t.detach().flatten(0, 1)[:5] for t in (grad_output, x))
+    close = {} if codec is EXACT else {"rtol": 1e-2, "atol": 1e-2}
+    torch.testing.assert_close(got[1], 2 * g2.t() @ x2, **close)
+    # The control: all rows give another gradient.
+    assert not torch.allclose(got[1], plain[1], **close)
+
+
+def test_a_policy_is_not_asked_where_there_is_no_gradient() -> None:
+    rows = FirstRows()
+    x, weight, b = leaves()
+    with torch.no_grad():
+        linear(x, weight, b, rows=rows, key=KEY)
+    linear(x, weight.detach(), b, rows=rows, key=KEY)
+    assert not rows.sources
+
+
+def test_a_weight_with_a_graph_of_its_own_gets_its_gradient() -> None:
+    x, half, b = leaves()
+    grad_output = torch.randn(3, 4, D_OUT)
+    got, wanted = (
+        torch.autograd.grad(function(x, half.square(), b), half, grad_output)[0]
+        for function in (ours, F.linear)
+    )
+    assert torch.equal(got, wanted)
 
 
 def test_meta_tensors_pass_through() -> None:
     layer = nn.Linear(D_IN, D_OUT, device="meta")
     x = torch.empty(3, D_IN, device="meta")
-    assert linear(x, layer.weight, layer.bias, STORE).shape == (3, D_OUT)
+    assert linear(x, layer.weight, layer.bias).shape == (3, D_OUT)
 
 
 class Products(TorchDispatchMode):
@@ -274,41 +357,42 @@ def test_recomputation_ends_before_the_last_product(function) -> None:
 
 
 class LeadingColumns:
-    """A rule that trains the first columns of the weight alone."""
+    """A subspace that trains the first columns of the weight alone."""
 
     width = 3
+
+    def __init__(self, trains: bool = True) -> None:
+        self.parameter = torch.zeros(D_OUT, self.width, requires_grad=trains)
 
     def project(self, rows: Tensor) -> Tensor:
         return rows[:, : self.width].contiguous()
 
-    def grad(self, factors: Sequence[Factors]) -> Tensor:
-        return grad_weight(factors)
+    def grad(self, outer: OuterProduct) -> Tensor:
+        return outer.dense()
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_rule_trains_its_parameter_in_the_weights_stead(bias: bool) -> None:
-    rule = LeadingColumns()
+def test_a_subspace_trains_its_parameter_in_place_of_the_weight(bias: bool) -> None:
+    subspace = LeadingColumns()
     x, weight, b = leaves(bias=bias)
-    trained = torch.zeros(D_OUT, rule.width, requires_grad=True)
     grad_output = torch.randn(3, 4, D_OUT)
-    y = linear(x, weight, b, STORE, None, trained, rule)
+    y = linear(x, weight, b, subspace=subspace)
     leaf = [t for t in (x, b) if t is not None]
-    *others, ours_, none = torch.autograd.grad(
-        y, [*leaf, trained, weight], grad_output, allow_unused=True
+    *others, trained, none = torch.autograd.grad(
+        y, [*leaf, subspace.parameter, weight], grad_output, allow_unused=True
     )
     y_plain, plain = run(F.linear, x, weight, b, grad_output)
     assert torch.equal(y, y_plain) and none is None
     assert all(torch.equal(g, p) for g, p in zip(others, [plain[0], *plain[2:]], strict=True))
-    torch.testing.assert_close(ours_, plain[1][:, : rule.width])
-    # The control: another rule must not pass.
-    assert not torch.allclose(ours_, plain[1][:, -rule.width :])
+    torch.testing.assert_close(trained, plain[1][:, : subspace.width])
+    # The control: another subspace must not pass.
+    assert not torch.allclose(trained, plain[1][:, -subspace.width :])
 
 
-@pytest.mark.parametrize("is_frozen", [True, False])
-def test_a_rule_keeps_what_it_asks_for(is_frozen: bool) -> None:
-    rule = LeadingColumns()
+@pytest.mark.parametrize("trains", [True, False])
+def test_a_subspace_projects_before_anything_is_kept(trains: bool) -> None:
+    subspace = LeadingColumns(trains)
     x, weight, b = leaves()
-    trained = torch.zeros(D_OUT, rule.width, requires_grad=not is_frozen)
     saved: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:
@@ -316,6 +400,17 @@ def test_a_rule_keeps_what_it_asks_for(is_frozen: bool) -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        linear(x, weight, b, STORE, None, trained, rule)
+        linear(x, weight, b, subspace=subspace)
     sizes = [t.nbytes for t in saved if t.data_ptr() != weight.data_ptr()]
-    assert sizes == ([] if is_frozen else [STORE.saved_bytes(x.shape, x.dtype, rule)])
+    assert sizes == ([3 * 4 * subspace.width * 4] if trains else [])
+
+
+def test_rows_are_chosen_of_the_projected_input() -> None:
+    rows, subspace = FirstRows(), LeadingColumns()
+    x, weight, b = leaves()
+    y = linear(x, weight, b, rows=rows, key=KEY, subspace=subspace)
+    assert rows.sources[0].shape == (3, 4, subspace.width)
+    grad_output = torch.randn(3, 4, D_OUT)
+    (got,) = torch.autograd.grad(y, subspace.parameter, grad_output)
+    g2, x2 = (t.detach().flatten(0, 1)[:5] for t in (grad_output, x))
+    torch.testing.assert_close(got, 2 * g2.t() @ x2[:, : subspace.width])

@@ -1,4 +1,6 @@
-"""The counter-based numbers look independent along every argument, and row norms are accurate."""
+"""The counter-based numbers look independent along every argument."""
+
+import hashlib
 
 import numpy as np
 import pytest
@@ -6,14 +8,14 @@ import torch
 from stats import chi_square_check, correlation_check, z_check
 from torch import Tensor
 
-from leantune.ops.rows import row_norms, uniform, uniform_at
+from leantune.ops.random import RandomKey, stream_of, uniform, uniform_at
 
 NUM_ROWS = 1024
 
 
 def draw_table(seed: int = 0, stream: int = 0, num_draws: int = 512) -> np.ndarray:
     """(num_draws, NUM_ROWS): one line per draw number."""
-    line = torch.func.vmap(lambda draw: uniform(seed, stream, draw, NUM_ROWS, device="cpu"))
+    line = torch.func.vmap(lambda counter: uniform(RandomKey(seed, counter, stream), NUM_ROWS))
     return line(torch.arange(num_draws)).double().numpy()
 
 
@@ -23,9 +25,9 @@ def stack(name: str) -> np.ndarray:
     if name == "draw":
         return draw_table(num_draws=256)
     if name == "seed":
-        lines = [uniform(i, 3, zero, NUM_ROWS, device="cpu") for i in range(256)]
+        lines = [uniform(RandomKey(i, zero, 3), NUM_ROWS) for i in range(256)]
     else:
-        lines = [uniform(3, i, zero, NUM_ROWS, device="cpu") for i in range(256)]
+        lines = [uniform(RandomKey(3, zero, i), NUM_ROWS) for i in range(256)]
     return torch.stack(lines).double().numpy()
 
 
@@ -42,19 +44,19 @@ def pair_counts(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def test_same_arguments_same_numbers_and_range() -> None:
-    draw = torch.tensor(5)
-    first = uniform(1, 2, draw, 1000, device="cpu")
-    assert torch.equal(first, uniform(1, 2, draw, 1000, device="cpu"))
+    key = RandomKey(1, torch.tensor(5), 2)
+    first = uniform(key, 1000)
+    assert torch.equal(first, uniform(RandomKey(1, torch.tensor(5)).at(2), 1000))
     assert first.dtype == torch.float32
     assert first.shape == (1000,)
     assert first.min() >= 0 and first.max() < 1
     # A shorter request is a prefix: the number of a row does not depend on how many there are.
-    assert torch.equal(first[:10], uniform(1, 2, draw, 10, device="cpu"))
+    assert torch.equal(first[:10], uniform(key, 10))
 
 
 def test_bits_are_pinned() -> None:
     # A recipe's draws must not change with a release, a device or a torch version.
-    words = uniform(1, 2, torch.tensor(3), 4, device="cpu").mul(2**24).to(torch.int64).tolist()
+    words = uniform(RandomKey(1, torch.tensor(3), 2), 4).mul(2**24).to(torch.int64).tolist()
     assert words == [10195082, 10418062, 2750556, 7140559]
 
 
@@ -77,7 +79,7 @@ def test_arithmetic_equals_unbounded_integers() -> None:
             x = fold(row ^ key % 2**32, 0x7FEB352D)
             x ^= (draw * 0x5851F42D + (key >> 32)) % 2**32
             expected.append((fold(fold(x, 0x21F0AAAD), 0x735A2D97) >> 8) / 2**24)
-        actual = uniform(seed, stream, torch.tensor(draw), 64, device="cpu")
+        actual = uniform(RandomKey(seed, torch.tensor(draw), stream), 64)
         assert actual.tolist() == expected
 
 
@@ -132,19 +134,19 @@ def test_line_sums_have_the_variance_of_independent_numbers(name: str) -> None:
 
 def test_a_table_in_pieces_is_the_whole_table() -> None:
     rows, columns = torch.arange(300)[:, None], torch.arange(500)
-    draw = torch.tensor(3)
-    whole = uniform_at(5, 7, draw, rows, columns)
+    key = RandomKey(5, torch.tensor(3), 7)
+    whole = uniform_at(key, rows, columns)
     assert whole.dtype == torch.float32 and 0 <= float(whole.min()) <= float(whole.max()) < 1
     picked = torch.randperm(500)[:40]
-    assert torch.equal(uniform_at(5, 7, draw, rows[90:95], picked), whole[90:95, picked])
+    assert torch.equal(uniform_at(key, rows[90:95], picked), whole[90:95, picked])
     assert torch.equal(rows, torch.arange(300)[:, None]), "the arguments are left alone"
     for other in ((6, 7, 3), (5, 8, 3), (5, 7, 4)):
-        again = uniform_at(other[0], other[1], torch.tensor(other[2]), rows, columns)
+        again = uniform_at(RandomKey(other[0], torch.tensor(other[2]), other[1]), rows, columns)
         assert float((again == whole).double().mean()) < 1e-3
 
 
 def test_rows_and_columns_of_a_table_are_independent() -> None:
-    u = uniform_at(5, 7, torch.tensor(3), torch.arange(512)[:, None], torch.arange(512))
+    u = uniform_at(RandomKey(5, torch.tensor(3), 7), torch.arange(512)[:, None], torch.arange(512))
     table = u.double().numpy()
     for a, b in (
         (table[:, :-1], table[:, 1:]),
@@ -162,7 +164,7 @@ def test_rows_and_columns_of_a_table_are_independent() -> None:
 
 def test_no_host_read() -> None:
     def numbers(draw: Tensor) -> Tensor:
-        return uniform(1, 2, draw, 64, device="meta")
+        return uniform(RandomKey(1, draw, 2), 64)
 
     assert numbers(torch.empty((), dtype=torch.int64, device="meta")).shape == (64,)
 
@@ -171,23 +173,18 @@ def test_no_host_read() -> None:
 def test_same_bits_on_the_gpu() -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    on_gpu = uniform(9, 8, torch.tensor(7, device="cuda"), 5000, device="cuda")
-    assert torch.equal(on_gpu.cpu(), uniform(9, 8, torch.tensor(7), 5000, device="cpu"))
+    on_gpu = uniform(RandomKey(9, torch.tensor(7, device="cuda"), 8), 5000)
+    assert torch.equal(on_gpu.cpu(), uniform(RandomKey(9, torch.tensor(7), 8), 5000))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_row_norms_accumulate_in_float32(dtype: torch.dtype) -> None:
-    generator = torch.Generator().manual_seed(0)
-    x = (torch.randn(7, 4096, generator=generator) * 100).to(dtype)
-    exact = np.array([np.sqrt((row**2).sum()) for row in x.double().numpy()])
-    norms = row_norms(x)
-    assert norms.dtype == torch.float32
-    # The sum of squares of a half-precision row exceeds 65504, float16's largest number.
-    error = np.abs(norms.double().numpy() / exact - 1).max()
-    assert error < 1e-6
-    rounded = np.abs(norms.to(torch.bfloat16).double().numpy() / exact - 1).max()
-    assert not rounded < 1e-6
+def test_streams_are_pinned_and_differ_by_name() -> None:
+    assert stream_of("a") == int.from_bytes(
+        hashlib.blake2b(b"a", digest_size=8).digest(), "little", signed=True
+    )
+    names = [f"layer.{i}.query" for i in range(1000)]
+    assert len({stream_of(name) for name in names}) == 1000
 
 
-def test_row_norms_of_no_rows() -> None:
-    assert row_norms(torch.zeros(0, 3)).shape == (0,)
+def test_the_key_of_another_site_keeps_seed_and_counter() -> None:
+    key = RandomKey(3, torch.tensor(4))
+    assert key.at(9) == (3, key.counter, 9) and key.stream == 0

@@ -31,9 +31,7 @@ def write(folder: Path, suffix: str, rows: list[tuple[str, str]] = ROWS) -> Path
             path.write_text("\n".join(["sentence1,label", *quoted]) + "\n")
         else:
             content = ("\n".join(["sentence1\tlabel", *map("\t".join, rows)]) + "\n").encode()
-            path.write_bytes(
-                gzip.compress(content.encode()) if "gz" in suffix else content.encode()
-            )
+            path.write_bytes(gzip.compress(content) if "gz" in suffix else content)
     return folder
 
 

@@ -31,7 +31,7 @@ def test_data_are_balanced_repeatable_and_without_leaks() -> None:
 
 def test_more_than_there_is_is_refused() -> None:
     available = len(demo.distinct_sentences())
-    assert available >= 7000
+    assert available >= 5000
     with pytest.raises(lt.ConfigError, match=f"at most {available}"):
         demo.demo_data(available, 1)
 

@@ -38,9 +38,9 @@ def test_logits_are_reduced_and_checked() -> None:
     logits, labels = np.array([[2.0, 1.0], [0.0, 3.0]]), np.array([0, 0])
     assert score(SimpleNamespace(predictions=(logits,), label_ids=labels)) == {"accuracy": 0.5}  # type: ignore[arg-type]
     bad = SimpleNamespace(predictions=logits * np.nan, label_ids=labels)
-    with pytest.raises(lt.ConfigError, match="must be finite, got 4 of 4"):
+    with pytest.raises(lt.ConfigError, match="one finite number .* 2 not finite"):
         score(bad)  # type: ignore[arg-type]
-    with pytest.raises(lt.ConfigError, match="one number for each reference"):
+    with pytest.raises(lt.ConfigError, match="one finite number for each reference"):
         compute(ALL, [1], [1, 0])
 
 
@@ -48,4 +48,3 @@ def test_the_floor_is_what_needs_no_learning() -> None:
     sst2 = floor_score(TASKS["sst2"], [0, 1, 1], [1, 0, 1, 1])
     assert sst2 == {"name": "majority", "value": 0.75}
     assert floor_score(SCORES, [1.0, 2.0], [1.0, 5.0]) == {"name": "mean", "value": 0.0}
-    assert floor_score(TASKS["causal_lm"], [], []) is None

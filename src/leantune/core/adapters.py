@@ -16,13 +16,9 @@ _INSIDE = re.compile(rf"\.base_layer$|{_FACTOR.pattern}")
 
 
 class LowRank(NamedTuple):
-    """One adapter of a linear: it adds ``scaling * second(first(dropout(x)))`` to the output.
+    """An adapter of a linear adds ``scaling * second(first(dropout(x)))`` to its output.
 
-    Args:
-        first: a linear d_in -> r.
-        second: a linear r -> d_out.
-        scaling: the adapter's factor.
-        dropout: module on the adapter's input.
+    The factors are linears, d_in -> r and r -> d_out.
     """
 
     first: nn.Module
@@ -102,7 +98,7 @@ def _active(layer: Any) -> tuple[LowRank, ...]:
         layer.unmerge()
     if layer.disable_adapters or layer.merged:
         return ()
-    active = []
+    active: list[LowRank] = []
     for name in layer.active_adapters:
         if name not in layer.lora_A:
             continue

@@ -61,12 +61,6 @@ class LinearView(NamedTuple):
         biases = repeat(None) if dim == 1 or self.bias is None else self.bias.chunk(num)
         return list(map(LinearView, repeat(self.module), weights, biases))
 
-    def stack(self, dim: int, num: int) -> "list[LinearView]":
-        """Return one view of all these slices, whose tensors have a first dimension ``num``."""
-        weight = self.weight.unflatten(dim, (num, -1)).movedim(dim, 0)
-        bias = None if dim == 1 or self.bias is None else self.bias.unflatten(0, (num, -1))
-        return [LinearView(self.module, weight, bias)]
-
 
 class FFN:
     """An FFN as it computes now, made by :func:`view_ffn`.
@@ -77,8 +71,8 @@ class FFN:
         linears: ``up``, ``gate`` and ``down`` without the LoRA layers around them.
 
     Attributes:
-        is_divisible: whether slices of the weights may be used by themselves; a weight in whose
-            place a method trains something else is needed whole.
+        is_divisible: whether slices of the weights may be used by themselves. A linear that trains
+            a subspace needs its whole input and its own forward.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module], linears: Mapping[str, Adapted]) -> None:
@@ -93,11 +87,6 @@ class FFN:
                 )
         self._converted = [m for m in every if isinstance(m, Converted)]
         self.is_divisible = all(m.subspace is None for m in self._converted)
-
-    @property
-    def is_sampled(self) -> bool:
-        """Whether backward keeps what a method chooses of some linear's inputs."""
-        return any(module.training for module in self._converted)
 
     def weight(self, part: str) -> Tensor:
         """Return the weight of ``up``, ``gate`` or ``down`` without adapters, (d_out, d_in)."""
@@ -144,17 +133,13 @@ class FFN:
         """Cut the hidden units into ``num`` slices of equal size, whose weights are views."""
         return self._cut(LinearView.chunk, num)
 
-    def stacked(self, num: int) -> "FFNSlice":
-        """Return these slices as one, whose weights have a first dimension ``num``."""
-        return self._cut(LinearView.stack, num)[0]
-
     def _cut(self, cut: Callable[..., list[LinearView]], num: int) -> "list[FFNSlice]":
-        parts = []
+        parts: list[Iterable[tuple[LinearView, ...]]] = []
         for part, (base, adapters) in self.linears.items():
             dim = int(part == "down")
-            pieces = [cut(LinearView.of(base), dim, num)]
+            pieces = [LinearView.of(base).chunk(dim, num)]
             for first, second, scaling, _ in adapters:
-                pieces.append(cut(LinearView.of(first if dim else second, scaling), dim, num))
+                pieces.append(LinearView.of(first if dim else second, scaling).chunk(dim, num))
             parts.append(zip(*pieces, strict=True))
         return list(map(FFNSlice, repeat(self), zip(*parts, strict=True)))
 
@@ -165,10 +150,10 @@ class FFN:
             y: (n, d_model).
             low: (n, r) for each adapter of ``down``.
         """
-        down, adapters = self.linears["down"]
+        down: Any = self.linears["down"].linear
         if down.bias is not None:
-            y = y + down.bias.to(y.dtype)  # type: ignore[operator]
-        for z, adapter in zip(low, adapters, strict=True):
+            y = y + down.bias.to(y.dtype)
+        for z, adapter in zip(low, self.linears["down"].adapters, strict=True):
             view = LinearView.of(adapter.second, adapter.scaling)
             y = y + view.multiply(z).to(y.dtype)
         dropout = self.modules.get("output_dropout")
@@ -192,7 +177,6 @@ class FFNSlice(NamedTuple):
         x: Tensor,
         low: Iterable[Tensor],
         scale: Tensor | None = None,
-        multiply: Callable[[LinearView, Tensor], Tensor] = LinearView.multiply,
     ) -> list[Tensor]:
         """Return the down product (n, d_model), then the low-rank output (n, r) of each adapter.
 
@@ -200,16 +184,16 @@ class FFNSlice(NamedTuple):
             x: (n, d_model).
             low: for these rows, what :meth:`FFN.project` returns.
             scale: (n, 1), multiplies the hidden activations; None for ones.
-            multiply: (view, rows) -> rows, the product with each slice.
         """
-        modules, low, outputs = self.ffn.modules, iter(low), []
+        modules, low = self.ffn.modules, iter(low)
+        outputs: list[Tensor] = []
         *inputs, down = self.parts
         for base, *factors in inputs:
-            out = multiply(base, x)
+            out = base.multiply(x)
             for factor in factors:
-                out = out + multiply(factor, next(low)).to(out.dtype)
+                out = out + factor.multiply(next(low)).to(out.dtype)
             outputs.append(out)
-        hidden = modules["activation"](outputs[-1])
+        hidden: Tensor = modules["activation"](outputs[-1])
         if "gate" in modules:
             hidden = hidden * outputs[0]
         if "hidden_dropout" in modules:
@@ -217,21 +201,18 @@ class FFNSlice(NamedTuple):
         if scale is not None:
             hidden = hidden * scale.to(hidden.dtype)
         base, *factors = down
-        results = [multiply(base, hidden)]
+        results = [base.multiply(hidden)]
         for factor, adapter in zip(factors, self.ffn.linears["down"].adapters, strict=True):
-            results.append(adapter.scaling * multiply(factor, adapter.dropout(hidden)))
+            results.append(adapter.scaling * factor.multiply(adapter.dropout(hidden)))
         return results
 
 
 def view_ffn(modules: Mapping[str, nn.Module], before: FFN | None = None) -> FFN:
     """Return the view of an FFN; ``before`` itself unless a module or an adapter has changed.
 
-    Who keeps the view and hands it in again gets a new one only after an adapter was added,
-    switched or merged, or a linear was converted.
-
-    Args:
-        modules: as :class:`FFN` takes them, LoRA layers included.
-        before: an earlier view.
+    Whoever keeps the view and hands it in again gets a new one only when an adapter was added,
+    switched or merged, or a linear was converted. ``modules`` is as for :class:`FFN`, with LoRA
+    layers.
 
     Raises:
         UnsupportedError: a linear of another kind, or an adapter that is no plain LoRA.
@@ -319,15 +300,13 @@ class HiddenUnits:
             for prefix, layer in linears_along(self._holder.get_submodule(name), along):
                 dim = along if isinstance(layer, nn.Linear) else 1 - along
                 yield f"{name}.{prefix}weight", layer.get_parameter("weight"), dim
-                if along == 0 and layer.bias is not None:
+                if along == 0 and layer._parameters["bias"] is not None:
                     yield f"{name}.{prefix}bias", layer.get_parameter("bias"), 0
 
-    def _to_original(self, holder: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    def _to_original(self, _: nn.Module, state: dict[str, Any], prefix: str, *__: Any) -> None:
         self._reorder_entries(state, prefix, self.permutation.argsort())
 
-    def _from_original(
-        self, holder: nn.Module, state: dict[str, Any], prefix: str, *_: Any
-    ) -> None:
+    def _from_original(self, _: nn.Module, state: dict[str, Any], prefix: str, *__: Any) -> None:
         if f"{prefix}permutation" in state:
             # A router knows the groups that it was saved with.
             self.load(state[f"{prefix}permutation"])

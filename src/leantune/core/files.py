@@ -63,8 +63,9 @@ def write_atomic(path: Path, data: str | bytes) -> None:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write named tensors to one safetensors file, atomically; shared storage is written once
-    per name.
+    """Write named tensors to one safetensors file, atomically.
+
+    Shared storage is written once for each name.
 
     Raises:
         OSError: the file cannot be written; what was there before survives.

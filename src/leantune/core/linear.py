@@ -78,8 +78,7 @@ class ConvertedLinear(nn.Linear):
 
 
 class ConvertedConv1D(nn.Module):
-    """A converted ``Conv1D`` of transformers, whose weight is (d_in, d_out); see
-    :class:`ConvertedLinear`."""
+    """A converted ``Conv1D`` (weight (d_in, d_out)) does the same as a converted linear."""
 
     weight: nn.Parameter
     bias: nn.Parameter

@@ -100,6 +100,7 @@ class ThinGradient:
 class LargestEntries:
     """The largest entries of a weight's gradient train the weight; the rest is zero."""
 
+    model: nn.Module
     layer: nn.Module
     keep_ratio: float
     runtime: Runtime
@@ -116,7 +117,8 @@ class LargestEntries:
     def grad(self, outer: OuterProduct) -> Tensor:
         """Return the gradient in the weight's shape, dense in memory, mostly zero."""
         grad = outer.dense()
-        if not self.runtime.is_exact:
+        # The model's own flag: ``layer`` is out of the model, and nobody tells it of evaluation.
+        if self.model.training and not self.runtime.is_exact:
             grad = keep_entries(grad, self.keep_ratio)
         return grad.t() if is_conv1d(self.layer) else grad
 
@@ -143,7 +145,7 @@ def _convert(
         return ThinnedLinears([], [site.module.register_forward_hook(thin) for site in sites])
     swaps: list[Swap] = []
     for site in sites:
-        entries = LargestEntries(site.module, config.keep_ratio, runtime)
+        entries = LargestEntries(model, site.module, config.keep_ratio, runtime)
         swaps.append(swap(model, site.name, converted(site.module, runtime, subspace=entries)))
     return ThinnedLinears(swaps, [])
 

@@ -7,15 +7,12 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import datasets
 import pandas
 
 from leantune.errors import ConfigError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 FORMATS = {
     ".tsv": "csv",
@@ -31,6 +28,7 @@ _SPLIT_WORDS = {
     "validation": ("validation", "valid", "dev"),
     "validation_matched": ("validation_matched", "dev_matched", "validation", "dev"),
 }
+_PAIR = ("sentence1", "sentence2")
 
 
 @dataclass(frozen=True)
@@ -38,59 +36,54 @@ class Task:
     """A task says what is read, what is predicted and how that is judged.
 
     Args:
-        columns: each way in which files may name the one or two texts, the first that fits counts.
+        columns: each way in which files may name the one or two texts; the first that fits counts.
         label_names: of the classes in the order of their ids; None where train decides.
-        metrics: the first one compares runs; none for a language model.
-        hub: configuration of ``nyu-mll/glue``; None where only files have the task.
+        metrics: the first one compares runs; larger is better, except for ``perplexity``.
     """
 
     name: str
-    kind: Literal["classification", "regression", "causal_lm"]
-    columns: tuple[tuple[str, ...], ...] = (("sentence1", "sentence2"), ("sentence1",))
+    kind: Literal["classification", "regression", "causal_lm"] = "classification"
+    columns: tuple[tuple[str, ...], ...] = (_PAIR, _PAIR[:1])
     label_names: tuple[str, ...] | None = None
     metrics: tuple[str, ...] = ("accuracy",)
-    hub: str | None = None
     validation: str = "validation"
 
     @property
     def main_metric(self) -> str:
-        """The metric that compares runs; larger is better, except for ``perplexity``."""
-        return self.metrics[0] if self.metrics else "perplexity"
+        """The metric that compares runs."""
+        return self.metrics[0]
 
 
-def _glue(
-    name: str,
-    labels: str,
-    columns: str,
-    metrics: tuple[str, ...] = ("accuracy",),
-    validation: str = "validation",
-) -> Task:
+def _glue(name: str, labels: str, columns: str, *metrics: str, **options: Any) -> Task:
     hub = tuple(columns.split())
-    own = ("sentence1", "sentence2")[: len(hub)]
-    names = tuple(labels.split()) or None
-    kind = "classification" if names else "regression"
-    return Task(name, kind, (own, hub), names, metrics, name, validation)
+    names = tuple(labels.split())
+    both = (_PAIR[: len(hub)], hub)
+    return Task(name, "classification", both, names, metrics or ("accuracy",), **options)
 
 
-_PAIR, _F1, _SCORES = "sentence1 sentence2", ("f1", "accuracy"), ("pearson", "spearman")
-_NLI = "entailment neutral contradiction"
+_SCORES = ("pearson", "spearman")
 _ENTAILS = "entailment not_entailment"
 TASKS: Mapping[str, Task] = {
     task.name: task
     for task in (
-        _glue("cola", "unacceptable acceptable", "sentence", ("matthews", "accuracy")),
+        _glue("cola", "unacceptable acceptable", "sentence", "matthews", "accuracy"),
         _glue("sst2", "negative positive", "sentence"),
-        _glue("mrpc", "not_equivalent equivalent", _PAIR, _F1),
-        _glue("qqp", "not_duplicate duplicate", "question1 question2", _F1),
-        _glue("stsb", "", _PAIR, _SCORES),
-        _glue("mnli", _NLI, "premise hypothesis", validation="validation_matched"),
+        _glue("mrpc", "not_equivalent equivalent", "sentence1 sentence2", "f1", "accuracy"),
+        _glue("qqp", "not_duplicate duplicate", "question1 question2", "f1", "accuracy"),
+        Task("stsb", "regression", (_PAIR,), metrics=_SCORES),
+        _glue(
+            "mnli",
+            "entailment neutral contradiction",
+            "premise hypothesis",
+            validation="validation_matched",
+        ),
         _glue("qnli", _ENTAILS, "question sentence"),
-        _glue("rte", _ENTAILS, _PAIR),
-        _glue("wnli", "not_entailment entailment", _PAIR),
-        Task("text", "classification"),
+        _glue("rte", _ENTAILS, "sentence1 sentence2"),
+        _glue("wnli", "not_entailment entailment", "sentence1 sentence2"),
+        Task("text"),
         Task("regression", "regression", metrics=_SCORES),
-        Task("causal_lm", "causal_lm", (("text",),), metrics=()),
-        Task("demo", "classification", (("sentence1",),), ("swapped", "intact")),
+        Task("causal_lm", "causal_lm", (("text",),), metrics=("perplexity",)),
+        Task("demo"),
     )
 }
 
@@ -140,23 +133,19 @@ def load_task(
     if source is None:
         from leantune.training.demo import demo_data
 
-        return demo_data(max_train or 6000, max_validation or 1000)
-    data = _read_splits(task, str(source))
+        return demo_data(max_train or 4000, max_validation or 1000)
+    names, found = task.label_names, {}
     limits = {"train": max_train, "validation": max_validation}
-    if task.kind == "causal_lm":
-        return datasets.DatasetDict(
-            {
-                split: rows.select(range(min(limits[split] or len(rows), len(rows))))
-                for split, (rows, _) in data.items()
-            }
-        )
-    names = _class_names(task, *data["train"])
-    return datasets.DatasetDict(
-        {
-            split: _subset(_check_rows(task, rows, place, names), limits[split], split)
-            for split, (rows, place) in data.items()
-        }
-    )
+    for split, (rows, place) in _read_splits(task, str(source)).items():
+        order = list(range(len(rows)))
+        if task.kind != "causal_lm":
+            names = names or _class_names(task, rows, place)
+            rows = _check_rows(task, rows, place, names)
+            random.Random(f"0/{split}").shuffle(order)
+        limit = limits[split]
+        is_cut = limit is not None and limit < len(rows)
+        found[split] = rows.select(order[:limit]) if is_cut else rows
+    return datasets.DatasetDict(found)
 
 
 def find_split(folder: Path, task: str, split: str) -> Path:
@@ -172,18 +161,16 @@ def find_split(folder: Path, task: str, split: str) -> Path:
     suffixes = [suffix + gz for suffix in FORMATS for gz in ("", ".gz")]
     found = [p for s in stems for x in suffixes if (p := folder / (s + x)).is_file()]
     if len(found) != 1:
-        there = sorted(p.name for p in folder.iterdir())[:20] if folder.is_dir() else "no folder"
+        there = [str(p) for p in found] or sorted(p.name for p in folder.iterdir())[:20]
         raise ConfigError(
             f"find_split: folder {folder} must hold one {split} file of task {task} "
-            f"({', '.join(stems)}, with {' '.join(FORMATS)}), got "
-            f"{[str(p) for p in found] or there}; rename the file, or give another folder"
+            f"({', '.join(stems)}, with {' '.join(FORMATS)}), got {there}; rename the file, or "
+            "give another folder"
         )
     return found[0]
 
 
-def tokenize(
-    data: datasets.DatasetDict, tokenizer: "PreTrainedTokenizerBase", max_length: int
-) -> datasets.DatasetDict:
+def tokenize(data: datasets.DatasetDict, tokenizer: Any, max_length: int) -> datasets.DatasetDict:
     """Turn both splits into token ids and labels, truncated but not padded.
 
     A text is cut into blocks of ``max_length`` without special tokens; its last, incomplete block
@@ -195,8 +182,8 @@ def tokenize(
         max_length: most tokens of a row, special ones included.
 
     Returns:
-        ``input_ids``, ``attention_mask``, perhaps ``token_type_ids``, and ``labels``: class ids,
-        float32 scores, or the ``input_ids`` of a block (a causal model shifts them itself).
+        What the tokenizer gives, and ``labels``: class ids, float32 scores, or the ``input_ids`` of
+        a block (a causal model shifts them itself).
 
     Raises:
         ConfigError: ``max_length`` does not fit the tokenizer, or a text gives no block.
@@ -215,20 +202,15 @@ def tokenize(
     def encode(rows: Mapping[str, Any]) -> dict[str, Any]:
         if is_text:
             return _blocks("\n".join(rows["text"]), tokenizer, max_length)
-        texts = [rows[name] for name in ("sentence1", "sentence2") if name in rows]
+        texts = [rows[name] for name in _PAIR if name in rows]
         encoded = tokenizer(*texts, truncation=True, max_length=max_length)
         return {**encoded, "labels": rows["label"]}
 
-    tokens = data.map(
-        encode,
-        batched=True,
-        batch_size=None if is_text else 1000,
-        remove_columns=list(features),
-        load_from_cache_file=False,
-    )
-    if not is_text:
-        kind = "int64" if isinstance(features["label"], datasets.ClassLabel) else "float32"
-        tokens = tokens.cast_column("labels", datasets.Value(kind))
+    size = None if is_text else 1000
+    how: dict[str, Any] = {"batched": True, "batch_size": size, "load_from_cache_file": False}
+    tokens = data.map(encode, remove_columns=list(features), **how)
+    if features.get("label") == datasets.Value("float64"):
+        tokens = tokens.cast_column("labels", datasets.Value("float32"))
     return tokens
 
 
@@ -253,15 +235,27 @@ def _read_splits(task: Task, source: str) -> dict[str, tuple[datasets.Dataset, s
         return {split: (_read_file(file), str(file)) for split, file in files.items()}
     if path.is_file() and task.kind == "causal_lm":
         lines = _read_file(path)
+        # Of a single line both splits are the same.
         mark = max(1, int(len(lines) * TRAIN_SHARE_OF_ONE_TEXT))
-        halves = (range(mark), range(min(mark, len(lines) - 1), len(lines)))
+        rest = range(min(mark, len(lines) - 1), len(lines))
         return {
-            split: (lines.select(half), source) for split, half in zip(names, halves, strict=True)
+            "train": (lines.select(range(mark)), source),
+            "validation": (lines.select(rest), source),
         }
-    if source == "hub":
-        source = f"nyu-mll/glue:{task.hub}"
     name, _, config = source.partition(":")
-    return {split: (_read_hub(name, config or None, at), source) for split, at in names.items()}
+    if source == "hub":
+        name, config = "nyu-mll/glue", task.name
+    try:
+        found = {at: datasets.load_dataset(name, config or None, split=at) for at in names.values()}
+    # The library's own errors, those of the HTTP client and those of the file formats.
+    except Exception as error:
+        raise ConfigError(
+            f"load_task: data must be a folder, or a data set on the hub with splits "
+            f"{', '.join(names.values())}, got {source!r}, which is no folder here "
+            f"({type(error).__name__}: {error}); correct the path, or without a network give a "
+            "local folder"
+        ) from error
+    return {split: (found[at], f"{source} {at}") for split, at in names.items()}  # type: ignore[return-value]
 
 
 def _read_file(path: Path) -> datasets.Dataset:
@@ -271,14 +265,8 @@ def _read_file(path: Path) -> datasets.Dataset:
         with tempfile.TemporaryDirectory() as cache, warnings.catch_warnings():
             # Rows longer than the header are cut short with a warning.
             warnings.simplefilter("error", pandas.errors.ParserWarning)
-            rows = datasets.load_dataset(
-                FORMATS[suffix],
-                data_files=str(path),
-                split="train",
-                cache_dir=cache,
-                keep_in_memory=True,
-                **options,
-            )
+            where = {"data_files": str(path), "cache_dir": cache, "keep_in_memory": True}
+            rows = datasets.load_dataset(FORMATS[suffix], split="train", **where, **options)
         assert isinstance(rows, datasets.Dataset) and len(rows), "no rows"
     # Each reader raises its own errors, and datasets hides them in one of its own.
     except Exception as error:
@@ -299,31 +287,17 @@ def _text_columns(path: Path, suffix: str) -> dict[str, Any]:
     return options | {"na_filter": False, "index_col": False, "features": text}
 
 
-def _read_hub(name: str, config: str | None, split: str) -> datasets.Dataset:
-    try:
-        rows = datasets.load_dataset(name, config, split=split)
-    # The library's own errors, those of the HTTP client and those of the file formats.
-    except Exception as error:
-        raise ConfigError(
-            f"load_task: data must be a folder, or a data set on the hub with split {split!r}, got "
-            f"{name!r} (config {config!r}), which is no folder here ({type(error).__name__}: "
-            f"{error}); correct the path, or without a network give a local folder"
-        ) from error
-    assert isinstance(rows, datasets.Dataset)
-    return rows
-
-
 def _class_names(task: Task, rows: datasets.Dataset, place: str) -> tuple[str, ...] | None:
-    """Return the classes in the order of their ids, from train where the task leaves them open."""
-    if task.kind == "regression" or task.label_names is not None:
-        return task.label_names
-    names = sorted({str(v) for v in _column(rows, "label", place) if v not in (None, "")})
+    """Return the classes that occur in train, sorted; None for scores."""
+    if task.kind == "regression":
+        return None
+    names = tuple(sorted({str(v) for v in _column(rows, "label", place) if v not in (None, "")}))
     if len(names) < 2:
         raise ConfigError(
             f"load_task: {place}: column 'label' must hold at least two classes, got {names}; use "
             "other data, or task 'regression' for scores"
         )
-    return tuple(names)
+    return names
 
 
 def _check_rows(
@@ -331,26 +305,29 @@ def _check_rows(
 ) -> datasets.Dataset:
     """Return the rows under the standard names, or name the first bad value."""
     fitting = (found for found in task.columns if set(found) <= set(rows.column_names))
-    columns = next(fitting, task.columns[0])
-    ids = None
-    if names is not None:
-        ids = {name: i for i, name in enumerate(names)}
-        if task.label_names is not None:
-            ids |= {str(i): i for i in ids.values()}
-    rule = "a finite number" if ids is None else f"one of {', '.join(list(ids)[:20])}"
-    labels = []
-    for column in columns:
-        for row, value in enumerate(_column(rows, column, place), start=1):
-            if not isinstance(value, str):
-                raise _bad_value(place, row, column, "text", value)
-    for row, value in enumerate(_column(rows, "label", place), start=1):
-        labels.append(_score(value) if ids is None else ids.get(str(value)))
-        if labels[-1] is None:
-            raise _bad_value(place, row, "label", rule, value)
-    new = dict(zip(columns, ("sentence1", "sentence2"), strict=False))
-    texts = rows.select_columns(list(columns)).rename_columns(new)
-    feature = datasets.Value("float64") if names is None else datasets.ClassLabel(names=list(names))
-    return texts.add_column("label", labels, feature=feature)
+    columns = next(fitting, task.columns[-1])
+    ids = {name: i for i, name in enumerate(names or ())}
+    if task.label_names is not None:
+        ids |= {str(i): i for i in ids.values()}
+    rule = f"one of {', '.join(list(ids)[:20])}" if ids else "a finite number"
+
+    def label(value: Any) -> float | None:
+        return ids.get(str(value)) if ids else _score(value)
+
+    checks = {column: ("text", lambda v: v if isinstance(v, str) else None) for column in columns}
+    values: dict[str, list[Any]] = {}
+    for column, (wanted, read) in {**checks, "label": (rule, label)}.items():
+        values[column] = list(map(read, _column(rows, column, place)))
+        if None in values[column]:
+            row = values[column].index(None)
+            raise ConfigError(
+                f"load_task: {place} row {row + 1}: {column!r} must be {wanted}, got "
+                f"{rows[row][column]!r}; correct or remove the row"
+            )
+    texts = rows.select_columns(list(columns))
+    texts = texts.rename_columns(dict(zip(columns, _PAIR, strict=False)))
+    feature = datasets.ClassLabel(names=list(names)) if names else datasets.Value("float64")
+    return texts.add_column("label", values["label"], feature=feature)
 
 
 def _column(rows: datasets.Dataset, name: str, place: str) -> Any:
@@ -368,16 +345,3 @@ def _score(value: Any) -> float | None:
     except (TypeError, ValueError):
         return None
     return score if math.isfinite(score) else None
-
-
-def _bad_value(place: str, row: int, column: str, rule: str, value: Any) -> ConfigError:
-    return ConfigError(
-        f"load_task: {place} row {row}: {column!r} must be {rule}, got {value!r}; correct or "
-        "remove the row"
-    )
-
-
-def _subset(rows: datasets.Dataset, limit: int | None, split: str) -> datasets.Dataset:
-    order = list(range(len(rows)))
-    random.Random(f"0/{split}").shuffle(order)
-    return rows if limit is None or limit >= len(rows) else rows.select(order[:limit])

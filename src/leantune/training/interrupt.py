@@ -6,7 +6,7 @@ import time
 from types import FrameType
 from typing import Any, Self
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 
@@ -32,7 +32,6 @@ class StopOnInterrupt(TrainerCallback):
     def __exit__(self, kind: type[BaseException] | None, *args: object) -> None:
         if self._is_installed:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            self._is_installed = False
         if self._is_asked and kind is None:
             raise KeyboardInterrupt
 
@@ -40,17 +39,12 @@ class StopOnInterrupt(TrainerCallback):
         self._is_asked = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._is_asked:
             # The log in between keeps the losses since the last one, which no checkpoint holds.
             control.should_log = control.should_save = control.should_training_stop = True
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        assert state.epoch is not None
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._is_asked and not state.epoch.is_integer():
             control.should_evaluate = control.should_save = False
         # An evaluation moves the random stream: this step's checkpoint has to come after it.
@@ -59,27 +53,19 @@ class StopOnInterrupt(TrainerCallback):
 
 
 class Stopwatch(TrainerCallback, ExportableState):
-    """Sum up the seconds spent in optimiser steps, over all parts of a resumed run.
-
-    Attributes:
-        seconds: from the first micro-batch's forward to the end of the step, summed over steps.
-    """
+    """Sum up the seconds spent in optimiser steps, over all parts of a resumed run."""
 
     def __init__(self) -> None:
-        self.seconds = 0.0
-        self._started = 0.0
+        self.seconds = self._started = 0.0
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps."""
         return {"args": {}, "attributes": {"seconds": self.seconds}}
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        kept: Any = state.stateful_callbacks
-        entry = kept.get("Stopwatch") if state.global_step > 0 and isinstance(kept, dict) else None
-        if entry is not None:
-            self.seconds = float(entry["attributes"]["seconds"])
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        kept = state.stateful_callbacks
+        if state.global_step > 0 and "Stopwatch" in kept:
+            self.seconds = float(kept["Stopwatch"]["attributes"]["seconds"])
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         self._started = time.perf_counter()

@@ -59,7 +59,7 @@ def train(
     """
     recipe = RunRecipe.read(recipe, overrides)
     check_folder(recipe)
-    _check_device(recipe)
+    _check_device(recipe.precision)
     output = Path(recipe.output)
     if recipe.resume and (output / METRICS_FILE).is_file():
         return RunResult.read(output)
@@ -239,7 +239,8 @@ class _Experiment:
 
     def result(self, runs: tuple[VariantResult, ...]) -> RunResult:
         """Put the variants together with what they have in common."""
-        labels = {s: rows["label"] for s, rows in self.data.items() if "label" in rows.features}
+        train, validation = self.data["train"], self.data["validation"]
+        is_text = self.task.kind == "causal_lm"
         on_gpu = torch.cuda.is_available()
         return RunResult(
             versions={
@@ -254,7 +255,7 @@ class _Experiment:
             model=self.recipe.model,
             task=self.recipe.task,
             main_metric=self.task.main_metric,
-            floor=floor_score(self.task, labels["train"], labels["validation"]) if labels else None,
+            floor=None if is_text else floor_score(self.task, train["label"], validation["label"]),
             num_train=len(self.rows["train"]),
             num_validation=len(self.rows["validation"]),
             seed=self.recipe.seed,
@@ -338,15 +339,12 @@ def training_arguments(
     )
 
 
-def _check_device(recipe: RunRecipe) -> None:
+def _check_device(precision: str) -> None:
     on_gpu = torch.cuda.is_available()
-    if recipe.precision == "fp16" and not on_gpu:
+    if (precision == "fp16" and not on_gpu) or (
+        precision == "bf16" and on_gpu and not torch.cuda.is_bf16_supported(False)
+    ):
         raise ConfigError(
-            "RunRecipe: precision must be 'float32' or 'bf16' without an NVIDIA GPU, got 'fp16'; "
-            "float16 needs one"
-        )
-    if recipe.precision == "bf16" and on_gpu and not torch.cuda.is_bf16_supported(False):
-        raise ConfigError(
-            "RunRecipe: precision must be 'float32' or 'fp16' on this GPU, got 'bf16', which it "
-            "does not compute"
+            f"RunRecipe: precision must be one that this device computes, got {precision!r}; take "
+            "'float32'"
         )

@@ -1,6 +1,6 @@
 """A model with routed FFNs: how they come in, how they are calibrated, and how they go.
 
-Legend: s tokens that are kept, d_model, F hidden units, G groups.
+Legend: F hidden units.
 """
 
 from collections.abc import Iterable, Mapping
@@ -22,7 +22,7 @@ from leantune.methods.routed_ffn.clusters import balanced_groups
 from leantune.methods.routed_ffn.config import RoutedFFN
 from leantune.methods.routed_ffn.module import RoutedMLP
 
-_TOKENS_PER_BATCH, _MAX_TOKENS = 512, 2048
+_MAX_TOKENS = 2048
 _RIDGE = 1e-2
 _SPREAD = 0.1
 """Root mean square of a fitted router's logits: gates start within about 5 % of 1."""
@@ -102,24 +102,17 @@ class RoutedFFNs(SwapConversion):
         Raises:
             ConfigError: there is no batch, or none with a real token.
         """
-        kept: list[list[tuple[Tensor, Tensor]]] = [[] for _ in self._layers]
-        for layer, pairs in zip(self._layers, kept, strict=True):
-            layer.recorder = lambda *seen, pairs=pairs: pairs.append(_thin(*seen))
+        for layer in self._layers:
+            layer.recorded = []
         try:
             for _ in run_batches(self._model, self._runtime, batches):
-                if all(sum(len(x) for x, _ in pairs) >= _MAX_TOKENS for pairs in kept):
+                if all(layer.num_recorded >= _MAX_TOKENS for layer in self._layers):
                     break
+            for layer in self._layers:
+                _fit(layer)
         finally:
             for layer in self._layers:
-                layer.recorder = None
-        for layer, pairs in zip(self._layers, kept, strict=True):
-            if not sum(len(x) for x, _ in pairs):
-                raise ConfigError(
-                    "RoutedFFN: batches must hold at least one real token for calibration, got "
-                    "none; give session.calibrate a few training batches"
-                )
-            x, hidden = (torch.cat(seen)[:_MAX_TOKENS] for seen in zip(*pairs, strict=True))
-            _fit(layer, x, hidden)
+                layer.recorded = None
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the order of the hidden units of each FFN that was reordered."""
@@ -148,32 +141,16 @@ def convert(model: nn.Module, sites: list[Site], config: RoutedFFN, runtime: Run
     return conversion
 
 
-def _thin(x: Tensor, hidden: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    rows = evenly_spaced_rows(x, mask, _TOKENS_PER_BATCH)
-    return x.flatten(0, -2)[rows], hidden.flatten(0, -2)[rows]
-
-
-def evenly_spaced_rows(x: Tensor, mask: Tensor | None, num_rows: int) -> Tensor:
-    """Return the numbers of at most ``num_rows`` real rows, evenly spaced among them.
-
-    Args:
-        x: (..., d).
-        mask: bool, one for each row of ``x``: which are real; None for all.
-        num_rows: limit.
-
-    Returns:
-        (at most num_rows,) int64, ascending.
-    """
-    total = x.shape[:-1].numel()
-    rows = torch.arange(total, device=x.device) if mask is None else mask.nonzero().flatten()
-    wanted = min(len(rows), num_rows)
-    return rows[torch.arange(wanted, device=x.device) * len(rows) // max(wanted, 1)]
-
-
 @torch.no_grad()
-def _fit(layer: RoutedMLP, x: Tensor, hidden: Tensor) -> None:
-    """Group units by activations (s, F), then regress the groups' norms on inputs (s, d_model)."""
-    hidden = hidden.float()
+def _fit(layer: RoutedMLP) -> None:
+    """Group units by their activations, then regress the groups' norms on the inputs."""
+    if not layer.num_recorded:
+        raise ConfigError(
+            "RoutedFFN: batches must hold at least one real token for calibration, got none; give "
+            "session.calibrate a few training batches"
+        )
+    inputs, activations = zip(*layer.recorded or [], strict=True)
+    x, hidden = torch.cat(inputs)[:_MAX_TOKENS], torch.cat(activations)[:_MAX_TOKENS].float()
     # Processes that were shown other rows follow the first one.
     if layer.units is not None:
         order = broadcast(_order(layer, hidden.abs().t()))

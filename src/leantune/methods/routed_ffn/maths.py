@@ -41,6 +41,19 @@ def balance_loss(p: Tensor, chosen: Tensor, mask: Tensor | None) -> Tensor:
     return num_groups / chosen.shape[1] * (share * mean).sum()
 
 
+def evenly_spaced_rows(x: Tensor, mask: Tensor | None, num_rows: int) -> Tensor:
+    """Return the numbers of at most ``num_rows`` real rows, evenly spaced among them; ascending.
+
+    Args:
+        x: (..., d).
+        mask: bool, one for each row of ``x``: which are real; None for all.
+    """
+    total = x.shape[:-1].numel()
+    rows = torch.arange(total, device=x.device) if mask is None else mask.nonzero().flatten()
+    wanted = min(len(rows), num_rows)
+    return rows[torch.arange(wanted, device=x.device) * len(rows) // max(wanted, 1)]
+
+
 def fit_router(x: Tensor, norms: Tensor, ridge: float, spread: float) -> tuple[Tensor, Tensor]:
     """Regress the norms of the groups' activations on the input: ``z = W x + b``.
 

@@ -3,22 +3,20 @@
 Legend: n tokens, m = n A routed rows, d_model, F hidden units, G groups, A active groups.
 """
 
-from collections.abc import Callable
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from leantune.core.ffn import FFN, HiddenUnits, LinearView, view_ffn
+from leantune.core.ffn import FFN, HiddenUnits, view_ffn
 from leantune.core.runtime import Runtime
 from leantune.core.sites import Site
 from leantune.methods.routed_ffn import maths
 from leantune.methods.routed_ffn.config import RoutedFFN
-from leantune.ops.autocast import autocast_dtype
-from leantune.ops.backend import on_gpu
-from leantune.ops.groups import combine, dispatch, grouped_linear, has_grouped_product, route
+from leantune.ops.groups import combine, dispatch, route
 from leantune.ops.random import RandomKey, stream_of, uniform
 
+_TOKENS_PER_BATCH = 512
 _FRESH_SPREAD = 0.02
 """Root mean square of a fresh router's logits: gates start near 1, yet no two groups tie."""
 
@@ -39,7 +37,8 @@ class RoutedMLP(nn.Module):
         runtime: gives the seed and the batch's row mask, and takes auxiliary losses.
 
     Attributes:
-        recorder: called with input, hidden activations and row mask while the FFN is calibrated.
+        recorded: inputs (s, d_model) and hidden activations (s, F) of some real tokens of each
+            batch while the FFN is calibrated, otherwise None.
         units: the order of the hidden units, where it may change.
     """
 
@@ -47,7 +46,7 @@ class RoutedMLP(nn.Module):
         super().__init__()
         self.config = config
         self.runtime = runtime
-        self.recorder: Callable[[Tensor, Tensor, Tensor | None], None] | None = None
+        self.recorded: list[tuple[Tensor, Tensor]] | None = None
         self._is_dense = config.is_dense
         self._mask_field = site.mask_field
         self._names: dict[str, str] = {}
@@ -89,22 +88,32 @@ class RoutedMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the FFN's output, (..., d_model), from the active groups of each token."""
         config, ffn = self.config, self.ffn
-        if self.recorder is not None:
-            hidden = ffn.hidden(x)
-            self.recorder(x, hidden, self.runtime.batch.row_mask(self._mask_field, x.shape))
-            return ffn.output(hidden)
         if x.numel() == 0 or self._is_dense or self.runtime.is_exact:
-            return ffn.output(ffn.hidden(x))
+            hidden = ffn.hidden(x)
+            if self.recorded is not None:
+                rows = maths.evenly_spaced_rows(x, self._row_mask(x), _TOKENS_PER_BATCH)
+                self.recorded.append((x.flatten(0, -2)[rows], hidden.flatten(0, -2)[rows]))
+            return ffn.output(hidden)
         logits = self.router(x).flatten(0, -2)  # (n, G)
         p = logits.to(torch.promote_types(logits.dtype, torch.float32)).sigmoid()
         chosen = maths.choose(logits, config.num_active)
         c = 2.0 * p.gather(1, chosen) if config.gate == "output" else None  # (n, A)
-        self._add_balance_loss(p, chosen, x.shape)
         is_partial = config.num_active < config.num_groups
+        if is_partial and config.balance_weight and self.training:
+            loss = maths.balance_loss(p, chosen, self._row_mask(x))
+            self.runtime.add_auxiliary_loss(config.balance_weight * loss)
         if is_partial and ffn.is_divisible and not self._is_hooked:
             return self._routed(ffn, x, chosen, c)
         factors = torch.ones_like(chosen, dtype=p.dtype) if c is None else c
         return ffn.output(ffn.hidden(x), torch.zeros_like(p).scatter(1, chosen, factors))
+
+    @property
+    def num_recorded(self) -> int:
+        """How many tokens were recorded so far."""
+        return sum(len(x) for x, _ in self.recorded or ())
+
+    def _row_mask(self, x: Tensor) -> Tensor | None:
+        return self.runtime.batch.row_mask(self._mask_field, x.shape)
 
     def uniform(self, n: int) -> Tensor:
         """Return n numbers in [0, 1) that depend on the session's seed and the site alone."""
@@ -123,41 +132,16 @@ class RoutedMLP(nn.Module):
         routing = route(chosen, num_groups)
         rows, *low = [dispatch(t.flatten(0, -2), routing) for t in (x, *ffn.project(x))]
         scale = None if c is None else c.reshape(-1, 1).index_select(0, routing.choices)
-        if prefers_grouped(rows, ffn):
-
-            def multiply(view: LinearView, t: Tensor) -> Tensor:
-                return grouped_linear(t, view.weight, view.bias, routing)
-
-            sums = ffn.stacked(num_groups).run(rows, low, scale, multiply)
-        else:
-            sizes = routing.ends.diff(prepend=routing.ends.new_zeros(1)).tolist()
-            split = [t.split(sizes) for t in (rows, *low)]
-            scales = [None] * num_groups if scale is None else scale.split(sizes)
-            outputs = [
-                own.run(rows, low, scale)
-                for size, own, scale, (rows, *low) in zip(
-                    sizes, ffn.slices(num_groups), scales, zip(*split, strict=True), strict=True
-                )
-                if size
-            ]
-            sums = list(map(torch.cat, zip(*outputs, strict=True)))
+        sizes = routing.ends.diff(prepend=routing.ends.new_zeros(1)).tolist()
+        split = [t.split(sizes) for t in (rows, *low)]
+        scales = [None] * num_groups if scale is None else scale.split(sizes)
+        outputs = [
+            own.run(rows, low, scale)
+            for size, own, scale, (rows, *low) in zip(
+                sizes, ffn.slices(num_groups), scales, zip(*split, strict=True), strict=True
+            )
+            if size
+        ]
+        sums = list(map(torch.cat, zip(*outputs, strict=True)))
         y, *low = [combine(t, routing) for t in sums]
         return ffn.finish(y, low).view(*x.shape[:-1], -1)
-
-    def _add_balance_loss(self, p: Tensor, chosen: Tensor, shape: torch.Size) -> None:
-        config = self.config
-        if self.training and config.balance_weight and config.num_active < config.num_groups:
-            mask = self.runtime.batch.row_mask(self._mask_field, shape)
-            loss = maths.balance_loss(p, chosen, mask)
-            self.runtime.add_auxiliary_loss(config.balance_weight * loss)
-
-
-def prefers_grouped(rows: Tensor, ffn: FFN) -> bool:
-    """Return whether one grouped product for all groups is the faster way: on a GPU that has it.
-
-    It does not wait for the host, which a product for each group does. Linears that WTA-CRS samples
-    cannot take it, since rows are chosen from one group's input at a time.
-    """
-    if not on_gpu(rows) or ffn.is_sampled:
-        return False
-    return has_grouped_product("cuda", autocast_dtype(rows) or ffn.weight("up").dtype)

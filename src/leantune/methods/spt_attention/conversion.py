@@ -45,7 +45,7 @@ class SPTConversion(Conversion):
         runtime.at_forward_begin(self._begin_forward)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        vars(self).update(state)
         # A model that is read in another process finds its attention there.
         registry.register_interface()
 

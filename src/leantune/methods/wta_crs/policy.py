@@ -45,12 +45,18 @@ class SharedInput:
         self.has_several_readers = len(names) > 1
         # Weak, so that an input whose readers turn out not to share it is released all the same.
         self._source: weakref.ref[Tensor] | None = None
+        self._version = 0
         self._sample: KeptRows | None = None
         self._num_served = 0
 
     def sample_of(self, source: Tensor) -> KeptRows | None:
-        """Return the sample that another reader made of this very tensor, or None."""
+        """Return the sample that another reader made of this very tensor, or None.
+
+        A tensor that was written to since is another one: its old rows would give a wrong gradient.
+        """
         if self._source is None or self._source() is not source:
+            return None
+        if self._version != source._version:
             return None
         sample = self._sample
         self._num_served += 1
@@ -60,7 +66,8 @@ class SharedInput:
 
     def share(self, source: Tensor, sample: KeptRows) -> None:
         """Offer a sample to the other readers of its source."""
-        self._source, self._sample, self._num_served = weakref.ref(source), sample, 1
+        self._source, self._version = weakref.ref(source), source._version
+        self._sample, self._num_served = sample, 1
 
     def forget(self) -> None:
         """Drop the sample: the graph alone holds it from now on."""

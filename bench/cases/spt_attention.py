@@ -15,10 +15,10 @@ from transformers.models.llama.modeling_llama import LlamaModel
 
 import leantune as lt
 from bench import rows
-from bench.cases import run_cases, timing_row
 from bench.models import glue, minilm
+from bench.timing import run_cases, timing_row
 from leantune.core.config import MethodConfig
-from leantune.measure import compare_steps, ledger, peak_memory
+from leantune.measure.peak import compare_steps, peak_memory
 from leantune.ops.sparse_attention.codebooks import kmeans, quantise
 from leantune.ops.sparse_attention.tiles import unpack_bits
 from leantune.ops.sparse_attention.top_keys import KeyBudget, Visibility, top_keys
@@ -42,7 +42,7 @@ _LONGEST = {
 
 @dataclass(frozen=True)
 class Case:
-    """Sequences of ``n`` tokens; in bfloat16 on a GPU. See :class:`bench.cases.Case`."""
+    """Sequences of ``n`` tokens; in bfloat16 on a GPU. See :class:`bench.timing.Case`."""
 
     n: int
     needs_gpu: bool = False
@@ -127,7 +127,7 @@ def _measure(case: Case, device: torch.device, num_rounds: int) -> list[dict[str
     stats = compare_steps(steps, reference="SDPA", rounds=num_rounds, warmup=1)
     out = []
     for name, s in stats.items():
-        book = ledger(models[name], batches[name])
+        book = lt.ledger(models[name], batches[name])
         attention = sum(v for k, v in book.by_kind(ledger="activations").items() if _is_ours(k))
         out.append(
             {
@@ -177,8 +177,10 @@ class _Table:
 
 
 def recall(num_tokens: int = 256, num_texts: int = 8, keep_ratio: float = 0.125) -> None:
-    """Measure on MiniLM with running RTE text which share of the dense attention mass the kept
-    keys hold, by the way they are chosen; write the rows, print a table."""
+    """Measure which share of the dense attention mass the kept keys hold, on MiniLM and RTE text.
+
+    Each way of choosing keys gives one row; rows of ways that are gone stay in the file.
+    """
     model, tokenizer = minilm()
     model.eval()
     data = glue("rte")["train"]
@@ -208,7 +210,8 @@ def recall(num_tokens: int = 256, num_texts: int = 8, keep_ratio: float = 0.125)
     ]
     columns = {"choice": "choice", "mass": "mass", "mass_min": "min layer", "mass_max": "max layer"}
     print(rows.table(table, columns))
-    rows.write(RECALL, table)
+    for row in table:
+        rows.replace(RECALL, "choice", row["choice"], [row])
 
 
 def _ladder(

@@ -6,7 +6,8 @@ at all.
 """
 
 import leantune as lt
-from bench import quality, spt_language
+from bench import quality
+from bench.cases import spt_language
 from bench.quality import Recipe, Setting
 
 RESULT = "spt_quality"

@@ -6,7 +6,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from bench import rows
-from leantune.measure import StepStats
+from leantune.measure.peak import StepStats
 
 
 class Case(Protocol):

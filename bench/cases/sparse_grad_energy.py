@@ -6,10 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import leantune as lt
 from bench import rows
 from bench.models import batches, glue, minilm
-from leantune.core.discovery import find_sites
-from leantune.methods.sparse_grad import maths
 
 RESULT = "sparse_grad_energy"
 DENSITY = 0.01
@@ -35,7 +34,9 @@ def main(num_calibration: int = 30, num_held_out: int = 6, num_steps: int = 100)
         return [{k: v for k, v in next(stream).items() if k != "sample_id"} for _ in range(n)]
 
     calibration, held_out = take(num_calibration), take(num_held_out)
-    linears = {s.name: s for s in find_sites(model) if s.part in ("mlp.up", "mlp.gate", "mlp.down")}
+    linears = {
+        s.name: s for s in lt.find_sites(model) if s.part in ("mlp.up", "mlp.gate", "mlp.down")
+    }
     bases = _bases(model, linears, calibration)
     found = [_row(0, _shares(model, linears, held_out, bases))]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0)
@@ -76,8 +77,10 @@ def _bases(
             if key not in grams:
                 d_out, d_in = grad.shape
                 grams[key] = torch.zeros(d_out, d_out), torch.zeros(d_in, d_in)
-            maths.accumulate_grams(*grams[key], grad)
-    found = {key: (maths.basis(out), maths.basis(inn)) for key, (out, inn) in grams.items()}
+            out, inn = grams[key]
+            out.addmm_(grad, grad.mT)
+            inn.addmm_(grad.mT, grad)
+    found = {key: (_basis(out), _basis(inn)) for key, (out, inn) in grams.items()}
     random: dict[str, Pair] = {}
     for key, pair in found.items():
         first, second = (torch.linalg.qr(torch.randn_like(q))[0] for q in pair)
@@ -104,9 +107,15 @@ def _shares(
     sums: dict[str, list[float]] = {name: [] for name in bases}
     for layer, grad in _gradients(model, linears, shown):
         for name, pairs in bases.items():
-            share = _energy_share(maths.rotate(grad, *pairs[layer]), DENSITY)
+            q_out, q_in = pairs[layer]
+            share = _energy_share(q_out.mT @ grad @ q_in, DENSITY)
             sums[name].append(share.item())
     return {name: sum(values) / len(values) for name, values in sums.items()}
+
+
+def _basis(gram: Tensor) -> Tensor:
+    """Return the eigenvectors of a Gram matrix as columns, largest eigenvalue first."""
+    return torch.linalg.eigh(gram / gram.diagonal().amax()).eigenvectors.flip(-1)
 
 
 def _energy_share(matrix: Tensor, density: float) -> Tensor:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 import leantune as lt
-from bench.cases import run_cases, timing_row
 from bench.models import BertBlocks, Gpt2Blocks, LlamaBlocks
+from bench.timing import run_cases, timing_row
 from leantune.core.config import MethodConfig
-from leantune.core.sites import find_sites
-from leantune.measure import compare_steps, format_bytes
+from leantune.measure.peak import compare_steps
+from leantune.measure.text import format_bytes
 
 RESULT = "wta_crs_speed"
 
@@ -33,7 +33,7 @@ VARIANTS: dict[str, tuple[MethodConfig, ...]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """One model shape and batch; see :class:`bench.cases.Case`."""
+    """One model shape and batch; see :class:`bench.timing.Case`."""
 
     name: str
     model: Callable[[], nn.Module]
@@ -77,7 +77,7 @@ CASES = (
 def main(num_rounds: int = 9) -> None:
     """Measure every case that this machine can run, write the rows, print tables."""
     measure = partial(_measure, num_rounds=num_rounds)
-    run_cases(RESULT, CASES, measure, _COLUMNS, note=aliasing)
+    run_cases(RESULT, CASES, measure, _COLUMNS, note=still_held)
 
 
 _COLUMNS = {
@@ -119,22 +119,13 @@ def _measure(case: Case, device: torch.device, num_rounds: int) -> list[dict[str
     ]
 
 
-def aliasing(case: Case) -> str:
-    """Say, for each kind of linear, whether sampling its input frees it, and who else holds it."""
-    model = case.model().to(dtype=case.dtype).train()
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    sampled = {s.name for s in find_sites(model) if s.role == "linear" and s.block is not None}
-    entries = lt.ledger(model, (case.batch(next(model.parameters()).device),)).entries
-    lines = {}
-    for entry in entries:
-        readers = [h.module for h in entry.holders if h.module in sampled]
-        if entry.ledger != "activations" or not readers:
-            continue
-        others = sorted({h.operation for h in entry.holders if h.module not in sampled})
-        short = ", ".join(".".join(r.split(".")[3:]) or r for r in readers)
-        verdict = f"still held by {', '.join(others)}" if others else "freed"
-        lines.setdefault((short, verdict), []).append(entry.num_bytes)
+def still_held(case: Case) -> str:
+    """Say which inputs of sampled linears something else keeps, and what keeps them."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = case.model().to(device, case.dtype).train()
+    found = lt.still_held(model, (case.batch(device),), lt.WTACRS(keep_ratio=0.1))  # type: ignore[arg-type]
     return "\n".join(
-        f"input of {who}: {len(sizes)} x {format_bytes(sizes[0])}, {verdict}"
-        for (who, verdict), sizes in lines.items()
+        f"still held: {held.num_tensors} x {format_bytes(held.num_bytes // held.num_tensors)}, "
+        f"input of {', '.join(held.linears)}, by {', '.join(op for _, op in held.holders)}"
+        for held in found
     )

@@ -13,9 +13,9 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.opt.modeling_opt import OPTDecoderLayer
 
 import leantune as lt
-from bench.cases import run_cases, timing_row
+from bench.timing import run_cases, timing_row
 from leantune.core.config import MethodConfig
-from leantune.measure import compare_steps
+from leantune.measure.peak import compare_steps
 
 RESULT = "routed_ffn_speed"
 NUM_TOKENS = 2048
@@ -57,7 +57,7 @@ class OPTFFN(nn.Module):
 
 @dataclass(frozen=True)
 class Case:
-    """One FFN; see :class:`bench.cases.Case`."""
+    """One FFN; see :class:`bench.timing.Case`."""
 
     name: str
     model: Callable[[], nn.Module]
@@ -80,16 +80,11 @@ def _cases() -> list[Case]:
     return cases
 
 
-def _variants(on_gpu: bool) -> dict[str, tuple[MethodConfig, ...]]:
-    variants: dict[str, tuple[MethodConfig, ...]] = {
-        "LoRA 16": (_LORA,),
-        "LoRA 16 + routed 2 of 4": (_LORA, lt.RoutedFFN()),
-        "LoRA 16 + routed 4 of 8": (_LORA, lt.RoutedFFN(num_groups=8, num_active=4)),
-        "LoRA 16 + routed 2 of 4, prototype's gate": (_LORA, lt.RoutedFFN(gate="spt")),
-    }
-    other = "loop" if on_gpu else "grouped"
-    variants[f"LoRA 16 + routed 2 of 4, {other}"] = (_LORA, lt.RoutedFFN(backend=other))  # type: ignore[arg-type]
-    return variants
+VARIANTS: dict[str, tuple[MethodConfig, ...]] = {
+    "LoRA 16": (_LORA,),
+    "LoRA 16 + routed 2 of 4": (_LORA, lt.RoutedFFN()),
+    "LoRA 16 + routed 4 of 8": (_LORA, lt.RoutedFFN(num_groups=8, num_active=4)),
+}
 
 
 def main(num_rounds: int = 5) -> None:
@@ -114,37 +109,39 @@ def _measure(case: Case, device: torch.device, num_rounds: int) -> list[dict[str
     base = case.model().to(device, case.dtype).train()
     x = torch.randn(case.num_tokens, case.d_model, device=device, dtype=case.dtype)
     x.requires_grad_()
-    models = {}
-    for name, methods in _variants(device.type == "cuda").items():
+    models, sessions = {}, {}
+    for name, methods in VARIANTS.items():
         models[name] = copy.deepcopy(base)
-        session = lt.apply(models[name], *methods)
-        session.calibrate([x.detach()])
+        sessions[name] = lt.apply(models[name], *methods)
+        sessions[name].calibrate([x.detach()])
 
-    def step(model: nn.Module) -> None:
-        model.zero_grad(set_to_none=True)
+    def step(name: str) -> None:
+        models[name].zero_grad(set_to_none=True)
         x.grad = None
-        session: Any = model._leantune_session
-        (model(x) + session.auxiliary_loss()).backward()
+        (models[name](x) + sessions[name].auxiliary_loss()).backward()
 
-    steps = {name: (lambda m=model: step(m)) for name, model in models.items()}
+    steps = {name: (lambda n=name: step(n)) for name in models}
     stats = compare_steps(steps, reference="LoRA 16", rounds=num_rounds)
     return [
         {
             **timing_row(case, name, s, lt.ledger(models[name], (x,)).activations),
-            "load": _load(models[name], x),
+            "load": _load(models[name], VARIANTS[name], x),
         }
         for name, s in stats.items()
     ]
 
 
-def _load(model: nn.Module, x: Tensor) -> list[float] | None:
+def _load(model: nn.Module, methods: tuple[MethodConfig, ...], x: Tensor) -> list[float] | None:
     """Return the share of tokens that each group gets, or None for a dense FFN."""
-    from leantune.methods.routed_ffn.maths import choose
-    from leantune.methods.routed_ffn.module import RoutedMLP
-
-    for module in model.modules():
-        if isinstance(module, RoutedMLP):
-            chosen = choose(module.router(x), module.config.num_active)
-            counts = chosen.flatten().bincount(minlength=module.config.num_groups)
-            return [round(c, 3) for c in (counts / len(x)).tolist()]
-    return None
+    config = next((m for m in methods if isinstance(m, lt.RoutedFFN)), None)
+    if config is None:
+        return None
+    logits: list[Tensor] = []
+    router = next(m for name, m in model.named_modules() if name.endswith(".router"))
+    handle = router.register_forward_hook(lambda module, args, out: logits.append(out.detach()))
+    with torch.no_grad():
+        model(x)
+    handle.remove()
+    chosen = logits[0].topk(config.num_active, -1).indices
+    counts = chosen.flatten().bincount(minlength=config.num_groups)
+    return [round(c, 3) for c in (counts / len(x)).tolist()]

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import leantune as lt
-from bench.cases import run_cases, timing_row
 from bench.models import BERT_MLP, BertBlocks, LlamaBlocks
+from bench.timing import run_cases, timing_row
 from leantune.core.config import MethodConfig
-from leantune.measure import compare_steps
+from leantune.measure.peak import compare_steps
 
 RESULT = "sparse_grad_speed"
 GALORE = "GaLore 128"
@@ -172,7 +172,7 @@ def _measure(case: Case, device: torch.device, num_rounds: int) -> list[dict[str
                 p.requires_grad_(True)
         if session is not None:
             session.calibrate([case.batch(device, seed) for seed in range(1, 4)])
-        optimizer = _galore(case, model) if name == GALORE else _optimizer(model, session)
+        optimizer = _galore(model) if name == GALORE else _optimizer(model, session)
         steps[name] = _step(model, optimizer, case.batch(device, 0))
         steps[name]()
         bytes_of[name] = _mlp_bytes(case, model, optimizer, session)
@@ -223,7 +223,7 @@ def _has_galore() -> bool:
     return not missing
 
 
-def _galore(case: Case, model: nn.Module) -> torch.optim.Optimizer:
+def _galore(model: nn.Module) -> torch.optim.Optimizer:
     """Return GaLore's own AdamW, its usual settings on the MLP weights, plain on the others."""
     from galore_torch import GaLoreAdamW  # type: ignore[import-not-found]
 

@@ -1,0 +1,88 @@
+"""What one converted linear costs on the host: calls of our own functions, counted."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+
+import pytest
+import torch
+from models import MODELS
+from torch import Tensor, nn
+
+import leantune as lt
+from leantune.core.linear import ConvertedConv1D, ConvertedLinear
+
+SOURCE = str(Path(lt.__file__).parent)
+MAX_FORWARD, MAX_BACKWARD = 30, 10
+
+
+def calls_of(function: Callable[[], object]) -> list[str]:
+    """Run a function and name every Python function of ours that it called."""
+    calls: list[str] = []
+
+    def note(frame: FrameType, event: str, arg: object) -> None:
+        if event == "call" and frame.f_code.co_filename.startswith(SOURCE):
+            calls.append(f"{frame.f_code.co_filename[len(SOURCE) :]}:{frame.f_code.co_qualname}")
+
+    sys.setprofile(note)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return calls
+
+
+def cost(layer: nn.Module, x: Tensor) -> tuple[list[str], list[str]]:
+    """Count one forward and one backward of a layer; autograd runs on this thread on the CPU."""
+    outputs: list[Tensor] = []
+    forward = calls_of(lambda: outputs.append(layer(x)))
+    grad = torch.ones_like(outputs[0])
+    return forward, calls_of(lambda: outputs[0].backward(grad))
+
+
+@pytest.mark.parametrize(
+    ("name", "site"),
+    [
+        ("bert", "bert.encoder.layer.0.output.dense"),
+        ("bert", "bert.encoder.layer.0.intermediate.dense"),
+        ("gpt2", "transformer.h.0.mlp.c_proj"),
+    ],
+)
+def test_a_converted_linear_keeps_to_its_budget_of_calls(name: str, site: str) -> None:
+    model = MODELS[name].build()
+    session = lt.apply(model, lt.WTACRS(min_rows=2))
+    for i in range(3):
+        model(**MODELS[name].batch(i)).loss.backward()
+        session.on_step()
+    layer = model.get_submodule(site)
+    assert isinstance(layer, ConvertedLinear | ConvertedConv1D)
+    d_in = layer.weight.shape[isinstance(layer, ConvertedLinear)]
+    forward, backward = cost(layer, torch.randn(4, 8, d_in, requires_grad=True))
+    assert len(forward) <= MAX_FORWARD, "\n".join(forward)
+    assert len(backward) <= MAX_BACKWARD, "\n".join(backward)
+    # The control: something of ours was called at all, in both directions.
+    assert any("SampledRows.keep" in c for c in forward)
+    assert any("SampledRows.outer_product" in c for c in backward)
+
+
+def test_linears_of_one_input_cost_less_after_the_first() -> None:
+    model = MODELS["bert"].build()
+    lt.apply(model, lt.WTACRS(min_rows=2))
+    for i in range(3):
+        model(**MODELS["bert"].batch(i)).loss.backward()
+    attention = model.bert.encoder.layer[0].attention.self
+    x = torch.randn(4, 8, 16, requires_grad=True)
+    first, second, third = (
+        len(calls_of(lambda layer=layer: layer(x)))
+        for layer in (attention.query, attention.key, attention.value)
+    )
+    assert first <= MAX_FORWARD + 10 and second < 20 and third < 20
+
+
+def test_a_linear_without_a_row_policy_is_cheap() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    lt.apply(model, lt.MeProp(variant="weight", sites=["0"]))
+    forward, backward = cost(model[0], torch.randn(5, 4, requires_grad=True))
+    assert len(forward) <= 12, "\n".join(forward)
+    assert len(backward) <= MAX_BACKWARD, "\n".join(backward)
