@@ -22,7 +22,7 @@ def train(folder: Path, selection: str, resume: Path | None = None, **options: A
     )
     session = lt.apply(bert(), config, seed=3)
     options = {"save_strategy": "steps", "save_steps": 1, **options}
-    trainer = make_trainer(session.model, folder, [session.trainer_callback()], **options)
+    trainer = make_trainer(session.model, folder, [lt.TrainerCallback(session)], **options)
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     # The last step has not reached the dense weights yet, unless a checkpoint followed it.
     session.model.state_dict()
@@ -68,6 +68,6 @@ def test_it_learns_and_the_merged_model_is_plain(tmp_path: Path) -> None:
 
 def test_sparse_gradients_are_refused_before_the_first_step(tmp_path: Path) -> None:
     session = lt.apply(bert(), lt.SparseGrad(selection="step", density=0.1))
-    trainer = make_trainer(session.model, tmp_path, [session.trainer_callback()])
+    trainer = make_trainer(session.model, tmp_path, [lt.TrainerCallback(session)])
     with pytest.raises(lt.UnsupportedError, match=r"gradients must be dense.*got 4 .*session\.opt"):
         trainer.train()
