@@ -163,7 +163,7 @@ def test_cached_norms_know_each_sample_and_resume_with_the_same_bits(tmp_path: P
     checkpoint = tmp_path / "checkpoint-4"
     got, _ = train(tmp_path, method, resume=checkpoint, **{**options, "save_strategy": "no"})
     assert same(got, expected)
-    with pytest.raises(lt.ConfigError, match="remove_unused_columns must be False .*got True"):
+    with pytest.raises(lt.ConfigError, match=r"remove_unused_columns must be False .*got True"):
         train(tmp_path, method, dataset=options["dataset"])
 
 
