@@ -136,8 +136,9 @@ MODELS: dict[str, Callable[[], nn.Module]] = {"BERT": bert, "GPT-2": gpt2, "Llam
 
 def batches(model_name: str, has_ids: bool) -> Iterator[dict[str, Tensor]]:
     """Yield padded classification batches for BERT, full ones of text for decoders."""
+    ids = torch.arange(4)  # the very tensor each time, as in a loop over prepared batches
     for batch in _batches(model_name):
-        yield batch | ({"sample_id": torch.arange(4)} if has_ids else {})
+        yield batch | ({"sample_id": ids} if has_ids else {})
 
 
 def _wants_ids(session: Any) -> bool:
