@@ -11,7 +11,7 @@ from leantune.core.runtime import Runtime
 from leantune.core.sites import Site, group_by_input
 from leantune.methods.wta_crs.cache import CachedNorms
 from leantune.methods.wta_crs.config import WTACRS
-from leantune.methods.wta_crs.norms import NormSource, RunningNorms
+from leantune.methods.wta_crs.norms import RunningNorms
 from leantune.methods.wta_crs.policy import SampledRows, SharedInput
 
 
@@ -27,7 +27,7 @@ class SampledLinears(SwapConversion):
     def __init__(
         self,
         swaps: Sequence[Swap],
-        norms: NormSource | None,
+        norms: RunningNorms | CachedNorms | None,
         handle: RemovableHandle | None = None,
     ) -> None:
         super().__init__(swaps)
@@ -79,7 +79,7 @@ def convert(
     return SampledLinears(swaps, norms, handle)
 
 
-def _norm_source(sites: list[Site], config: WTACRS) -> NormSource | None:
+def _norm_source(sites: list[Site], config: WTACRS) -> RunningNorms | CachedNorms | None:
     # In backward the norms are exact.
     if config.norms == "activation" or config.draw_at == "backward":
         return None
