@@ -5,7 +5,6 @@ import warnings
 from typing import Any
 
 import torch
-from leantune.core.ranks import is_sharded, rank, whole
 from models import MODELS, Batch
 from torch import Tensor, nn
 from torch import distributed as dist

@@ -118,7 +118,7 @@ def test_state_of_another_model_is_refused() -> None:
 
 def update(norms: RunningNorms, squares: Tensor, mask: Tensor | None = None) -> None:
     shape = torch.Size((*squares.shape, 3))
-    norms.update(0, squares.sqrt().flatten(), None if mask is None else mask.flatten(), shape)
+    norms.update(0, squares.sqrt().flatten(), None if mask is None else mask.flatten(), shape, None)
 
 
 def test_running_mean_is_relative_and_by_position() -> None:
@@ -154,7 +154,7 @@ def test_positions_not_met_yet_count_as_average() -> None:
 def test_linears_of_one_input_add_up() -> None:
     norms = RunningNorms(["a", "b"], decay=0.0)
     update(norms, torch.tensor([[4.0, 0.0]]))
-    norms.update(1, torch.tensor([1.0, 3.0]).sqrt() * 1e3, None, torch.Size((1, 2, 3)))
+    norms.update(1, torch.tensor([1.0, 3.0]).sqrt() * 1e3, None, torch.Size((1, 2, 3)), None)
     # Each relative to its own mean: (2, 0) and (0.5, 1.5).
     guess = norms.predict(torch.Size((1, 2, 9)), [0, 1])
     torch.testing.assert_close(guess, torch.tensor([2.5, 1.5]).sqrt())

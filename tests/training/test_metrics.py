@@ -38,7 +38,7 @@ def test_logits_are_reduced_and_checked() -> None:
     logits, labels = np.array([[2.0, 1.0], [0.0, 3.0]]), np.array([0, 0])
     assert score(SimpleNamespace(predictions=(logits,), label_ids=labels)) == {"accuracy": 0.5}  # type: ignore[arg-type]
     bad = SimpleNamespace(predictions=logits * np.nan, label_ids=labels)
-    with pytest.raises(lt.ConfigError, match="one finite number .* 2 not finite"):
+    with pytest.raises(lt.ConfigError, match=r"one finite number .* 2 not finite"):
         score(bad)  # type: ignore[arg-type]
     with pytest.raises(lt.ConfigError, match="one finite number for each reference"):
         compute(ALL, [1], [1, 0])

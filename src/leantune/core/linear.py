@@ -1,5 +1,6 @@
 """The converted linear, and the only code that puts a module into a model or takes it out."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TypeVar, cast
 
@@ -47,6 +48,19 @@ def swap(model: nn.Module, name: str, new: nn.Module) -> Swap:
     old = model.get_submodule(name)
     setattr(parent, attribute, new)
     return Swap(parent, attribute, old, new)
+
+
+def swap_all(model: nn.Module, twins: Iterable[tuple[str, nn.Module]]) -> list[Swap]:
+    """Put each module in the place of the one of its name; on an error all come out again."""
+    swaps: list[Swap] = []
+    try:
+        for name, new in twins:
+            swaps.append(swap(model, name, new))
+    except BaseException:
+        for done in reversed(swaps):
+            done.undo()
+        raise
+    return swaps
 
 
 def share_parameters_as(cls: type[M], old: nn.Module) -> M:
@@ -110,7 +124,7 @@ def _forward(layer: Converted, x: Tensor, weight: Tensor) -> Tensor:
                 key=key,
                 subspace=subspace,
             )
-        if subspace is not None:
+        if subspace is not None and trained is not layer.weight:
             # Nothing is sampled here, but the trained parameter has a gradient all the same.
             return linear(x, weight, layer.bias, subspace=subspace)
     return F.linear(x, weight, layer.bias)

@@ -238,7 +238,8 @@ def calibration_batches(loader: Any, args: TrainingArguments, num_batches: int) 
         args: of the run: size of a batch, device.
         num_batches: limit.
     """
-    dataset, size = loader.dataset, args.per_device_train_batch_size
+    dataset: Any = loader.dataset
+    size = args.per_device_train_batch_size
     rows: Any = None
     if has_length(dataset):
         wanted = min(len(dataset), size * num_batches)

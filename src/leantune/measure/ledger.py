@@ -268,4 +268,4 @@ def _shares(sizes: dict[str, int], max_rows: int) -> list[tuple[str, str, str]]:
 
 
 def _is_inside(module: str, parent: str) -> bool:
-    return parent == "" or module == parent or module.startswith(parent + ".")
+    return parent in ("", module) or module.startswith(parent + ".")

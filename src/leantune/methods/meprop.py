@@ -24,7 +24,7 @@ from torch.utils.hooks import RemovableHandle
 
 from leantune.core.config import MethodConfig, option
 from leantune.core.conversion import SwapConversion
-from leantune.core.linear import Swap, converted, is_conv1d, swap
+from leantune.core.linear import Swap, converted, is_conv1d, swap_all
 from leantune.core.registry import MethodSpec, register
 from leantune.core.runtime import Runtime
 from leantune.core.sites import Site
@@ -100,10 +100,8 @@ class ThinGradient:
 class LargestEntries:
     """The largest entries of a weight's gradient train the weight; the rest is zero."""
 
-    model: nn.Module
     layer: nn.Module
     keep_ratio: float
-    runtime: Runtime
 
     @property
     def parameter(self) -> Tensor:
@@ -116,10 +114,7 @@ class LargestEntries:
 
     def grad(self, outer: OuterProduct) -> Tensor:
         """Return the gradient in the weight's shape, dense in memory, mostly zero."""
-        grad = outer.dense()
-        # The model's own flag: ``layer`` is out of the model, and nobody tells it of evaluation.
-        if self.model.training and not self.runtime.is_exact:
-            grad = keep_entries(grad, self.keep_ratio)
+        grad = keep_entries(outer.dense(), self.keep_ratio)
         return grad.t() if is_conv1d(self.layer) else grad
 
 
@@ -143,11 +138,10 @@ def _convert(
     if config.variant != "weight":
         thin = ThinGradient(config, runtime)
         return ThinnedLinears([], [site.module.register_forward_hook(thin) for site in sites])
-    swaps: list[Swap] = []
-    for site in sites:
-        entries = LargestEntries(model, site.module, config.keep_ratio, runtime)
-        swaps.append(swap(model, site.name, converted(site.module, runtime, subspace=entries)))
-    return ThinnedLinears(swaps, [])
+    entries = [LargestEntries(site.module, config.keep_ratio) for site in sites]
+    twins = [converted(e.layer, runtime, subspace=e) for e in entries]
+    names = [site.name for site in sites]
+    return ThinnedLinears(swap_all(model, zip(names, twins, strict=True)), [])
 
 
 def _trains(site: Site) -> bool:

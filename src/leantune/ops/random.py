@@ -4,7 +4,6 @@ Dimension letters: n numbers.
 """
 
 import hashlib
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -88,10 +87,16 @@ def stream_of(name: str) -> int:
 
 def _words(key: RandomKey, x: Tensor) -> Tensor:
     """Turn positions into 32-bit words of (key, position); ``x`` is used up."""
-    low, high = _mixed(key.seed, key.stream)
-    x ^= low
+    mixed = 0
+    # The finaliser of SplitMix64, a bijection of 64-bit words, over seed and stream.
+    for value in (key.seed, key.stream):
+        mixed = (mixed + value + 0x9E3779B97F4A7C15) & _MASK64
+        mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+        mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & _MASK64
+        mixed ^= mixed >> 31
+    x ^= mixed & _MASK32
     x = _fold(x, _MULTIPLIERS[0])
-    x = x ^ ((key.counter * _DRAW_STEP + high) & _MASK32)
+    x = x ^ ((key.counter * _DRAW_STEP + (mixed >> 32)) & _MASK32)
     return _fold(x, _MULTIPLIERS[1])
 
 
@@ -105,18 +110,3 @@ def _fold(x: Tensor, multiplier: int) -> Tensor:
     product ^= product >> 32
     product &= _MASK32
     return product
-
-
-@lru_cache(maxsize=4096)
-def _mixed(seed: int, stream: int) -> tuple[int, int]:
-    """Return the lower and the upper word of the mixed seed and stream; fixed for each site."""
-    mixed = _mix64(_mix64(seed) + stream)
-    return mixed & _MASK32, mixed >> 32
-
-
-def _mix64(value: int) -> int:
-    """Return the SplitMix64 finaliser of ``value``: a bijection of 64-bit words."""
-    z = (value + 0x9E3779B97F4A7C15) & _MASK64
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK64
-    return z ^ (z >> 31)

@@ -6,12 +6,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from leantune.core.conversion import SwapConversion
-from leantune.core.linear import Swap, converted, swap
+from leantune.core.linear import Swap, converted, swap_all
 from leantune.core.runtime import Runtime
 from leantune.core.sites import Site, group_by_input
 from leantune.methods.wta_crs.cache import CachedNorms
 from leantune.methods.wta_crs.config import WTACRS
-from leantune.methods.wta_crs.norms import NormSource, RunningNorms
+from leantune.methods.wta_crs.norms import RunningNorms
 from leantune.methods.wta_crs.policy import SampledRows, SharedInput
 
 
@@ -27,7 +27,7 @@ class SampledLinears(SwapConversion):
     def __init__(
         self,
         swaps: Sequence[Swap],
-        norms: NormSource | None,
+        norms: RunningNorms | CachedNorms | None,
         handle: RemovableHandle | None = None,
     ) -> None:
         super().__init__(swaps)
@@ -64,23 +64,22 @@ def convert(
     groups = [group for read in group_by_input(sites) for group in _sharing(read)]
     linears = [site for group in groups for site in group]
     norms, handle = _norm_source(linears, config), None
-    if isinstance(norms, CachedNorms):
-        handle = model.register_forward_pre_hook(norms.take_ids, with_kwargs=True)
-    swaps: list[Swap] = []
+    twins: list[tuple[str, nn.Module]] = []
     for group in groups:
-        first = len(swaps)
-        columns = range(first, first + len(group))
+        columns = range(len(twins), len(twins) + len(group))
         shared = SharedInput([site.name for site in group], columns)
         runtime.at_forward_end(shared.forget)
         for column, site in zip(columns, group, strict=True):
             block = None if site.block is None else model.get_submodule(site.block)
             rows = SampledRows(site, column, shared, norms, config, runtime, block)
-            new = converted(site.module, runtime, rows=rows)
-            swaps.append(swap(model, site.name, new))
+            twins.append((site.name, converted(site.module, runtime, rows=rows)))
+    swaps = swap_all(model, twins)
+    if isinstance(norms, CachedNorms):
+        handle = model.register_forward_pre_hook(norms.take_ids, with_kwargs=True)
     return SampledLinears(swaps, norms, handle)
 
 
-def _norm_source(sites: list[Site], config: WTACRS) -> NormSource | None:
+def _norm_source(sites: list[Site], config: WTACRS) -> RunningNorms | CachedNorms | None:
     # In backward the norms are exact.
     if config.norms == "activation" or config.draw_at == "backward":
         return None

@@ -132,8 +132,10 @@ def moving_step(vectors: Tensor, codebook: Tensor, decay: float) -> Tensor:
 
 
 def _means(vectors: Tensor, pieces: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the codeword of each piece (s n,), and the mean (s, e, w) and number (s, e, 1) of
-    pieces of each codeword."""
+    """Return the codeword of each piece (s n,), and the codewords' means and numbers of pieces.
+
+    Means are (s, e, w), numbers (s, e, 1).
+    """
     num_subspaces, num_codewords, width = codebook.shape
     codes = assign(vectors, codebook).long().t()  # (s, n)
     first = torch.arange(num_subspaces, device=codes.device)[:, None] * num_codewords

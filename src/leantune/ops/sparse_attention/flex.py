@@ -87,9 +87,12 @@ def _mask_mod(visibility: Visibility, n: int) -> Any:
             return mask[(*at, key)]
 
         return visible
-    if visibility.hides_later(n):
-        return lambda i, j, query, key: query >= key
-    return lambda i, j, query, key: query == query
+    hides_later = visibility.hides_later(n)
+
+    def up_to_own(i: Tensor, j: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return query >= key if hides_later else query >= 0
+
+    return up_to_own
 
 
 @cache

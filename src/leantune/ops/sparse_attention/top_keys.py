@@ -63,8 +63,10 @@ class Visibility(NamedTuple):
     mask: Tensor | None
 
     def rows(self, like: Tensor, batch: slice, rows: slice, stop: int) -> Tensor:
-        """Return what some of the queries of ``like`` (b, h, n, any) see of the first ``stop``
-        keys, (b' or 1, h or 1, r, stop)."""
+        """Return what some queries of ``like`` (b, h, n, any) see of the first ``stop`` keys.
+
+        The result is (b' or 1, h or 1, r, stop).
+        """
         num_rows, device = rows.stop - rows.start, like.device
         if self.mask is not None:
             mask = self.mask[batch if self.mask.shape[0] > 1 else slice(None)]
@@ -135,8 +137,10 @@ def _scores(queries: Tensor, keys: Tensor) -> Tensor:
 def _rank(
     scores: Tensor, visible: Tensor, own: Tensor, kind: AttentionKind
 ) -> tuple[Tensor, Tensor]:
-    """Return the rank of each key, all different and negative where invisible, int64; and how
-    many are visible, (b' or 1, h or 1, r, 1)."""
+    """Return the rank of each key, int64, and how many are visible, (b' or 1, h or 1, r, 1).
+
+    Ranks are all different, and negative where a key is invisible.
+    """
     position = torch.arange(scores.shape[-1], device=scores.device)
     count = visible.cumsum(-1, dtype=torch.int32)
     num_visible = count[..., -1:]
@@ -242,8 +246,10 @@ def _votes(
     block_size: int,
     part: slice,
 ) -> Tensor:
-    """Return the sum of the scores of all voting pairs, (1, h, query blocks, key blocks) float64:
-    whole numbers, so that the order of summation does not matter."""
+    """Return the sum of the scores of all voting pairs, (1, h, query blocks, key blocks).
+
+    They are whole numbers in float64, so that the order of summation does not matter.
+    """
     n = q.shape[2]
     keys = factors.keys(part).double()
     mask, is_real = visibility.mask, None
