@@ -26,14 +26,14 @@ class Conversion(ABC):
     num_calibration_batches: int = 0
     sparse_parameters: Sequence[nn.Parameter] = ()
 
-    def calibrate(self, batches: Iterable[Any]) -> None:
+    def calibrate(self, batches: Iterable[Any]) -> None:  # noqa: B027 (optional)
         """Find the method's starting point in some batches; does nothing by default.
 
         Args:
             batches: of the form that the model is called with (``model(**batch)``).
         """
 
-    def on_step(self, step: int) -> None:
+    def on_step(self, step: int) -> None:  # noqa: B027 (optional)
         """Act after optimiser step number ``step``, counted from 1; does nothing by default."""
 
     @abstractmethod

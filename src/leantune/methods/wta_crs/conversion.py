@@ -58,7 +58,7 @@ def convert(
 
 
 def _sharing(sites: list[Site]) -> list[list[Site]]:
-    """Split off the linears with a trained subspace: what they keep is a projection of their own."""
+    """Split off the linears with a trained subspace, which keep a projection of their own."""
     alone = [s for s in sites if getattr(s.module, "subspace", None) is not None]
     together = [s for s in sites if s not in alone]
     return [*([together] if together else []), *([s] for s in alone)]
