@@ -19,6 +19,7 @@ from leantune.core.conversion import SAMPLE_ID
 from leantune.core.files import load_tensors, save_tensors, trained_weights
 from leantune.core.session import Session
 from leantune.errors import ConfigError, UnsupportedError
+from leantune.ops.backend import on_gpu
 
 SESSION_FILE = "leantune_session.safetensors"
 
@@ -178,7 +179,7 @@ class TrainerCallback(transformers.TrainerCallback):
         if loader is None or not num:
             return
         # Neither the order of the samples nor dropout may depend on calibration.
-        devices = [args.device] if args.device.type == "cuda" else []
+        devices = [args.device] if on_gpu(args.device) else []
         with torch.random.fork_rng(devices=devices):
             self.session.calibrate(calibration_batches(loader, args, num))
 

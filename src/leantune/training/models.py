@@ -114,8 +114,14 @@ def merge_checkpoint(
             )
         model = str(read_recipe_file(run / RECIPE_FILE)["model"])
     config = _load(transformers.AutoConfig, model if trained is None else str(trained), "a config")
-    kind = getattr(transformers, (config.architectures or ["AutoModel"])[0])
-    network = _load(kind, model, kind.__name__, config=config, dtype=torch.float32)
+    architecture = (config.architectures or ["none"])[0]
+    kind = getattr(transformers, architecture, None)
+    if kind is None:
+        raise ConfigError(
+            f"merge: model must be of a class in transformers, got {architecture}; use "
+            "leantune.load(model, folder) and session.merge()"
+        )
+    network = _load(kind, model, architecture, config=config, dtype=torch.float32)
     session = load(network, session_folder)
     session.merge()
     with atomic_folder(output) as fresh:
