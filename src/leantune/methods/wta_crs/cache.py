@@ -58,7 +58,7 @@ class CachedNorms:
         ids = kwargs.get(SAMPLE_ID)
         others = (value for name, value in kwargs.items() if name != SAMPLE_ID)
         self.ids = _checked(ids, (*args, *others))
-        self._device = ids.device
+        self._device = kwargs[SAMPLE_ID].device
         self._flush()
         self._staged.clear()
 
