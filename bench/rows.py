@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -75,13 +76,14 @@ def _write(name: str, rows: list[dict[str, Any]]) -> None:
     write_atomic(RESULTS / f"{name}.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows))
 
 
-def replace(name: str, key: str, value: Any, rows: list[dict[str, Any]]) -> None:
-    """Put rows in the place of those that have this value, or at the end; others stay."""
-    old = read(name)
-    first = next((i for i, row in enumerate(old) if row[key] == value), len(old))
-    others = [row for row in old if row[key] != value]
-    fresh = [row | environment() for row in rows]
-    _write(name, [*others[:first], *fresh, *others[first:]])
+def replace(name: str, keys: Sequence[str], rows: list[dict[str, Any]]) -> None:
+    """Put each row in the place of the one that agrees with it in ``keys``, or at the end.
+
+    Others stay: those of other cases, and those that retired an option.
+    """
+    fresh = {tuple(row[key] for key in keys): row | environment() for row in rows}
+    kept = [fresh.pop(tuple(row.get(key) for key in keys), row) for row in read(name)]
+    _write(name, [*kept, *fresh.values()])
 
 
 def by_device(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:

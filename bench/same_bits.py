@@ -65,6 +65,8 @@ SPT = {"keep_ratio": 0.25, "min_keys": 3, "subspace_width": 2, "num_codewords": 
 
 CASES: dict[str, Methods] = {
     "WTA-CRS": (("WTACRS", WTA_CRS),),
+    "WTA-CRS, the paper's draws": (("WTACRS", {**WTA_CRS, "estimator": "wta"}),),
+    "WTA-CRS, cached norms": (("WTACRS", {**WTA_CRS, "norms": "cache"}),),
     "Checkpoint": (("Checkpoint", {}),),
     "Checkpoint + WTA-CRS": (("Checkpoint", {}), ("WTACRS", WTA_CRS)),
     "LoRA": (("LoRA", {"rank": 4}),),
@@ -80,6 +82,10 @@ CASES: dict[str, Methods] = {
     "meProp example": (("MeProp", {"keep_ratio": 0.2, "variant": "example"}),),
     "meProp weight": (("MeProp", {"keep_ratio": 0.2, "variant": "weight"}),),
     "routed FFN": (("RoutedFFN", {"num_groups": 4, "num_active": 2, "split": "contiguous"}),),
+    "routed FFN, coactivation": (
+        ("RoutedFFN", {"num_groups": 4, "num_active": 2, "split": "coactivation"}),
+    ),
+    "SPT attention, the paper's score": (("SPTAttention", {**SPT, "scorer": "match"}),),
     "SPT attention": (("SPTAttention", {**SPT, "granularity": "token"}),),
 }
 
@@ -128,8 +134,21 @@ def llama() -> nn.Module:
 MODELS: dict[str, Callable[[], nn.Module]] = {"BERT": bert, "GPT-2": gpt2, "Llama": llama}
 
 
-def batches(model_name: str) -> Iterator[dict[str, Tensor]]:
+def batches(model_name: str, has_ids: bool) -> Iterator[dict[str, Tensor]]:
     """Yield padded classification batches for BERT, full ones of text for decoders."""
+    ids = torch.arange(4)  # the very tensor each time, as in a loop over prepared batches
+    for batch in _batches(model_name):
+        yield batch | ({"sample_id": ids} if has_ids else {})
+
+
+def _wants_ids(session: Any) -> bool:
+    """Tell whether batches must carry sample ids; the session knew, now its conversions do."""
+    if hasattr(session, "conversions"):
+        return any(conversion.needs_sample_ids for conversion in session.conversions)
+    return session.needs_sample_ids
+
+
+def _batches(model_name: str) -> Iterator[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(1)
     while True:
         ids = torch.randint(3, 64, (4, 16), generator=generator)
@@ -150,7 +169,7 @@ def train(model_name: str, methods: Methods) -> Trained:
     model = MODELS[model_name]()
     model.train()
     session = lt.apply(model, *[_config(lt, *method) for method in methods], seed=3)
-    stream = batches(model_name)
+    stream = batches(model_name, _wants_ids(session))
     session.calibrate([next(stream) for _ in range(NUM_CALIBRATION)])
     optimizer = session.optimizer(torch.optim.AdamW, lr=1e-2)
     out = {}

@@ -46,7 +46,7 @@ def run_cases(
             continue
         measured = measure(case, torch.device("cuda" if has_gpu else "cpu"))
         print(f"\n{case.name}\n\n{rows.table(measured, dict(columns))}\n{note(case)}", flush=True)
-        rows.replace(result, "case", case.name, measured)
+        rows.replace(result, ("case", "variant"), measured)
 
 
 def timing_row(case: Case, variant: str, stats: StepStats, saved_bytes: int) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Measure before you train: exact bytes, and what keeps the tensors that a method wants to free.
 
-Sampling a linear's input frees nothing while another operation holds the same tensor. In a Llama
-the RMSNorm holds its own output, which query, key, value, gate and up read.
+Sampling a linear's input frees nothing while another operation holds the same tensor: fused
+attention holds its own output, which the output projection reads.
 """
 
 import toy

@@ -26,7 +26,6 @@ def main(num_steps: int = 10) -> list[str]:
                 max_length=16,
                 report_to="none",
                 save_strategy="no",
-                gradient_checkpointing=False,
                 bf16=False,
             ),
             train_dataset=datasets.Dataset.from_dict({"text": texts}),

@@ -210,8 +210,7 @@ def recall(num_tokens: int = 256, num_texts: int = 8, keep_ratio: float = 0.125)
     ]
     columns = {"choice": "choice", "mass": "mass", "mass_min": "min layer", "mass_max": "max layer"}
     print(rows.table(table, columns))
-    for row in table:
-        rows.replace(RECALL, "choice", row["choice"], [row])
+    rows.replace(RECALL, ("choice",), table)
 
 
 def _ladder(
@@ -227,7 +226,7 @@ def _ladder(
             name = f"{scorer}, w {width}, e {words}, l2, per head"
             yield name, quantise(q, k, books, scorer)
     layer = kmeans(torch.cat([q0, k0]).reshape(-1, d)[::4], d // 8, 16, 10, seed=0)[None]
-    yield "match, w 8, e 16, l2, per layer (the paper's)", quantise(q, k, layer, "match")
+    yield "match, w 8, e 16, l2, per layer", quantise(q, k, layer, "match")
     noise = torch.randn(1, d // 8, 16, 8)
     yield "match, random codebook (the prototype's start)", quantise(q, k, noise, "match")
     yield "random", _Table(torch.rand(b, h, n, n))

@@ -14,12 +14,15 @@ ALLOWED = {"torch", "safetensors", "leantune", *sys.stdlib_module_names}
 ALLOWED |= {"typing_extensions", "sympy", "mpmath", "networkx", "jinja2", "markupsafe", "fsspec",
             "filelock", "setuptools", "pkg_resources", "functorch", "torchgen"}
 
-class Hide:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] not in ALLOWED and not name.startswith("_"):
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+class Hiding:
+    def __init__(self, finder):
+        self.finder = finder
 
-sys.meta_path.insert(0, Hide())
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ALLOWED or name.startswith("_"):
+            return self.finder.find_spec(name, path, target)
+
+sys.meta_path[:] = map(Hiding, sys.meta_path)
 import warnings
 # Torch without numpy says so.
 warnings.simplefilter("ignore")

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback
 
 import leantune as lt
+from leantune.core.files import STATE_FILE
 from leantune.training.data import get_task, load_task
 from leantune.training.models import load_model
 from leantune.training.recipe import RunRecipe
@@ -283,6 +284,15 @@ def new_model(base: dict[str, Any], seed: int = 0) -> Any:
     """Load the run's model as the run does before its first step."""
     labels = load_task(base["task"], base["data"])["train"].features["label"].names
     return load_model(base["model"], get_task(base["task"]), labels, tokenizer(), seed=seed)
+
+
+def test_samples_are_numbered_for_cached_norms(base: dict[str, Any]) -> None:
+    cached = lt.WTACRS(keep_ratio=0.3, min_rows=2, norms="cache")
+    result = lt.train(base, methods=[cached], compare=["baseline"])
+    state = load_file(Path(base["output"]) / "session" / STATE_FILE)
+    # Every sample was met.
+    assert len(state["0.wta_crs/cache"]) == result.num_train
+    assert state["0.wta_crs/cache"].float().amax((1, 2)).all()
 
 
 def test_a_regression_run_is_judged_by_correlation(base: dict[str, Any], tmp_path: Path) -> None:

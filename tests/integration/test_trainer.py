@@ -149,6 +149,24 @@ def test_a_closed_or_foreign_session_is_refused(tmp_path: Path) -> None:
         make_trainer(session.model, tmp_path, [lt.TrainerCallback(session)]).train()
 
 
+def test_cached_norms_know_each_sample_and_resume_with_the_same_bits(tmp_path: Path) -> None:
+    rows = token_rows()
+    options = {
+        "dataset": rows.add_column("sample_id", range(len(rows))),
+        "remove_unused_columns": False,
+        "gradient_accumulation_steps": 2,
+    }
+    method = sampled(norms="cache")
+    expected, session = train(tmp_path, method, **options)
+    norms = session.state_dict()["0.wta_crs/cache"]
+    assert len(norms) == len(rows) and norms.amax((1, 2)).all()
+    checkpoint = tmp_path / "checkpoint-4"
+    got, _ = train(tmp_path, method, resume=checkpoint, **{**options, "save_strategy": "no"})
+    assert same(got, expected)
+    with pytest.raises(lt.ConfigError, match=r"remove_unused_columns must be False .*got True"):
+        train(tmp_path, method, dataset=options["dataset"])
+
+
 @dataclass(frozen=True, kw_only=True)
 class Penalty(MethodConfig):
     """Punish large outputs of each MLP, and note what calibration shows."""

@@ -20,9 +20,7 @@ from leantune.core.linear import ConvertedLinear, converted, swap
 from leantune.core.runtime import Runtime
 from leantune.errors import ConfigError, SiteError, UnsupportedError
 from leantune.methods.routed_ffn import maths
-from leantune.methods.routed_ffn import module as module_file
 from leantune.methods.routed_ffn.module import RoutedMLP
-from leantune.ops.groups import has_grouped_product
 from leantune.ops.rows import OuterProduct
 
 # peft asks transformers for a name that transformers is about to drop.
@@ -35,12 +33,6 @@ GATES = ("none", "output")
 def lora_for(name: str) -> lt.LoRA:
     patterns = {"llama": ["mlp.*_proj"], "opt": ["fc1", "fc2"], "gpt2": ["mlp.c_*"]}
     return lt.LoRA(rank=3, alpha=6.0, sites=patterns[name])
-
-
-@pytest.fixture
-def grouped(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compute all groups in one product, as on a GPU, or one after the other."""
-    monkeypatch.setattr(module_file, "prefers_grouped", lambda rows, ffn: request.param)
 
 
 class Subspace:
@@ -118,9 +110,7 @@ def close(got: Tensor, wanted: np.ndarray, tolerance: float = 1e-10) -> bool:
 
 @pytest.mark.parametrize("with_lora", [False, True])
 @pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("grouped", [False, True], indirect=True)
 @pytest.mark.parametrize("name", ACTIVATIONS)
-@pytest.mark.usefixtures("grouped")
 def test_output_is_the_formulas(name: str, gate: str, with_lora: bool) -> None:
     methods = (lora_for(name),) if with_lora else ()
     _, _, layer = make(name, *methods, gate=gate)
@@ -226,18 +216,18 @@ def force(layer: RoutedMLP, x: Tensor, how: str) -> None:
 @pytest.mark.parametrize(
     ("name", "gate"), [("llama", "output"), ("opt", "output"), ("gpt2", "none")]
 )
-def test_both_ways_to_multiply_agree(
-    name: str, gate: str, dtype: torch.dtype, how: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_both_ways_to_compute_agree(name: str, gate: str, dtype: torch.dtype, how: str) -> None:
     """Groups without a token, one token alone, every token in one group, strided input."""
     x = tokens(10)
     results = []
-    for is_grouped in (False, True):
-        monkeypatch.setattr(module_file, "prefers_grouped", lambda *_, how=is_grouped: how)
+    for is_whole in (False, True):
         _, _, layer = make(name, lora_for(name), gate=gate)
+        layer._is_hooked = is_whole
         force(layer, x, how)
         layer.to(dtype)
         for rows in (x, x[:1], x[:, None].expand(-1, 2, -1), x.t().contiguous().t()):
+            # Conv1D's own forward takes no strided input.
+            rows = rows.contiguous() if is_whole else rows
             leaf = rows.to(dtype).detach().requires_grad_()
             layer.zero_grad()
             y = layer(leaf)
@@ -252,26 +242,6 @@ def test_both_ways_to_multiply_agree(
             if a is not None:
                 scale = float(b.detach().abs().max())
                 torch.testing.assert_close(a, b, rtol=64 * eps, atol=64 * eps * max(scale, 1))
-
-
-def test_grouped_product_is_really_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert has_grouped_product("cpu", torch.float32)
-    assert not has_grouped_product("cpu", torch.float64)
-    calls: list[int] = []
-    real = torch.nn.functional.grouped_mm
-    spy = lambda *args, **kwargs: calls.append(1) or real(*args, **kwargs)  # noqa: E731
-    monkeypatch.setattr(torch.nn.functional, "grouped_mm", spy)
-    _, _, layer = make("llama")
-    layer.float()(tokens().float())
-    assert not calls, "on the CPU one product per group is faster"
-    monkeypatch.setattr(module_file, "on_gpu", lambda where: True)
-    monkeypatch.setattr(module_file, "has_grouped_product", lambda *_: True)
-    layer(tokens().float().requires_grad_()).sum().backward()
-    # Three products, and two gradients of each.
-    assert len(calls) == 9
-    monkeypatch.setattr(module_file, "has_grouped_product", lambda *_: False)
-    layer(tokens().float())
-    assert len(calls) == 9
 
 
 @pytest.mark.parametrize("gate", GATES)
@@ -389,7 +359,7 @@ def test_no_auxiliary_loss_where_none_is_due() -> None:
     assert session.auxiliary_loss().item() == 0.0
 
 
-def plain_and_grouped(name: str, **options: Any) -> tuple[nn.Module, nn.Module, lt.Session]:
+def plain_and_reordered(name: str, **options: Any) -> tuple[nn.Module, nn.Module, lt.Session]:
     plain, model = MODELS[name].build(), MODELS[name].build()
     session = lt.apply(model, lt.RoutedFFN(split="coactivation", **options))
     return plain, model, session
@@ -397,7 +367,7 @@ def plain_and_grouped(name: str, **options: Any) -> tuple[nn.Module, nn.Module, 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_reordering_preserves_the_function_and_is_undone(name: str) -> None:
-    plain, model, session = plain_and_grouped(name, num_active=4, gate="none")
+    plain, model, session = plain_and_reordered(name, num_active=4, gate="none")
     batch = MODELS[name].batch()
     wanted = plain(**batch).logits
     for _ in range(2):
@@ -412,7 +382,7 @@ def test_reordering_preserves_the_function_and_is_undone(name: str) -> None:
 
 def test_reordering_one_weight_alone_changes_the_function() -> None:
     """The control of the test above."""
-    plain, model, _ = plain_and_grouped("llama", num_active=4, gate="none")
+    plain, model, _ = plain_and_reordered("llama", num_active=4, gate="none")
     layer = layers_of(model)[0]
     with torch.no_grad():
         up = layer.ffn.weight("up")
@@ -609,7 +579,7 @@ def test_order_of_units_survives_both_ways_of_resuming(with_lora: bool, order: s
 
 @pytest.mark.parametrize("name", MODELS)
 def test_state_dict_keeps_the_original_order(name: str) -> None:
-    plain, model, session = plain_and_grouped(name)
+    plain, model, session = plain_and_reordered(name)
     session.calibrate([MODELS[name].batch(3)])
     names = {id(module): n for n, module in model.named_modules()}
     state, parameters = model.state_dict(), dict(model.named_parameters())
@@ -628,7 +598,7 @@ def test_state_dict_keeps_the_original_order(name: str) -> None:
     model.load_state_dict(before.state_dict())
     pairs = zip(model.parameters(), before.parameters(), strict=True)
     assert all(torch.equal(p, q) for p, q in pairs)
-    _, other, _ = plain_and_grouped(name)  # not calibrated: other groups
+    _, other, _ = plain_and_reordered(name)  # not calibrated: other groups
     other.load_state_dict(state)
     batch = MODELS[name].batch(5)
     assert torch.equal(other.eval()(**batch).logits, model.eval()(**batch).logits)

@@ -116,48 +116,64 @@ def test_state_of_another_model_is_refused() -> None:
         converted(norms="activation")[1].load_state_dict(state)
 
 
-def update(norms: RunningNorms, squares: Tensor, mask: Tensor | None = None) -> None:
+CPU = torch.device("cpu")
+
+
+def running(*names: str, decay: float = 0.5) -> RunningNorms:
+    return RunningNorms(names, decay, [CPU] * len(names))
+
+
+def update(
+    norms: RunningNorms, squares: Tensor, mask: Tensor | None = None, column: int = 0
+) -> None:
     shape = torch.Size((*squares.shape, 3))
-    norms.update(0, squares.sqrt().flatten(), None if mask is None else mask.flatten(), shape)
+    norms.expect(column, shape, CPU)
+    real = None if mask is None else mask.flatten()
+    norms.update(column, squares.sqrt().flatten(), real, shape, None)
+
+
+def guess(norms: RunningNorms, shape: tuple[int, ...], *columns: int) -> Tensor:
+    found = norms.predict(torch.Size((*shape, 9)), columns)
+    assert found is not None
+    return found.square()
 
 
 def test_running_mean_is_relative_and_by_position() -> None:
-    norms = RunningNorms(["a"], decay=0.5)
+    norms = running("a")
     update(norms, torch.tensor([[4.0, 0.0], [12.0, 0.0]]))
     # The batch's mean square is 4: relative squares (2, 0), half way from (1, 1).
     torch.testing.assert_close(norms.state_dict()["a"], torch.tensor([1.5, 0.5]))
-    guess = norms.predict(torch.Size((3, 2, 9)), [0])
-    torch.testing.assert_close(guess, torch.tensor([1.5, 0.5] * 3).sqrt())
+    torch.testing.assert_close(guess(norms, (3, 2), 0), torch.tensor([1.5, 0.5] * 3))
 
 
 def test_running_mean_skips_padding_overflow_and_silence() -> None:
-    norms = RunningNorms(["a"], decay=0.5)
+    norms = running("a")
     mask = torch.tensor([[True, False], [True, False]])
     update(norms, torch.tensor([[4.0, 100.0], [4.0, 100.0]]), mask)
-    torch.testing.assert_close(norms.state_dict()["a"], torch.ones(2))
+    torch.testing.assert_close(guess(norms, (1, 2), 0), torch.ones(2))
     for bad in (float("nan"), float("inf")):
         update(norms, torch.tensor([[bad, 1.0]]))
     update(norms, torch.zeros(1, 2))
-    torch.testing.assert_close(norms.state_dict()["a"], torch.ones(2))
+    torch.testing.assert_close(guess(norms, (1, 2), 0), torch.ones(2))
 
 
 def test_positions_not_met_yet_count_as_average() -> None:
-    norms = RunningNorms(["a", "b"], decay=0.5)
+    norms = running("a", "b")
     update(norms, torch.tensor([[8.0, 0.0]]))
-    guess = norms.predict(torch.Size((1, 4, 9)), [0, 1])
-    torch.testing.assert_close(guess, torch.tensor([1.5, 0.5, 1.0, 1.0]).sqrt())
+    torch.testing.assert_close(guess(norms, (1, 4), 0, 1), torch.tensor([1.5, 0.5, 1.0, 1.0]))
+    # Also beyond the room that there is.
+    torch.testing.assert_close(guess(norms, (1, 5000), 0)[2:], torch.ones(4998))
     # Without positions, or without a step yet, there is no guess.
     assert norms.predict(torch.Size((4, 9)), [0]) is None
     assert norms.predict(torch.Size((1, 4, 9)), [1]) is None
 
 
 def test_linears_of_one_input_add_up() -> None:
-    norms = RunningNorms(["a", "b"], decay=0.0)
+    norms = running("a", "b", decay=0.0)
     update(norms, torch.tensor([[4.0, 0.0]]))
-    norms.update(1, torch.tensor([1.0, 3.0]).sqrt() * 1e3, None, torch.Size((1, 2, 3)))
+    update(norms, torch.tensor([[1.0, 3.0]]) * 1e6, column=1)
     # Each relative to its own mean: (2, 0) and (0.5, 1.5).
-    guess = norms.predict(torch.Size((1, 2, 9)), [0, 1])
-    torch.testing.assert_close(guess, torch.tensor([2.5, 1.5]).sqrt())
+    torch.testing.assert_close(guess(norms, (1, 2), 0, 1), torch.tensor([2.5, 1.5]))
 
 
 @pytest.mark.gpu

@@ -107,11 +107,11 @@ def test_a_text_becomes_blocks(tmp_path: Path) -> None:
         ("sentence1\tlabel\nw1\t1\nw2\t2\n", "sst2", r"train.tsv row 2: 'label' .* got '2'"),
         ("sentence1\tlabel\nw1\t1\nw2\t\n", "sst2", r"row 2: 'label' must be one of .* got ''"),
         ("sentence1\tlabel\nw1\tnan\n", "regression", "row 1: 'label' must be a finite number"),
-        ("sentence1\tlabel\nw1\t1\n", "text", r"at least two classes, got \['1'\]"),
+        ("sentence1\tlabel\nw1\t1\n", "text", r"at least two classes, got \('1',\)"),
         ("sentence1\tclass\nw1\t1\n", "text", "column 'label' must be in the table, got columns"),
         ("text\tlabel\nw1\t1\nw2\t0\n", "text", "column 'sentence1' must be in the table"),
         ("sentence1\tlabel\nw1\t1\tmore\n", "text", r"train\.tsv must be a table"),
-        ("sentence1\tlabel\n", "text", "no rows"),
+        ("sentence1\tlabel\n", "text", "no data"),
         ("", "text", "train.tsv must be a table"),
     ],
 )

@@ -3,7 +3,7 @@
 import contextlib
 import sys
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -23,9 +23,6 @@ from leantune.measure.ledger import Ledger, ledger
 from leantune.measure.still_held import StillHeld, find_still_held, sampled_linears
 from leantune.measure.text import format_bytes
 from leantune.training.recipe import BASELINE, MeasureRecipe
-
-if TYPE_CHECKING:
-    from leantune.training.data import Task
 
 _LEDGER_ROWS = ("weights", "gradients", "optimizer", "activations", "total")
 
@@ -70,12 +67,13 @@ def measure_step(
     import torch
 
     import leantune
+    from leantune.core.conversion import SAMPLE_ID
     from leantune.training.data import get_task, load_task, tokenize
     from leantune.training.models import load_model, load_tokenizer
     from leantune.training.run import autocast, checkpoint_blocks
 
     task, tokenizer = get_task(recipe.task), load_tokenizer(recipe.model)
-    labels = task.label_names or ("0", "1")
+    labels: Any = task.label_names or ("0", "1")
     rows = None
     if recipe.data is not None or recipe.task == "demo":
         # A block of a text takes many of its lines.
@@ -83,12 +81,11 @@ def measure_step(
         data = load_task(recipe.task, recipe.data, max_train=limit, max_validation=2)
         labels = getattr(data["train"].features.get("label"), "names", None)
         rows = tokenize(data, tokenizer, recipe.max_length)["train"].to_list()[: recipe.batch_size]
-    is_classification = task.kind == "classification"
-    model = load_model(
-        recipe.model, task, labels if is_classification else None, tokenizer, seed=recipe.seed
-    )
+    if task.kind != "classification":
+        labels = None
+    model = load_model(recipe.model, task, labels, tokenizer, seed=recipe.seed)
     if rows is None:
-        batch = _random_batch(recipe, task, model, len(labels))
+        batch = _random_batch(recipe, task.kind, model, len(labels or ()))
     else:
         batch = dict(tokenizer.pad(rows, return_tensors="pt"))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -101,6 +98,8 @@ def measure_step(
         ledgers = {BASELINE: ledger(model, batch)}
         if recipe.methods:
             session = leantune.apply(model, *recipe.methods, seed=recipe.seed)
+            if any(c.needs_sample_ids for c in session.conversions):
+                batch[SAMPLE_ID] = torch.arange(len(batch["input_ids"]))
             session.calibrate([batch])
             after = ledger(model, batch)
             ledgers["+".join(m.method for m in recipe.methods)] = after
@@ -108,9 +107,7 @@ def measure_step(
     return batch, ledgers, held
 
 
-def _random_batch(
-    recipe: MeasureRecipe, task: "Task", model: Any, num_labels: int
-) -> dict[str, Any]:
+def _random_batch(recipe: MeasureRecipe, kind: str, model: Any, num_labels: int) -> dict[str, Any]:
     """Return random ids without padding."""
     import torch
 
@@ -127,9 +124,9 @@ def _random_batch(
     # A padding id in a row would end it for models that classify by the last token.
     ids[ids == config.pad_token_id] = (config.pad_token_id + 1) % config.vocab_size
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if task.kind == "causal_lm":
+    if kind == "causal_lm":
         return batch | {"labels": ids.clone()}
-    if task.kind == "regression":
+    if kind == "regression":
         return batch | {"labels": torch.rand(recipe.batch_size, generator=generator)}
     return batch | {"labels": torch.randint(num_labels, (recipe.batch_size,), generator=generator)}
 

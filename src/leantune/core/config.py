@@ -128,6 +128,7 @@ class MethodConfig(Options):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         given: Any = (self.sites,) if isinstance(self.sites, str) else self.sites
         is_list = False
         if isinstance(given, Sequence):

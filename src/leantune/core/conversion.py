@@ -9,6 +9,9 @@ from torch import Tensor, nn
 from leantune.core.linear import Swap
 from leantune.errors import ConfigError
 
+SAMPLE_ID = "sample_id"
+"""The batch field that numbers samples, for methods that remember each of them."""
+
 
 class Conversion(ABC):
     """A conversion is what one config did to one model, and everything that this takes later.

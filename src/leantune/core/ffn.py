@@ -6,7 +6,7 @@ Methods that compute some of an FFN's hidden units see every FFN in one way: pla
 Legend: n rows, F hidden units, r rank of an adapter.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from itertools import repeat
 from typing import Any, NamedTuple
@@ -131,9 +131,6 @@ class FFN:
 
     def slices(self, num: int) -> "list[FFNSlice]":
         """Cut the hidden units into ``num`` slices of equal size, whose weights are views."""
-        return self._cut(LinearView.chunk, num)
-
-    def _cut(self, cut: Callable[..., list[LinearView]], num: int) -> "list[FFNSlice]":
         parts: list[Iterable[tuple[LinearView, ...]]] = []
         for part, (base, adapters) in self.linears.items():
             dim = int(part == "down")

@@ -15,9 +15,11 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from leantune.core.conversion import SAMPLE_ID
 from leantune.core.files import load_tensors, save_tensors, trained_weights
 from leantune.core.session import Session
 from leantune.errors import ConfigError, UnsupportedError
+from leantune.ops.backend import on_gpu
 
 SESSION_FILE = "leantune_session.safetensors"
 
@@ -40,7 +42,7 @@ class TrainerCallback(transformers.TrainerCallback):
 
     Raises:
         ConfigError: the session is closed or of another model; a checkpoint has no session file,
-            or a damaged one.
+            or a damaged one; the trainer drops a column that a method needs.
         UnsupportedError: several GPUs in one process, sparse gradients, or an auxiliary loss that
             does not reach the loss that is trained on.
     """
@@ -142,6 +144,13 @@ class TrainerCallback(transformers.TrainerCallback):
                 "gradients are dense, or train in a loop of your own with "
                 "session.optimizer(torch.optim.AdamW, lr=...)"
             )
+        if args.remove_unused_columns and any(c.needs_sample_ids for c in self.session.conversions):
+            raise ConfigError(
+                "TrainerCallback: remove_unused_columns must be False where a method needs "
+                f"{SAMPLE_ID}, got True, which drops that column; give "
+                "TrainingArguments(remove_unused_columns=False) and a data set with the column, "
+                f"dataset.add_column({SAMPLE_ID!r}, range(len(dataset)))"
+            )
         if args.n_gpu > 1:
             raise UnsupportedError(
                 f"TrainerCallback: n_gpu must be 1 in each process, got {args.n_gpu}, which "
@@ -170,7 +179,7 @@ class TrainerCallback(transformers.TrainerCallback):
         if loader is None or not num:
             return
         # Neither the order of the samples nor dropout may depend on calibration.
-        devices = [args.device] if args.device.type == "cuda" else []
+        devices = [args.device] if on_gpu(args.device) else []
         with torch.random.fork_rng(devices=devices):
             self.session.calibrate(calibration_batches(loader, args, num))
 
@@ -238,7 +247,8 @@ def calibration_batches(loader: Any, args: TrainingArguments, num_batches: int) 
         args: of the run: size of a batch, device.
         num_batches: limit.
     """
-    dataset, size = loader.dataset, args.per_device_train_batch_size
+    dataset: Any = loader.dataset
+    size = args.per_device_train_batch_size
     rows: Any = None
     if has_length(dataset):
         wanted = min(len(dataset), size * num_batches)

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from leantune.errors import ConfigError
-from leantune.measure.text import format_bytes, table
 
 
 @dataclass(frozen=True)
@@ -113,22 +112,6 @@ def compare_steps(
                 memory[name] = max(memory.get(name, peak), peak)
     base = times[reference]
     return {name: _stats(times[name], base, memory.get(name, (None, None))) for name in names}
-
-
-def steps_table(stats: Mapping[str, StepStats]) -> str:
-    """Return a comparison as plain text: one row for each variant."""
-    rows = [
-        (
-            name,
-            f"{s.median_ms:.2f}",
-            f"{s.p20_ms:.2f} to {s.p80_ms:.2f}",
-            f"{s.ratio:.3f}",
-            f"{s.ratio_p20:.3f} to {s.ratio_p80:.3f}",
-            "-" if s.peak_bytes is None else format_bytes(s.peak_bytes),
-        )
-        for name, s in stats.items()
-    ]
-    return table(("step", "median ms", "p20 to p80", "ratio", "p20 to p80", "peak"), rows)
 
 
 def _run(step: Callable[[], Any], on_cuda: bool) -> tuple[float, tuple[int, int] | None]:

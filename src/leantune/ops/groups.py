@@ -17,14 +17,12 @@ class Routing(NamedTuple):
         rows: (m,) int64, the row that each sorted one is a copy of; ascending within a group.
         choices: (m,) int64, the choice that each sorted row follows, as a place in (n, A).
         places: (n, A) int64, where each row's copies lie.
-        groups: (m,) int64 ascending, the group of each sorted row.
         ends: (G,) int32, where each group's rows end.
     """
 
     rows: Tensor
     choices: Tensor
     places: Tensor
-    groups: Tensor
     ends: Tensor
 
 
@@ -43,7 +41,7 @@ def route(chosen: Tensor, num_groups: int) -> Routing:
     groups = flat.index_select(0, order)
     numbers = torch.arange(num_groups, device=flat.device)
     ends = torch.searchsorted(groups, numbers, right=True, out_int32=True)
-    return Routing(order // chosen.shape[1], order, places.view_as(chosen), groups, ends)
+    return Routing(order // chosen.shape[1], order, places.view_as(chosen), ends)
 
 
 def dispatch(x: Tensor, routing: Routing) -> Tensor:

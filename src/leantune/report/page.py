@@ -82,8 +82,9 @@ def _metric(result: RunResult, run: VariantResult, name: str) -> Cell:
     value, reference = run.metrics.get(name), result.reference.metrics.get(name)
     if value is None:
         return Cell("")
-    is_other = reference is not None and run is not result.reference
-    return Cell(f"{value:.4f}", f"{value - reference:+.4f}" if is_other else "")
+    if reference is None or run is result.reference:
+        return Cell(f"{value:.4f}")
+    return Cell(f"{value:.4f}", f"{value - reference:+.4f}")
 
 
 def _saved(result: RunResult, run: VariantResult) -> Cell:

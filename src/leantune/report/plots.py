@@ -59,7 +59,7 @@ BARS: Mapping[str, Key] = {
 def draw(result: RunResult) -> dict[str, str]:
     """Return file name -> SVG of everything that the run has something to show of."""
     # No pyplot, and no change that outlives the call.
-    options = {"svg.fonttype": "none", "svg.hashsalt": "leantune", "font.family": "sans-serif"}
+    options: Any = {"svg.fonttype": "none", "svg.hashsalt": "leantune", "font.family": "sans-serif"}
     with matplotlib.rc_context(options):
         plots = {"loss": _plot_loss(result), "evaluation": _plot_evaluations(result)}
         plots |= {f"saved-by-{name}": _plot_bars(result, name) for name in BARS}

@@ -14,14 +14,8 @@ import pandas
 
 from leantune.errors import ConfigError
 
-FORMATS = {
-    ".tsv": "csv",
-    ".csv": "csv",
-    ".jsonl": "json",
-    ".json": "json",
-    ".parquet": "parquet",
-    ".txt": "text",
-}
+FORMATS = {".tsv": "csv", ".csv": "csv", ".jsonl": "json", ".json": "json"}
+FORMATS |= {".parquet": "parquet", ".txt": "text"}
 TRAIN_SHARE_OF_ONE_TEXT = 0.95
 _SPLIT_WORDS = {
     "train": ("train",),
@@ -62,6 +56,7 @@ def _glue(name: str, labels: str, columns: str, *metrics: str, **options: Any) -
 
 
 _SCORES = ("pearson", "spearman")
+_NLI = "entailment neutral contradiction"
 _ENTAILS = "entailment not_entailment"
 TASKS: Mapping[str, Task] = {
     task.name: task
@@ -71,12 +66,7 @@ TASKS: Mapping[str, Task] = {
         _glue("mrpc", "not_equivalent equivalent", "sentence1 sentence2", "f1", "accuracy"),
         _glue("qqp", "not_duplicate duplicate", "question1 question2", "f1", "accuracy"),
         Task("stsb", "regression", (_PAIR,), metrics=_SCORES),
-        _glue(
-            "mnli",
-            "entailment neutral contradiction",
-            "premise hypothesis",
-            validation="validation_matched",
-        ),
+        _glue("mnli", _NLI, "premise hypothesis", validation="validation_matched"),
         _glue("qnli", _ENTAILS, "question sentence"),
         _glue("rte", _ENTAILS, "sentence1 sentence2"),
         _glue("wnli", "not_entailment entailment", "sentence1 sentence2"),
@@ -115,19 +105,15 @@ def load_task(
     lies in the larger. It does not depend on a run's seed, so that seeds can be compared.
 
     Args:
-        name: of ``TASKS``.
         source: a folder of files; for ``causal_lm`` also one text file; ``"hub"`` for GLUE, or the
             name of a hub data set, with ``:config`` where it has several; None for the demo.
-        max_train: most rows to keep.
-        max_validation: most rows to keep.
 
     Returns:
         ``train`` and ``validation`` with ``sentence1``, perhaps ``sentence2``, and ``label`` (a
         ``ClassLabel``, or a float64 score); for ``causal_lm`` with ``text``, a line in each row.
 
     Raises:
-        ConfigError: a file or data set is missing or damaged, or a column, a text or a label is
-            not acceptable (file, row and value named).
+        ConfigError: a file is missing or damaged, or a column, a text or a label is not acceptable.
     """
     task = get_task(name)
     if source is None:
@@ -175,11 +161,6 @@ def tokenize(data: datasets.DatasetDict, tokenizer: Any, max_length: int) -> dat
 
     A text is cut into blocks of ``max_length`` without special tokens; its last, incomplete block
     is dropped.
-
-    Args:
-        data: what :func:`load_task` returned.
-        tokenizer: of the model to train.
-        max_length: most tokens of a row, special ones included.
 
     Returns:
         What the tokenizer gives, and ``labels``: class ids, float32 scores, or the ``input_ids`` of

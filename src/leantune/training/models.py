@@ -16,11 +16,6 @@ from leantune.training.data import Task
 from leantune.training.recipe import read_recipe_file
 
 DEMO_MODEL = "demo"
-_HEADS = {
-    "causal_lm": transformers.AutoModelForCausalLM,
-    "classification": transformers.AutoModelForSequenceClassification,
-    "regression": transformers.AutoModelForSequenceClassification,
-}
 
 
 def load_tokenizer(name: str) -> Any:
@@ -45,10 +40,8 @@ def load_model(
     """Load a pre-trained model with the task's head, in float32 on the CPU.
 
     Args:
-        name: a folder, a name on the hub, or ``"demo"``.
-        task: settles the head.
         labels: of the classes; None unless classification.
-        tokenizer: of the model; its padding token is the model's where that has none.
+        tokenizer: its padding token is the model's where that has none.
         seed: of the weights that are not in the file, such as a new head's; the caller's random
             streams do not move.
 
@@ -56,7 +49,10 @@ def load_model(
         ConfigError: no such model, a damaged one, or one that does not fit the task.
     """
     options: dict[str, Any] = {"dtype": torch.float32}
-    if task.kind == "regression":
+    kind: Any = transformers.AutoModelForSequenceClassification
+    if task.kind == "causal_lm":
+        kind = transformers.AutoModelForCausalLM
+    elif task.kind == "regression":
         options |= {"num_labels": 1, "problem_type": "regression"}
     elif labels is not None:
         options |= {
@@ -67,7 +63,7 @@ def load_model(
         }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = _load(_HEADS[task.kind], name, f"a model for {task.kind}", **options)
+        model = _load(kind, name, f"a model for {task.kind}", **options)
     if task.kind == "causal_lm" and getattr(model.config, "is_decoder", None) is False:
         raise ConfigError(
             f"load_model: model must read from left to right for task causal_lm, got {name!r}, a "
@@ -118,8 +114,14 @@ def merge_checkpoint(
             )
         model = str(read_recipe_file(run / RECIPE_FILE)["model"])
     config = _load(transformers.AutoConfig, model if trained is None else str(trained), "a config")
-    kind = getattr(transformers, (config.architectures or ["AutoModel"])[0])
-    network = _load(kind, model, kind.__name__, config=config, dtype=torch.float32)
+    architecture = (config.architectures or ["none"])[0]
+    kind = getattr(transformers, architecture, None)
+    if kind is None:
+        raise ConfigError(
+            f"merge: model must be of a class in transformers, got {architecture}; use "
+            "leantune.load(model, folder) and session.merge()"
+        )
+    network = _load(kind, model, architecture, config=config, dtype=torch.float32)
     session = load(network, session_folder)
     session.merge()
     with atomic_folder(output) as fresh:

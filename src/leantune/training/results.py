@@ -105,7 +105,8 @@ class RunResult:
                 raise ValueError(f"format {found} with {len(data['runs'])} runs")
             names = [spec.name for spec in dataclasses.fields(cls)]
             runs = tuple(VariantResult(**run) for run in data["runs"])
-            return cls(**{name: data[name] for name in names} | {"runs": runs})
+            values: dict[str, Any] = {**{name: data[name] for name in names}, "runs": runs}
+            return cls(**values)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(
                 f"results: {path} must be what a finished run of format {METRICS_FORMAT} writes, "

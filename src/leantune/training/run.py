@@ -10,8 +10,8 @@ import json
 import math
 import platform
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import transformers
 
 from leantune._version import __version__
 from leantune.core.apply import apply
+from leantune.core.conversion import SAMPLE_ID
 from leantune.core.files import atomic_folder, write_atomic
 from leantune.core.session import Session
 from leantune.errors import ConfigError
@@ -109,6 +110,9 @@ class _Experiment:
             # On the device first: the session's counters live where the weights are.
             model.to("cuda" if torch.cuda.is_available() else "cpu")
             session = apply(model, *methods, seed=recipe.seed)
+        train_rows = self.rows["train"]
+        if session is not None and any(c.needs_sample_ids for c in session.conversions):
+            train_rows = train_rows.add_column(SAMPLE_ID, range(len(train_rows)))
         is_text = self.task.kind == "causal_lm"
         trainer = transformers.Trainer(
             model,
@@ -117,7 +121,7 @@ class _Experiment:
             data_collator=transformers.default_data_collator
             if is_text
             else transformers.DataCollatorWithPadding(self.tokenizer),
-            train_dataset=self.rows["train"],
+            train_dataset=train_rows,
             eval_dataset=self.rows["validation"],
             compute_metrics=metrics_of_logits(self.task),
             callbacks=[*([TrainerCallback(session)] if session else []), *self.callbacks],
@@ -127,17 +131,15 @@ class _Experiment:
 
     def measure(self) -> list[VariantResult]:
         """Measure bytes and time of a step on the first batch, all variants side by side."""
-        steps: dict[str, _Step] = {}
+        steps: dict[str, Callable[[], None]] = {}
         ledgers: dict[str, dict[str, Any]] = {}
         for name in self.variants:
-            steps[name] = step = self._first_step(name)
-            with autocast(self.recipe.precision):
-                ledgers[name] = ledger(step.model, step.batch).to_dict()
+            steps[name], ledgers[name] = self._first_step(name)
         plain = (name for name, methods in self.variants.items() if not methods)
         reference = next(plain, next(iter(steps)))
         stats = compare_steps(steps, reference=reference, rounds=MEASURED_ROUNDS)
         # A trainer is full of cycles; its model would count towards the peak of the training.
-        del step, steps
+        steps.clear()
         gc.collect()
         is_compared = len(ledgers) > 1
         return [
@@ -155,18 +157,28 @@ class _Experiment:
             for name, found in ledgers.items()
         ]
 
-    def _first_step(self, name: str) -> "_Step":
-        """Make the step that training of the same seed begins with."""
+    def _first_step(self, name: str) -> tuple[Callable[[], None], dict[str, Any]]:
+        """Return the step that training of the same seed begins with, and its ledger."""
         # A trainer makes its folder at once; the run's own is not to be touched yet.
         with tempfile.TemporaryDirectory() as folder:
             trainer, session = self.build(name, Path(folder))
-        batch = dict(next(iter(trainer.get_train_dataloader())))
+        batch, model = dict(next(iter(trainer.get_train_dataloader()))), trainer.model
+        assert model is not None
         if session is not None:
             # What is measured here is thrown away; training calibrates on more than one batch.
             session.calibrate([batch])
         if self.recipe.gradient_checkpointing:
-            checkpoint_blocks(trainer.model)
-        return _Step(trainer.model, session, batch, self.recipe.precision)
+            checkpoint_blocks(model)
+
+        def step() -> None:
+            model.train()
+            model.zero_grad(set_to_none=True)
+            with autocast(self.recipe.precision):
+                loss = model(**batch).loss
+            (loss if session is None else loss + session.auxiliary_loss()).backward()
+
+        with autocast(self.recipe.precision):
+            return step, ledger(model, batch).to_dict()
 
     def train(self, draft: VariantResult, is_last: bool) -> VariantResult:
         """Train one variant, or go on with it; of the last one the model is kept."""
@@ -261,25 +273,6 @@ class _Experiment:
             seed=self.recipe.seed,
             runs=runs,
         )
-
-
-@dataclass
-class _Step:
-    """Forward and backward of a model on one batch."""
-
-    model: Any
-    session: Session | None
-    batch: dict[str, Any]
-    precision: str
-
-    def __call__(self) -> None:
-        self.model.train()
-        self.model.zero_grad(set_to_none=True)
-        with autocast(self.precision):
-            loss = self.model(**self.batch).loss
-        if self.session is not None:
-            loss = loss + self.session.auxiliary_loss()
-        loss.backward()
 
 
 def autocast(precision: str) -> torch.autocast:

@@ -1,7 +1,7 @@
 """Routed FFN: of the groups that an FFN's hidden units fall into, compute a few for each token.
 
 Source: Gui et al., "SPT: Fine-Tuning Transformer-based Language Models Efficiently with
-Sparsification", arXiv 2312.10365. Equations beside names: README.md in this folder.
+Sparsification", arXiv 2312.10365. Equations beside names: docs/methods/routed_ffn.md.
 """
 
 from leantune.core.registry import MethodSpec, register

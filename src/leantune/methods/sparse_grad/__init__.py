@@ -1,7 +1,7 @@
 """SparseGrad: train MLP weights through about 1 % of their gradient, in a basis where it is sparse.
 
 Source: Chekalina et al., "SparseGrad: A Selective Method for Efficient Fine-tuning of MLP Layers",
-EMNLP 2024, arXiv 2410.07383. Equations beside names: README.md in this folder.
+EMNLP 2024, arXiv 2410.07383. Equations beside names: docs/methods/sparse_grad.md.
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
 """SPT: sparse attention over keys that product quantisation chooses.
 
 Source: Gui, Yan, Yin, Yang and Cheng, "SPT: Fine-Tuning Transformer-based Language Models
-Efficiently with Sparsification", arXiv 2312.10365. Equations beside names: README.md here.
+Efficiently with Sparsification", arXiv 2312.10365. See docs/methods/spt_attention.md.
 """
 
 from leantune.core.registry import MethodSpec, register

@@ -11,7 +11,7 @@ from leantune.core.runtime import Runtime
 from leantune.core.sites import Site, group_by_input
 from leantune.methods.wta_crs.cache import CachedNorms
 from leantune.methods.wta_crs.config import WTACRS
-from leantune.methods.wta_crs.norms import NormSource, RunningNorms
+from leantune.methods.wta_crs.norms import RunningNorms
 from leantune.methods.wta_crs.policy import SampledRows, SharedInput
 
 
@@ -21,24 +21,24 @@ class SampledLinears(SwapConversion):
     Args:
         swaps: of the linears.
         norms: what they share; None where nothing is guessed.
-        handle: of the hook that takes sample ids out of the batch, where ``norms`` wants them.
+        handles: of the hooks that take sample ids out of the batch, where ``norms`` wants them.
     """
 
     def __init__(
         self,
         swaps: Sequence[Swap],
-        norms: NormSource | None,
-        handle: RemovableHandle | None = None,
+        norms: RunningNorms | CachedNorms | None,
+        handles: Sequence[RemovableHandle] = (),
     ) -> None:
         super().__init__(swaps)
-        self.needs_sample_ids = handle is not None
+        self.needs_sample_ids = bool(handles)
         self._norms = norms
-        self._handle = handle
+        self._handles = handles
 
     def undo(self) -> None:
         """Put the plain linears back."""
-        if self._handle is not None:
-            self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
         super().undo()
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -63,7 +63,7 @@ def convert(
     """Give each linear a row policy; linears that read one input share their sample."""
     groups = [group for read in group_by_input(sites) for group in _sharing(read)]
     linears = [site for group in groups for site in group]
-    norms, handle = _norm_source(linears, config), None
+    norms = _norm_source(linears, config)
     twins: list[tuple[str, nn.Module]] = []
     for group in groups:
         columns = range(len(twins), len(twins) + len(group))
@@ -74,12 +74,11 @@ def convert(
             rows = SampledRows(site, column, shared, norms, config, runtime, block)
             twins.append((site.name, converted(site.module, runtime, rows=rows)))
     swaps = swap_all(model, twins)
-    if isinstance(norms, CachedNorms):
-        handle = model.register_forward_pre_hook(norms.take_ids, with_kwargs=True)
-    return SampledLinears(swaps, norms, handle)
+    handles = norms.install(model) if isinstance(norms, CachedNorms) else []
+    return SampledLinears(swaps, norms, handles)
 
 
-def _norm_source(sites: list[Site], config: WTACRS) -> NormSource | None:
+def _norm_source(sites: list[Site], config: WTACRS) -> RunningNorms | CachedNorms | None:
     # In backward the norms are exact.
     if config.norms == "activation" or config.draw_at == "backward":
         return None

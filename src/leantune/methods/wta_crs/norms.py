@@ -4,7 +4,6 @@ Legend: b samples, t token positions, n = b * t rows.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,63 +13,6 @@ from leantune.errors import ConfigError
 
 _NUM_POSITIONS = 2048
 """Positions that there is room for from the start: 8 KiB for each linear."""
-
-
-class NormSource(Protocol):
-    """A norm source guesses the gradient norm of each row before the gradient is known.
-
-    Attributes:
-        ids: (b,) the samples of the current batch, where the source wants to know them.
-    """
-
-    ids: Tensor | None
-
-    def predict(self, shape: torch.Size, columns: Sequence[int]) -> Tensor | None:
-        """Return (n,) float32 relative norms for an input of ``shape`` (b, t, d), or None.
-
-        ``columns`` are the linears that read the input: their squared norms add up, each relative
-        to its own mean, so that no linear drowns the others.
-        """
-        ...
-
-    def expect(self, column: int, shape: torch.Size, device: torch.device) -> None:
-        """Prepare in forward for what :meth:`update` writes in backward.
-
-        Backward writes values alone, so that a compiler can follow it.
-
-        Args:
-            column: of the linear.
-            shape: of its input, (b, t, d); others are ignored.
-            device: of its output's gradient.
-        """
-        ...
-
-    def update(
-        self,
-        column: int,
-        grad_norms: Tensor,
-        mask: Tensor | None,
-        shape: torch.Size,
-        ids: Tensor | None,
-    ) -> None:
-        """Take note of the exact norms (n,) that the backward of one linear met.
-
-        Args:
-            column: of the linear.
-            grad_norms: (n,) float32.
-            mask: (n,) bool, real rows; None for all.
-            shape: (b, t, d) of the input; others are ignored.
-            ids: (b,) the samples, or None.
-        """
-        ...
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return everything that later guesses depend on."""
-        ...
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take a saved state on; a wrong shape or a non-finite value is an error."""
-        ...
 
 
 class RunningNorms:
@@ -83,6 +25,9 @@ class RunningNorms:
         names: of the linears; a linear's column is its place in this list.
         decay: weight of the past, in [0, 1).
         devices: of the linears.
+
+    Attributes:
+        ids: (b,) the samples of the current batch, where the norms are kept by sample.
     """
 
     ids: Tensor | None = None
@@ -95,7 +40,11 @@ class RunningNorms:
         self._is_known = [False] * len(names)
 
     def predict(self, shape: torch.Size, columns: Sequence[int]) -> Tensor | None:
-        """Return (n,) relative norms, the same for every sample; see :class:`NormSource`."""
+        """Return (n,) float32 relative norms for an input of ``shape`` (b, t, d), or None.
+
+        ``columns`` are the linears that read the input: their squared norms add up, each relative
+        to its own mean, so that no linear drowns the others.
+        """
         if len(shape) < 3:
             return None
         t = shape[-2]
@@ -111,7 +60,7 @@ class RunningNorms:
         return total.sqrt().expand(shape[:-1]).reshape(-1)
 
     def expect(self, column: int, shape: torch.Size, device: torch.device) -> None:
-        """Make room for what backward will write; see :class:`NormSource`."""
+        """Make room in forward for what backward writes: values alone, which a compiler follows."""
         if len(shape) < 3:
             return
         means = self._means[column]
@@ -137,7 +86,15 @@ class RunningNorms:
         shape: torch.Size,
         ids: Tensor | None,
     ) -> None:
-        """Take note of the exact norms (n,) that the backward of one linear met."""
+        """Take note of the exact norms (n,) that the backward of one linear met.
+
+        Args:
+            column: of the linear.
+            grad_norms: (n,) float32.
+            mask: (n,) bool, real rows; None for all.
+            shape: (b, t, d) of the input; others are ignored.
+            ids: (b,) the samples, or None.
+        """
         if len(shape) < 3:
             return
         squares = grad_norms.square().view(-1, shape[-2])  # (b, t)

@@ -15,8 +15,9 @@ from leantune.core.runtime import BatchInfo, Runtime
 from leantune.core.sites import Site
 from leantune.errors import UnsupportedError
 from leantune.methods.wta_crs import estimators
+from leantune.methods.wta_crs.cache import CachedNorms
 from leantune.methods.wta_crs.config import WTACRS
-from leantune.methods.wta_crs.norms import NormSource
+from leantune.methods.wta_crs.norms import RunningNorms
 from leantune.ops.linear import flatten
 from leantune.ops.random import RandomKey, stream_of
 from leantune.ops.rows import KeptRows, OuterProduct, row_norms
@@ -92,7 +93,7 @@ class SampledRows:
         site: Site,
         column: int,
         shared: SharedInput,
-        norms: NormSource | None,
+        norms: RunningNorms | CachedNorms | None,
         config: WTACRS,
         runtime: Runtime,
         block: nn.Module | None,
