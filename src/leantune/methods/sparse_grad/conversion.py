@@ -5,7 +5,7 @@ Legend: d_out and d_in the sides of a weight.
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from leantune.core.sites import Site
 from leantune.errors import ConfigError, SiteError, UnsupportedError
 from leantune.measure.step import calibration_step
 from leantune.methods.sparse_grad import maths
+from leantune.methods.sparse_grad.config import SparseGrad
 from leantune.methods.sparse_grad.subspace import (
     NOT_CALIBRATED,
     PARAMETER,
@@ -33,10 +34,6 @@ from leantune.methods.sparse_grad.updater import (
     sharded_with_root,
 )
 
-if TYPE_CHECKING:
-    from leantune.methods.sparse_grad import SparseGrad
-
-
 SIDES = ("q_out", "q_in")
 
 
@@ -47,7 +44,7 @@ class SparseGradConversion(SwapConversion):
     """
 
     def __init__(
-        self, model: nn.Module, sites: list[Site], config: "SparseGrad", runtime: Runtime
+        self, model: nn.Module, sites: list[Site], config: SparseGrad, runtime: Runtime
     ) -> None:
         refuse_tied(model, sites)
         super().__init__([])

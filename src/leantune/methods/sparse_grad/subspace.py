@@ -6,7 +6,7 @@ entries.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,9 @@ from leantune.core.runtime import Runtime
 from leantune.core.sites import Site
 from leantune.errors import ConfigError
 from leantune.methods.sparse_grad import maths
+from leantune.methods.sparse_grad.config import SparseGrad
 from leantune.ops.linear import linear
 from leantune.ops.rows import OuterProduct
-
-if TYPE_CHECKING:
-    from leantune.methods.sparse_grad import SparseGrad
 
 PARAMETER = {"block": "delta", "fixed": "delta", "step": "rotated_weight"}
 """Selection -> the parameter that a converted linear trains; part of the model's state."""
@@ -81,7 +79,7 @@ class SubspaceRule:
 
     module: Converted
 
-    def __init__(self, site: Site, config: "SparseGrad", runtime: Runtime) -> None:
+    def __init__(self, site: Site, config: SparseGrad, runtime: Runtime) -> None:
         self.name, self.selection, self.runtime = site.name, config.selection, runtime
         shape = site.module.get_parameter("weight").shape
         kind = f"{site.part or 'linear'} {tuple(shape)}"
