@@ -66,7 +66,7 @@ class Options:
             return
         if isinstance(value, str) and value in choices:
             return
-        if float in kinds and (type(value) is int or _is_spelled(value)):
+        if float in kinds and value is not None and (type(value) is int or _is_spelled(value)):
             # YAML reads 5e-5 as text.
             value = float(value)
             object.__setattr__(self, spec.name, value)

@@ -86,7 +86,10 @@ def linear(
         with torch.no_grad(), autocast_off(x):
             inputs, source = xc, x
             if subspace is not None:
-                inputs = source = subspace.project(flatten(xc)).view(*x.shape[:-1], -1)
+                flat = flatten(xc)
+                projected = subspace.project(flat)
+                if projected is not flat:
+                    inputs = source = projected.view(*x.shape[:-1], -1)
             if rows is not None:
                 assert key is not None
                 (inputs, indices, weights), note = rows.keep(inputs, source, key)

@@ -61,7 +61,7 @@ def convert(
     model: nn.Module, sites: list[Site], config: WTACRS, runtime: Runtime
 ) -> SampledLinears:
     """Give each linear a row policy; linears that read one input share their sample."""
-    groups = [group for read in group_by_input(sites) for group in _sharing(read)]
+    groups = group_by_input(sites)
     linears = [site for group in groups for site in group]
     norms = _norm_source(linears, config)
     twins: list[tuple[str, nn.Module]] = []
@@ -87,10 +87,3 @@ def _norm_source(sites: list[Site], config: WTACRS) -> RunningNorms | CachedNorm
         return CachedNorms(names, config.cache_gib)
     devices = [site.module.get_parameter("weight").device for site in sites]
     return RunningNorms(names, config.decay, devices)
-
-
-def _sharing(sites: list[Site]) -> list[list[Site]]:
-    """Split off the linears with a trained subspace, which keep a projection of their own."""
-    alone = [s for s in sites if getattr(s.module, "subspace", None) is not None]
-    together = [s for s in sites if s not in alone]
-    return [*([together] if together else []), *([s] for s in alone)]
