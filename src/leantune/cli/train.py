@@ -61,17 +61,11 @@ def train(
 def _train(recipe: RunRecipe, console: Console) -> Any:
     hide_loading_bars(recipe.model)
     import leantune
-    from leantune.cli.live import LiveCallback, make_progress
-    from leantune.training.data import get_task
 
-    progress = make_progress(console)
-    live = LiveCallback(progress, get_task(recipe.task).main_metric)
-    # Stdout belongs to the result: what libraries print on the way goes beside the progress.
+    console.print(f"training {escape(', '.join(recipe.variants()))}")
+    # Stdout belongs to the result: the trainer's progress and its log go elsewhere.
     with contextlib.redirect_stdout(sys.stderr):
-        try:
-            return leantune.train(recipe, callbacks=[live])
-        finally:
-            progress.stop()
+        return leantune.train(recipe)
 
 
 def _print_results(console: Console, result: Any, folder: Path, report: Path) -> None:

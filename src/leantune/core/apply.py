@@ -93,6 +93,12 @@ def _check_request(model: nn.Module, methods: tuple[MethodConfig, ...]) -> None:
             "apply: methods must name at least one method, got none; for example "
             "leantune.WTACRS(keep_ratio=0.3)"
         )
+    for config in methods:
+        if not isinstance(config, MethodConfig):
+            raise ConfigError(
+                f"apply: methods must be method configs, got {config!r}; for example "
+                "leantune.WTACRS(keep_ratio=0.3)"
+            )
     if getattr(model, "_leantune_session", None) is not None:
         raise ConfigError(
             "apply: model must not be converted already, got one with "

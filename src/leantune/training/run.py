@@ -126,7 +126,6 @@ class _Experiment:
             compute_metrics=metrics_of_logits(self.task),
             callbacks=[*([TrainerCallback(session)] if session else []), *self.callbacks],
         )
-        trainer.remove_callback(transformers.PrinterCallback)
         return trainer, session
 
     def measure(self) -> list[VariantResult]:
@@ -316,8 +315,8 @@ def training_arguments(
         bf16=recipe.precision == "bf16",
         fp16=recipe.precision == "fp16",
         data_seed=recipe.seed,
-        # A share of the run: about a hundred points of the loss curve.
-        logging_steps=0.01,
+        # A share of the run: 25 points of the loss curve, and as many lines of the log.
+        logging_steps=0.04,
         # The one before serves where the last was cut off by a crash.
         save_total_limit=2,
         remove_unused_columns=False,
@@ -326,7 +325,7 @@ def training_arguments(
         dataloader_pin_memory=on_gpu,
         use_cpu=not on_gpu,
         report_to="none",
-        disable_tqdm=True,
+        disable_tqdm=False,
         **{option: getattr(recipe, option) for option in same},
         **options,
     )
