@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,7 @@ def test_methods_and_env_show_what_there_is() -> None:
     assert unknown.exit_code == 2 and unknown.stdout == ""
     assert "got 'wta_csr'; did you mean 'wta_crs'?" in plain(unknown.stderr)
     facts = json.loads(invoke("env", "--json").stdout)
-    assert (facts["torch"], facts["leantune"]) == (torch.__version__, lt.__version__)
+    assert (facts["torch"], facts["leantune"]) == (version("torch"), lt.__version__)
     assert invoke("tarin").exit_code == 2
 
 

@@ -20,10 +20,12 @@ class PairedOptimizer(Optimizer):
 
     def __init__(self, sparse: SparseAdam, dense: Optimizer) -> None:
         self.sparse, self.dense = sparse, dense
+        # Some optimisers have a state before their first step; adding groups, which the base class
+        # may do by our own method, puts the joint state in its place.
+        started = dict(dense.state)
         super().__init__([*sparse.param_groups, *dense.param_groups], {})
         self.defaults = dense.defaults
-        # Some optimisers have a state before their first step.
-        self.state.update(dense.state)
+        self.state.update(started)
         self._share()
 
     def _share(self) -> None:
