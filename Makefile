@@ -36,6 +36,7 @@ lint: $(VENV)/installed
 
 types: $(VENV)/installed
 	$(VENV)/bin/pyright
+	$(VENV)/bin/pyright --project pyright-strict.json
 
 # Into site/; --strict: a broken link or an unknown name is an error. Nothing is fetched.
 docs: $(VENV)/installed

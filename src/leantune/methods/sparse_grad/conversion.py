@@ -90,9 +90,11 @@ class SparseGradConversion(SwapConversion):
                 module._parameters.pop(name, None)
             module.weight.requires_grad_(was_trained)
 
-    @torch.compiler.disable
     def before_forward(self) -> None:
         """Bring dense weights up to date before a forward; check that training may begin."""
+        if torch.compiler.is_compiling():
+            # Whether a weight is up to date is not known when a graph is made.
+            torch._dynamo.graph_break()
         is_training = self.model.training and torch.is_grad_enabled()
         if is_training and not self.is_calibrated and not self.runtime.is_exact:
             raise ConfigError(NOT_CALIBRATED)
