@@ -97,7 +97,7 @@ PRICES = {
     "lora": (1, 140),
     "meprop": (1, 180),
     "routed_ffn": (7, 750),
-    "sparse_grad": (5, 870),
+    "sparse_grad": (6, 730),
     "spt_attention": (9, 1420),
     "wta_crs": (7, 850),
 }

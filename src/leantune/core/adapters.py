@@ -46,7 +46,7 @@ def unwrap(layer: nn.Module) -> Adapted:
         UnsupportedError: an adapter that is no plain LoRA.
     """
     adapters: tuple[LowRank, ...] = ()
-    while "base_layer" in layer._modules:
+    while hasattr(layer, "base_layer"):
         adapters = (*_active(layer), *adapters)
         layer = layer.get_submodule("base_layer")
     return Adapted(layer, adapters)
@@ -58,7 +58,7 @@ def linears_along(layer: nn.Module, dim: int) -> Iterator[tuple[str, nn.Module]]
     Of a LoRA layer that is the linear inside and one factor of every adapter, active or not: all of
     them change when features are reordered.
     """
-    if "base_layer" not in layer._modules:
+    if not hasattr(layer, "base_layer"):
         yield "", layer
         return
     for prefix, linear in linears_along(layer.get_submodule("base_layer"), dim):

@@ -57,7 +57,7 @@ class Options:
                 self._check(spec, hints[spec.name])
 
     def _check(self, spec: dataclasses.Field[Any], hint: Any) -> None:
-        value = getattr(self, spec.name)
+        value: Any = getattr(self, spec.name)
         kinds, choices, nullable = _accepted(hint)
         who = f"{type(self).__name__}: {spec.name}"
         bounds = spec.metadata["bounds"]

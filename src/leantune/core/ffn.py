@@ -297,7 +297,7 @@ class HiddenUnits:
             for prefix, layer in linears_along(self._holder.get_submodule(name), along):
                 dim = along if isinstance(layer, nn.Linear) else 1 - along
                 yield f"{name}.{prefix}weight", layer.get_parameter("weight"), dim
-                if along == 0 and layer._parameters["bias"] is not None:
+                if along == 0 and getattr(layer, "bias", None) is not None:
                     yield f"{name}.{prefix}bias", layer.get_parameter("bias"), 0
 
     def _to_original(self, _: nn.Module, state: dict[str, Any], prefix: str, *__: Any) -> None:

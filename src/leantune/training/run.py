@@ -112,7 +112,7 @@ class _Experiment:
             session = apply(model, *methods, seed=recipe.seed)
         train_rows = self.rows["train"]
         if session is not None and any(c.needs_sample_ids for c in session.conversions):
-            train_rows = train_rows.add_column(SAMPLE_ID, range(len(train_rows)))
+            train_rows = train_rows.add_column(SAMPLE_ID, list(range(len(train_rows))))
         is_text = self.task.kind == "causal_lm"
         trainer = transformers.Trainer(
             model,

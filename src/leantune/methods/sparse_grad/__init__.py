@@ -4,40 +4,13 @@ Source: Chekalina et al., "SparseGrad: A Selective Method for Efficient Fine-tun
 EMNLP 2024, arXiv 2410.07383. Equations beside names: docs/methods/sparse_grad.md.
 """
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal
-
 from leantune.core.adapters import is_factor
-from leantune.core.config import MethodConfig, option
 from leantune.core.registry import MethodSpec, register
 from leantune.core.sites import Site
+from leantune.methods.sparse_grad.config import SparseGrad
 from leantune.methods.sparse_grad.conversion import SparseGradConversion
 
-
-@dataclass(frozen=True, kw_only=True)
-class SparseGrad(MethodConfig):
-    """SparseGrad trains ``density`` of each MLP weight's entries, where the gradient is sparse.
-
-    The entries of a linear are one ordinary parameter, so that gradients and optimiser state have
-    the size of that parameter; forward and input gradient stay the plain linear's. Entries count in
-    bases that are found from the gradients of a few batches, which ``session.calibrate`` or the
-    trainer callback shows; no weight moves meanwhile. Everything else trains as it did before.
-    """
-
-    method: ClassVar[str] = "sparse_grad"
-
-    selection: Literal["block", "step", "fixed"] = option(
-        "block",
-        help="which entries train: the leading block (which shrinks what backward keeps, too), the "
-        "largest of every step, as a sparse gradient (the paper's), or those of the largest mean "
-        "square in calibration",
-    )
-    density: float = option(0.01, gt=0, le=1, help="share of each weight's entries that trains")
-    basis: Literal["layer_type", "layer"] = option(
-        "layer_type",
-        help="who shares a basis: all linears of one part and shape (the paper's), or nobody",
-    )
-    num_calibration_batches: int = option(30, ge=1, help="batches that the bases are found from")
+__all__ = ["SparseGrad"]
 
 
 def _is_mlp(site: Site, config: SparseGrad) -> bool:

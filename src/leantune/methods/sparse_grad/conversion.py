@@ -5,7 +5,7 @@ Legend: d_out and d_in the sides of a weight.
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,24 +18,21 @@ from leantune.core.sites import Site
 from leantune.errors import ConfigError, SiteError, UnsupportedError
 from leantune.measure.step import calibration_step
 from leantune.methods.sparse_grad import maths
+from leantune.methods.sparse_grad.config import SparseGrad
 from leantune.methods.sparse_grad.subspace import (
+    NOT_CALIBRATED,
     PARAMETER,
     Bases,
     Collect,
     RotatedLinear,
     SubspaceRule,
     leading_vectors,
-    not_calibrated,
 )
 from leantune.methods.sparse_grad.updater import (
     RotatedWeightUpdater,
     WeightUpdater,
     sharded_with_root,
 )
-
-if TYPE_CHECKING:
-    from leantune.methods.sparse_grad import SparseGrad
-
 
 SIDES = ("q_out", "q_in")
 
@@ -47,7 +44,7 @@ class SparseGradConversion(SwapConversion):
     """
 
     def __init__(
-        self, model: nn.Module, sites: list[Site], config: "SparseGrad", runtime: Runtime
+        self, model: nn.Module, sites: list[Site], config: SparseGrad, runtime: Runtime
     ) -> None:
         refuse_tied(model, sites)
         super().__init__([])
@@ -56,8 +53,9 @@ class SparseGradConversion(SwapConversion):
         self.is_step = config.selection == "step"
         self.was_trained = [site.module.get_parameter("weight").requires_grad for site in sites]
         self.updaters = [self._convert_site(site) for site in sites]
+        self.rules = [updater.rule for updater in self.updaters]
         runtime.at_forward_begin(self.before_forward)  # type: ignore[misc]
-        self._hook = model.register_state_dict_pre_hook(self._before_state_dict)
+        self._hook = model.register_state_dict_pre_hook(self.update)
 
     def _convert_site(self, site: Site) -> WeightUpdater:
         weight = site.module.get_parameter("weight")
@@ -74,11 +72,6 @@ class SparseGradConversion(SwapConversion):
         merged = nn.Parameter(torch.zeros_like(start), requires_grad=False)
         new.register_parameter("merged_delta", merged)
         return WeightUpdater(rule)
-
-    @property
-    def rules(self) -> list[SubspaceRule]:
-        """What the linears train, in the order of the sites."""
-        return [updater.rule for updater in self.updaters]
 
     @property
     def sparse_parameters(self) -> Sequence[nn.Parameter]:  # type: ignore[override]
@@ -102,15 +95,11 @@ class SparseGradConversion(SwapConversion):
         """Bring dense weights up to date before a forward; check that training may begin."""
         is_training = self.model.training and torch.is_grad_enabled()
         if is_training and not self.is_calibrated and not self.runtime.is_exact:
-            raise not_calibrated()
-        if self.is_step:
-            self._refuse_distributed()
-        else:
+            raise ConfigError(NOT_CALIBRATED)
+        if not self.is_step:
             self._refuse_gathered()
             self.update()
-
-    def _refuse_distributed(self) -> None:
-        if is_distributed():
+        elif is_distributed():
             raise UnsupportedError(
                 "SparseGrad: selection must be 'block' or 'fixed' in several processes, which "
                 "cannot share sparse gradients, got 'step'"
@@ -126,13 +115,10 @@ class SparseGradConversion(SwapConversion):
                 "been trained; call fully_shard(block) for each block first"
             )
 
-    def update(self) -> None:
-        """Bring all dense weights up to date with what has been trained."""
+    def update(self, *of_hook: Any) -> None:
+        """Bring all dense weights up to date with what has been trained; a hook may call this."""
         for updater in self.updaters:
             updater.update()
-
-    def _before_state_dict(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
-        self.update()
 
     def on_step(self, step: int) -> None:
         """Bring dense weights up to date while they are in shards."""
@@ -167,9 +153,9 @@ class SparseGradConversion(SwapConversion):
             blocks = {rule.group: rule.block for rule in self.rules}
             bases = {group: leading_vectors(bases[group], *blocks[group]) for group in bases}
         for rule in self.rules:
-            moment = moments.get(rule.name)
-            indices = None if moment is None else maths.top_entries(moment, rule.num_entries)
-            rule.set_basis(bases[rule.group], indices)
+            rule.bases = bases[rule.group]
+            if rule.name in moments:
+                rule.indices = maths.top_entries(moments[rule.name], rule.num_entries)
         for updater in self.updaters:
             updater.start()
 
@@ -202,7 +188,7 @@ class SparseGradConversion(SwapConversion):
         def add_moment(rule: SubspaceRule, grad: Tensor) -> None:
             q_out, q_in = bases[rule.group].to_device_of(grad)
             total = moments.setdefault(rule.name, torch.zeros_like(grad, dtype=q_out.dtype))
-            maths.accumulate_second_moment(total, grad, q_out, q_in)
+            total.add_(maths.rotate(grad, q_out, q_in).square())
 
         self.collect_gradients(batches, add_moment)
         return {rule.name: sum_over_ranks(moments[rule.name]) for rule in self.rules}
@@ -266,10 +252,10 @@ class SparseGradConversion(SwapConversion):
         for rule in self.rules:
             device, group = rule.parameter.device, rule.group
             if group not in bases:
-                q_out, q_in = (state[f"{group}:{side}"].to(device) for side in SIDES)
-                bases[group] = Bases(q_out, q_in)
-            indices = state.get(f"{rule.name}:indices")
-            rule.set_basis(bases[group], None if indices is None else indices.to(device))
+                bases[group] = Bases(*(state[f"{group}:{side}"].to(device) for side in SIDES))
+            rule.bases = bases[group]
+            if self.config.selection == "fixed":
+                rule.indices = state[f"{rule.name}:indices"].to(device)
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         """Return key -> shape of the state of a calibrated conversion."""

@@ -6,7 +6,7 @@ entries.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,15 +17,18 @@ from leantune.core.runtime import Runtime
 from leantune.core.sites import Site
 from leantune.errors import ConfigError
 from leantune.methods.sparse_grad import maths
-from leantune.ops.codec import EXACT
+from leantune.methods.sparse_grad.config import SparseGrad
 from leantune.ops.linear import linear
 from leantune.ops.rows import OuterProduct
 
-if TYPE_CHECKING:
-    from leantune.methods.sparse_grad import SparseGrad
-
 PARAMETER = {"block": "delta", "fixed": "delta", "step": "rotated_weight"}
 """Selection -> the parameter that a converted linear trains; part of the model's state."""
+
+NOT_CALIBRATED = (
+    "SparseGrad: bases must be calibrated before training, got none; call "
+    "session.calibrate(batches) with a few training batches (the trainer callback does so by "
+    "itself), or load a session that was calibrated"
+)
 
 Collect = Callable[["SubspaceRule", Tensor], None]
 
@@ -51,8 +54,9 @@ class Bases:
 def leading_vectors(bases: Bases, r_out: int, r_in: int) -> Bases:
     """Return the leading vectors in half precision: any basis gives exact gradients in itself."""
     thin = (bases.q_out[:, :r_out], bases.q_in[:, :r_in])
-    owned = (q.clone(memory_format=torch.contiguous_format) for q in thin)
-    return Bases(*(q if q.dtype == torch.float64 else q.half() for q in owned))
+    dtype = torch.float64 if bases.q_out.dtype == torch.float64 else torch.float16
+    how = {"dtype": dtype, "copy": True, "memory_format": torch.contiguous_format}
+    return Bases(*(q.to(**how) for q in thin))
 
 
 class SubspaceRule:
@@ -62,22 +66,20 @@ class SubspaceRule:
     but the number of backwards.
 
     Attributes:
-        name: of the linear.
         group: linears with the same group share their bases.
         shape: (d_out, d_in) of the weight.
         block: (r_out, r_in) of the leading block.
         num_entries: how many entries train where they are chosen one by one.
-        module: the converted linear.
         bases: None before calibration.
-        indices: (k,) which entries of the rotated gradient train; None for all of them, or for
-            the largest of each step.
+        indices: (k,) flat positions, int32 or int64, of the entries of the rotated gradient that
+            train; None for all of them, or for the largest of each step.
         collect: calibration's, while it runs: called with each gradient of the weight.
         num_backwards: how often a gradient was formed.
     """
 
     module: Converted
 
-    def __init__(self, site: Site, config: "SparseGrad", runtime: Runtime) -> None:
+    def __init__(self, site: Site, config: SparseGrad, runtime: Runtime) -> None:
         self.name, self.selection, self.runtime = site.name, config.selection, runtime
         shape = site.module.get_parameter("weight").shape
         kind = f"{site.part or 'linear'} {tuple(shape)}"
@@ -91,27 +93,24 @@ class SubspaceRule:
         self.indices: Tensor | None = None
         self.collect: Collect | None = None
         self.num_backwards = 0
-        self._lines: maths.Support | None = None
 
     @property
     def parameter(self) -> nn.Parameter:
         """The parameter that trains instead of the weight; sharding may replace the object."""
         return self.module.get_parameter(PARAMETER[self.selection])
 
+    def laid_out(self, weight: Tensor) -> Tensor:
+        """Return a matrix (d_out, d_in) as the module's weight lies, or the reverse."""
+        return weight.t() if self.is_transposed else weight
+
     def make_parameter(self, weight: Tensor) -> nn.Parameter:
         """Return the parameter's start: zeros, or the weight that is yet to be rotated."""
         if self.selection == "step":
-            dense = weight.t() if self.is_transposed else weight
-            return nn.Parameter(dense.detach().clone(memory_format=torch.contiguous_format))
+            dense = self.laid_out(weight).detach()
+            return nn.Parameter(dense.clone(memory_format=torch.contiguous_format))
         shape = self.block if self.selection == "block" else (self.num_entries,)
         dtype = torch.promote_types(weight.dtype, torch.float32)
         return nn.Parameter(torch.zeros(shape, dtype=dtype, device=weight.device))
-
-    def set_basis(self, bases: Bases, indices: Tensor | None) -> None:
-        """Train the entries ``indices`` (None: all) of the gradient in these bases."""
-        self.bases, self.indices = bases, indices
-        if indices is not None:
-            self._lines = maths.support(indices, (bases.q_out.shape[1], bases.q_in.shape[1]))
 
     def project(self, rows: Tensor) -> Tensor:
         """Return what the gradient needs of input rows: all of (n, d_in), or (n, r_in) of it."""
@@ -120,42 +119,36 @@ class SubspaceRule:
         return rows @ self.bases.to_device_of(rows)[1].to(rows.dtype)
 
     def grad(self, outer: OuterProduct) -> Tensor:
-        """Return the parameter's gradient; the weight's own is not formed where that pays.
+        """Return the parameter's gradient; a block's never forms the weight's own.
 
         Raises:
             ConfigError: there are no bases yet, and the gradient is not one of a calibration.
         """
-        if self.bases is not None:
-            self.num_backwards += 1
-            is_step = self.selection == "step"
-            return self._largest(outer.dense()) if is_step else self._selected(outer)
-        if self.collect is not None:
-            self.collect(self, outer.dense())
-        elif not self.runtime.is_exact:
-            raise not_calibrated()
-        # Where nothing collects, another conversion calibrates on the exact gradients.
-        return torch.zeros_like(self.parameter)
+        if self.bases is None:
+            if self.collect is not None:
+                self.collect(self, outer.dense())
+            elif not self.runtime.is_exact:
+                raise ConfigError(NOT_CALIBRATED)
+            # Where nothing collects, another conversion calibrates on the exact gradients.
+            return torch.zeros_like(self.parameter)
+        self.num_backwards += 1
+        if self.selection == "step":
+            return self._largest(outer.dense())
+        g = outer.grad_rows
+        q_out, q_in = self.bases.to_device_of(g)
+        if self.indices is not None:
+            return maths.rotate(outer.dense(), q_out, q_in).flatten()[self.indices]
+        return outer._replace(grad_rows=g @ q_out.to(g.dtype)).dense()
 
     def change(self, values: Tensor) -> Tensor:
         """Return the weight's change (d_out, d_in) by a change ``values`` of the parameter."""
         assert self.bases is not None
         q_out, q_in = self.bases.to_device_of(values)
-        if self.indices is None:
-            return q_out @ values.to(q_out.dtype) @ q_in.t()
-        assert self._lines is not None
-        return maths.rotate_back_sparse(self.indices, values, self._lines, q_out, q_in)
-
-    def _selected(self, outer: OuterProduct) -> Tensor:
-        """Return the block or the chosen entries of the rotated gradient."""
-        assert self.bases is not None
-        g, x, scale = outer
-        q_out, q_in = self.bases.to_device_of(g)
-        if self.indices is None:
-            values = maths.grad_block(x, g, q_out)
-        else:
-            assert self._lines is not None
-            values = maths.selected_gradient(x, g, q_out, q_in, self.indices, self._lines)
-        return values if scale is None else values * scale
+        values = values.to(q_out.dtype)
+        if self.indices is not None:
+            entries, values = values, values.new_zeros(self.shape)
+            values.view(-1)[self.indices] = entries
+        return q_out @ values @ q_in.t()
 
     def _largest(self, grad: Tensor) -> Tensor:
         """Return the largest entries of a rotated gradient as a sparse tensor."""
@@ -180,24 +173,9 @@ class RotatedLinear(ConvertedConv1D):
         if rule.bases is None:
             return linear(x, rotated.detach(), self.bias, subspace=rule)
         q_out, q_in = rule.bases.to_device_of(rotated)
-        samples = self.training and torch.is_grad_enabled() and not self.runtime.is_exact
-        rows = self.rows if samples else None
-        y = linear(
-            x @ q_in.to(x.dtype),
-            rotated.detach(),
-            None,
-            rows=rows,
-            codec=self.codec if samples else EXACT,
-            key=None if rows is None else self.runtime.key(x.device),
-            subspace=rule,
-        )
+        kept: dict[str, Any] = {}
+        if self.training and torch.is_grad_enabled() and not self.runtime.is_exact:
+            key = None if self.rows is None else self.runtime.key(x.device)
+            kept = {"rows": self.rows, "codec": self.codec, "key": key}
+        y = linear(x @ q_in.to(x.dtype), rotated.detach(), None, subspace=rule, **kept)
         return F.linear(y, q_out.to(y.dtype), self.bias)
-
-
-def not_calibrated() -> ConfigError:
-    """Return the error of a training step without bases."""
-    return ConfigError(
-        "SparseGrad: bases must be calibrated before training, got none; call "
-        "session.calibrate(batches) with a few training batches (the trainer callback does so by "
-        "itself), or load a session that was calibrated"
-    )

@@ -39,12 +39,8 @@ class WeightUpdater:
         if self._is_current(delta, merged):
             return
         change = self.rule.change(full_tensor(delta - merged))
-        module.weight.add_(shard_like(self._laid_out(change), module.weight))
+        module.weight.add_(shard_like(self.rule.laid_out(change), module.weight))
         merged.copy_(delta)
-
-    def _laid_out(self, dense: Tensor) -> Tensor:
-        """Return a matrix (d_out, d_in) as the module's weight lies."""
-        return dense.t() if self.rule.is_transposed else dense
 
     def _is_current(self, delta: Tensor, merged: Tensor) -> bool:
         if delta.device.type == "cpu" and not is_sharded(delta):
@@ -82,7 +78,7 @@ class RotatedWeightUpdater(WeightUpdater):
             return
         q_out, q_in = bases.to_device_of(trained)
         dense = maths.rotate(trained, q_out.t(), q_in.t())
-        self.rule.module.weight.copy_(self._laid_out(dense))
+        self.rule.module.weight.copy_(self.rule.laid_out(dense))
         self._seen = now
 
 
