@@ -99,7 +99,7 @@ PRICES = {
     "routed_ffn": (7, 750),
     "sparse_grad": (6, 730),
     "spt_attention": (9, 1420),
-    "wta_crs": (6, 610),
+    "wta_crs": (7, 850),
 }
 NEW_METHOD = (5, 700)
 MAX_LINES, MAX_FILE, MAX_FUNCTION, MAX_SESSION = 11_500, 400, 60, 250

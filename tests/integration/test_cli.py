@@ -229,6 +229,11 @@ class TestMeasure:
         # With dropout before each norm nobody else reads what a BERT linear reads.
         assert document["still_held"] == []
 
+    def test_numbers_samples_for_cached_norms(self, recipe: Path) -> None:
+        result = invoke("measure", recipe, *WTA, "norms=cache", "--json")
+        before, after = json.loads(result.stdout)["runs"]
+        assert after["activations"] < before["activations"]
+
     def test_names_what_still_holds_an_input(self, tmp_path: Path) -> None:
         options = transformers.OPTConfig(
             vocab_size=64,

@@ -55,9 +55,8 @@ class CachedNorms:
     def _read_ids(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not (model.training and torch.is_grad_enabled()):
             return
-        ids = kwargs.get(SAMPLE_ID)
         others = (value for name, value in kwargs.items() if name != SAMPLE_ID)
-        self.ids = _checked(ids, (*args, *others))
+        self.ids = _checked(kwargs.get(SAMPLE_ID), (*args, *others))
         self._device = kwargs[SAMPLE_ID].device
         self._flush()
         self._staged.clear()
@@ -67,12 +66,13 @@ class CachedNorms:
         if self.ids is None or not _fits(shape, self.ids):
             return None
         staged = self._stage(self.ids, shape[-2])[:, list(columns)]  # (b, columns, t)
-        # Of the order of 1: squares of small norms must not vanish.
-        staged = staged / _at_least_tiny(staged.amax((0, 2), keepdim=True))
+        # By powers of two, which round nothing, so that squares neither vanish nor overflow.
+        _, exponent = torch.frexp(staged.amax((0, 2), keepdim=True))
+        staged = torch.ldexp(staged, -exponent.clamp(-126, 126))
         is_seen = staged.amax((1, 2), keepdim=True) > 0  # (b, 1, 1)
         rows_seen = is_seen.sum() * shape[-2]
         mean = staged.square().sum((0, 2), keepdim=True) / rows_seen.clamp(min=1)
-        relative = staged.square() / _at_least_tiny(mean)
+        relative = staged.square() / mean.clamp(min=torch.finfo(mean.dtype).tiny)
         relative = torch.where(is_seen, relative, torch.ones_like(relative))
         return relative.sum(1).sqrt().reshape(-1)
 
@@ -171,10 +171,6 @@ class CachedNorms:
 
 def _fits(shape: torch.Size, ids: Tensor) -> bool:
     return len(shape) == 3 and ids.numel() == shape[0]
-
-
-def _at_least_tiny(values: Tensor) -> Tensor:
-    return values.clamp(min=torch.finfo(values.dtype).tiny)
 
 
 def _drop_ids(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
