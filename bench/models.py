@@ -22,7 +22,7 @@ from transformers.models.llama.modeling_llama import LlamaModel
 
 from bench.rows import GLUE
 from leantune.training.data import load_task
-from leantune.training.demo import demo_model_path
+from leantune.training.models import demo_model_path
 
 BERT_MLP = ("intermediate.dense", "re:layer\\.\\d+\\.output\\.dense")
 """Name patterns of a BERT encoder's MLP linears."""

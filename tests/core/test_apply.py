@@ -59,7 +59,7 @@ def test_no_methods() -> None:
 
 @pytest.mark.parametrize("method", ["wta_crs", lt.WTACRS, None, {"method": "wta_crs"}])
 def test_no_method_config(method) -> None:
-    with pytest.raises(ConfigError, match="methods must be a list of method configs, got "):
+    with pytest.raises(ConfigError, match="methods must be method configs, got "):
         lt.apply(bert(), method)
 
 

@@ -30,7 +30,9 @@ class Sample(MethodConfig):
     limit: int | Literal["none"] | None = option(None, ge=0, help="a limit")
 
 
-@pytest.mark.parametrize("ratio", [0, -0.1, 1.1, math.nan, math.inf, -math.inf, "0.3.1", True, [0.3]])
+@pytest.mark.parametrize(
+    "ratio", [0, -0.1, 1.1, math.nan, math.inf, -math.inf, "0.3.1", True, [0.3]]
+)
 def test_bad_number_names_option_rule_and_value(ratio) -> None:
     with pytest.raises(ConfigError) as error:
         Sample(ratio=ratio)

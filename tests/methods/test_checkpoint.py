@@ -63,6 +63,7 @@ def test_a_block_that_cannot_is_named() -> None:
 
     # Blocks are known by class and module path: this one as if of another transformers.
     BertLayer.__module__ = "transformers.models.bert.modeling_bert"
+    BertLayer.__qualname__ = "BertLayer"
     model = nn.Sequential(BertLayer(), BertLayer())
     with pytest.raises(SiteError, match="2 of 2 sites cannot be used: 0: module must be a transf"):
         lt.apply(model, lt.Checkpoint())

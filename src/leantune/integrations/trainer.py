@@ -253,5 +253,5 @@ def calibration_batches(loader: Any, args: TrainingArguments, num_batches: int) 
     if has_length(dataset):
         wanted = min(len(dataset), size * num_batches)
         rows = [i * len(dataset) // wanted for i in range(wanted)]
-    batches: Any = DataLoader(dataset, size, sampler=rows, collate_fn=loader.collate_fn)
+    batches = DataLoader(loader.dataset, size, sampler=rows, collate_fn=loader.collate_fn)
     return (send_to_device(batch, args.device) for batch in islice(batches, num_batches))

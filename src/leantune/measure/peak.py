@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from leantune.errors import ConfigError
+from leantune.ops.backend import on_gpu
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def peak_memory(fn: Callable[[], Any], device: torch.device | str) -> int | None
         Bytes, or None where there is no allocator to ask (the CPU); ``fn`` has run all the same.
     """
     device = torch.device(device)
-    if device.type != "cuda":
+    if not on_gpu(device):
         fn()
         return None
     torch.cuda.synchronize(device)
@@ -100,7 +101,7 @@ def compare_steps(
         for step in steps.values():
             step()
     # Asked after the warm-up, so that steps on the CPU never create a CUDA context.
-    on_cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
+    on_cuda = torch.cuda.is_initialized()
     times: dict[str, list[float]] = {name: [] for name in names}
     memory: dict[str, tuple[int, int]] = {}
     for number in range(rounds):

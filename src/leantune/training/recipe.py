@@ -22,7 +22,7 @@ class MeasureRecipe(Recipe):
     """A recipe says what one training step computes: model, batch and methods."""
 
     model: str = option("demo", help="a folder, a name on the hub, or 'demo'")
-    task: str = option("text", help="a GLUE task, 'text', 'regression', 'causal_lm' or 'demo'")
+    task: str = option("text", help="a GLUE task, 'text', 'regression' or 'causal_lm'")
     data: str | None = option(None, help="a folder of files, a text file, 'hub' or a hub name")
     batch_size: int = option(32, ge=1, help="samples in a training batch")
     max_length: int = option(128, ge=2, help="most tokens of a sample")
@@ -60,8 +60,9 @@ class RunRecipe(MeasureRecipe):
     not_saved: ClassVar[tuple[str, ...]] = ("resume", "overwrite")
 
     model: str = option(dataclasses.MISSING, help="a folder, a name on the hub, or 'demo'")
-    task: str = option(
-        dataclasses.MISSING, help="a GLUE task, 'text', 'regression', 'causal_lm' or 'demo'"
+    task: str = option(dataclasses.MISSING, help="a GLUE task, 'text', 'regression' or 'causal_lm'")
+    data: str = option(
+        dataclasses.MISSING, help="a folder of files, a text file, 'hub' or a hub name"
     )
     output: str = option(dataclasses.MISSING, help="the run folder to write")
     compare: tuple[tuple[MethodConfig, ...], ...] = option((), help="train these recipes as well")
@@ -87,11 +88,6 @@ class RunRecipe(MeasureRecipe):
         rivals = self.compare if isinstance(self.compare, list | tuple) else [self.compare]
         object.__setattr__(self, "compare", tuple(_rival(rival) for rival in rivals))
         super().__post_init__()
-        if (self.task == "demo") != (self.data is None):
-            raise ConfigError(
-                f"RunRecipe: data must be given for every task but demo, got {self.data!r} for "
-                f"task {self.task}; name a folder of files or 'hub', or take task demo without data"
-            )
         recipes = [*self.compare, self.methods]
         if any(recipe in recipes[:i] for i, recipe in enumerate(recipes)):
             raise ConfigError(

@@ -11,7 +11,7 @@ from torch import Tensor
 from leantune.ops.sparse_attention.codebooks import kmeans, quantise
 from leantune.ops.sparse_attention.tiles import unpack_bits
 from leantune.ops.sparse_attention.top_keys import KeyBudget, Visibility, top_keys
-from leantune.training.demo import demo_model_path
+from leantune.training.models import demo_model_path
 
 KEEP_RATIO = 0.125
 
