@@ -11,6 +11,7 @@ from torch import nn
 
 from leantune.core.config import MethodConfig, option
 from leantune.core.conversion import Conversion
+from leantune.core.extras import require
 from leantune.core.linear import is_conv1d, trained_in_place_of_weight
 from leantune.core.registry import MethodSpec, register
 from leantune.core.runtime import Runtime
@@ -81,6 +82,7 @@ class InjectedAdapter(Conversion):
 def _convert(
     model: nn.Module, sites: list[Site], config: LoRA, runtime: Runtime
 ) -> InjectedAdapter:
+    require("peft", extra="train", who="LoRA")
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import ModulesToSaveWrapper
