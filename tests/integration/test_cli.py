@@ -174,9 +174,8 @@ class TestTrain:
         assert document["runs"][1]["saved_bytes"] < document["runs"][0]["saved_bytes"]
         assert Path(document["report"]) == folder / "report.html"
         assert "wta_crs" in (folder / "report.html").read_text()
-        for run in ("baseline", "wta_crs"):
-            pattern = rf"{run}  step 4/4  .*accuracy \d\.\d{{4}}  \d+ ms/step"
-            assert any(re.fullmatch(pattern, line) for line in result.stderr.splitlines()), run
+        assert "training baseline, wta_crs" in result.stderr
+        assert len(re.findall(r"'eval_accuracy': '?\d\.?\d*'?", result.stderr)) >= 2
 
     def test_the_table_of_a_finished_run_is_shown_again(self, trained: tuple[Path, Result]) -> None:
         folder, _ = trained
@@ -206,9 +205,9 @@ class TestTrain:
             assert process.stderr is not None
             seen = ""
             for line in process.stderr:
-                seen += line
-                if "step 20/400" in line:
+                if "eval_loss" in line and "eval_loss" not in seen:
                     process.send_signal(signal.SIGINT)
+                seen += line
         assert process.returncode == 130, seen
         kept = re.search(r"checkpoint kept: (\S+/checkpoint-\d+);", plain(seen))
         assert kept is not None, seen

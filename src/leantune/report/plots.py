@@ -23,7 +23,6 @@ _VARIABLES = {INK: "ink", MUTED: "muted", GRID: "line"} | {
 _CURVE_INCHES = (5.4, 3.1)
 _BARS_WIDTH_INCHES = 9.0
 _MAX_BARS = 40
-_SMOOTH_FROM_POINTS = 30
 _BYTE_UNITS = (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10), ("B", 1))
 
 Key = Callable[[Mapping[str, Any]], str]
@@ -103,18 +102,13 @@ def _colour(result: RunResult, run: VariantResult) -> str:
 
 
 def _plot_loss(result: RunResult) -> Figure | None:
-    """Draw the training loss by step; long curves as points with their running mean over them."""
+    """Draw the training loss by step."""
     if not any(run.train_loss for run in result.runs):
         return None
     figure, axes = _canvas(_CURVE_INCHES)
     for run in result.runs:
         steps, losses = [step for step, _ in run.train_loss], [loss for _, loss in run.train_loss]
         colour = _colour(result, run)
-        if len(losses) >= _SMOOTH_FROM_POINTS:
-            axes.plot(steps, losses, color=colour, alpha=0.25, linewidth=0.8)
-            half = max(1, len(losses) // 20)
-            windows = [losses[max(0, i - half) : i + half + 1] for i in range(len(losses))]
-            losses = [sum(window) / len(window) for window in windows]
         marker = "o" if len(losses) == 1 else None
         axes.plot(steps, losses, color=colour, linewidth=1.8, label=run.name, marker=marker)
     return _finish_curves(figure, axes, "training loss")
