@@ -1,10 +1,8 @@
 """What it is worth to move SPT's codebooks along in training: LoRA and an eighth of the keys.
 
-The settings are those of :mod:`bench.cases.spt_quality`, with STS-B for one epoch. Both recipes
-start from the same codebooks and see the same rows in the same order.
+The settings are those of :mod:`bench.cases.spt_quality`. Both recipes start from the same codebooks
+and see the same rows in the same order.
 """
-
-from dataclasses import replace
 
 import leantune as lt
 from bench import quality
@@ -13,9 +11,7 @@ from bench.quality import Recipe
 
 RESULT = "spt_refresh"
 WITHOUT = "LoRA + SPT 1/8, codebooks as calibrated"
-SETTINGS = tuple(
-    replace(s, num_epochs=1) for s in spt_quality.SETTINGS if s.task in ("sst2", "stsb")
-)
+SETTINGS = tuple(s for s in spt_quality.SETTINGS if s.task in ("sst2", "stsb"))
 RECIPES: dict[str, Recipe] = {
     WITHOUT: (lt.LoRA(rank=8), lt.SPTAttention(min_keys=4, refresh=False)),
     "LoRA + SPT 1/8, a step of the codebooks every 20 forwards": (
