@@ -84,12 +84,17 @@ class SparseAttention(nn.Module):
         num_keys = k.shape[2]
         if self.runtime.is_exact or config.budget.limit(num_keys) >= num_keys:
             return None
-        self._refuse_uncalibrated()
+        if not self.is_calibrated:
+            raise ConfigError(
+                "SPTAttention: codebooks must be calibrated before the model runs, got none at "
+                f"{self.name}; call session.calibrate(batches) in every process (the trainer "
+                "callback does so by itself), or run dense inside session.exact()"
+            )
         with autocast_off(q):
             self._refresh(q, k, visibility)
             factors = quantise(q, k, self.codebooks, config.scorer)
-        how: dict[str, Any] = {"scale": scale, "bias": bias}
-        how["is_causal"] = visibility.hides_later(n)
+        is_causal = visibility.hides_later(n)
+        how: dict[str, Any] = {"scale": scale, "bias": bias, "is_causal": is_causal}
         if dropout > 0:
             how |= {"dropout": dropout, "key": self.runtime.key(q.device).at(self.stream)}
         if config.granularity == "token":
@@ -121,14 +126,6 @@ class SparseAttention(nn.Module):
         visible = mask > torch.finfo(mask.dtype).min / 2
         extra = mask.masked_fill(~visible, 0.0)
         return Visibility(kind, visible), extra if bias is None else bias + extra
-
-    def _refuse_uncalibrated(self) -> None:
-        if not self.is_calibrated:
-            raise ConfigError(
-                "SPTAttention: codebooks must be calibrated before the model runs, got none at "
-                f"{self.name}; call session.calibrate(batches) in every process (the trainer "
-                "callback does so by itself), or run dense inside session.exact()"
-            )
 
     @torch.no_grad()
     def _vectors(self, q: Tensor, k: Tensor, visibility: Visibility) -> Tensor:
@@ -165,9 +162,9 @@ class SparseAttention(nn.Module):
         Raises:
             ConfigError: fewer vectors than codewords.
         """
-        num_subspaces, num_codewords, width = self.codebooks.shape[1:]
-        empty = self.codebooks.new_zeros(len(self.codebooks), 0, num_subspaces * width)
-        vectors = _thin(torch.cat([empty, *(self.collected or [])], 1))
+        num_subspaces, num_codewords = self.codebooks.shape[1:3]
+        found = self.collected or [self.codebooks.new_zeros(1, 0)]
+        vectors = _thin(torch.cat(found, 1))
         if vectors.shape[1] < num_codewords:
             raise ConfigError(
                 f"SPTAttention: calibration must give at least num_codewords = {num_codewords} "

@@ -34,6 +34,7 @@ class SPTConversion(Conversion):
     ) -> None:
         self.can_merge = config.keep_ratio == 1.0
         self.num_forwards = 0
+        self._is_refreshed = config.refresh
         self._model = model
         self._runtime = runtime
         self._children = [
@@ -55,7 +56,7 @@ class SPTConversion(Conversion):
         Not inside that forward: there one process may run dense where another does not, and a
         block that checkpointing recomputes must find the codebooks as they were.
         """
-        if not (self._model.training and torch.is_grad_enabled()):
+        if not (self._is_refreshed and self._model.training and torch.is_grad_enabled()):
             return
         has_moved = self.num_forwards > 0 and self.num_forwards % _REFRESH_STEPS == 0
         self.num_forwards += 1

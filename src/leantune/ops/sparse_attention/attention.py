@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from leantune.ops.autocast import autocast_dtype, autocast_off
 from leantune.ops.random import RandomKey, uniform_at
-from leantune.ops.sparse_attention.tiles import AttentionArgs, BitmaskTiles, Tile
+from leantune.ops.sparse_attention.tiles import AttentionArgs, BitmaskTiles, Tile, accumulator
 
 
 def sparse_attention(
@@ -97,14 +97,14 @@ def _weigh(
     bias: Tensor | None,
     counter: Tensor | None,
 ) -> _Weights:
-    scores = torch.bmm(queries, keys.mT).mul_(tiles.args.scale)
+    args = tiles.args
+    scores = torch.bmm(queries, keys.mT).mul_(args.scale)
     if bias is not None:
         scores += tiles.load_bias(bias, tile)
     weights = scores.masked_fill_(~tile.keep, -torch.inf).softmax(-1)
     has_key = tile.keep.any(-1, keepdim=True)
     weights = weights.masked_fill_(~has_key, 0.0)
     factors = None
-    args = tiles.args
     if counter is not None:
         key = RandomKey(args.seed, counter, args.stream)
         u = uniform_at(key, tiles.row_numbers(tile), tile.columns)
@@ -126,7 +126,7 @@ class _SparseAttention(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(q, k, v, bias, bits, counter)
         ctx.args = args
-        wide = _accumulator(q)
+        wide = accumulator(q)
         tiles = BitmaskTiles(q, k, bits, args)
         out = q.new_zeros(*q.shape[:3], v.shape[-1])
         with autocast_off(q):
@@ -142,7 +142,7 @@ class _SparseAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> Any:  # type: ignore[override]
         q, k, v, bias, bits, counter = ctx.saved_tensors
         needs_q, needs_k, needs_v, needs_bias = ctx.needs_input_grad[:4]
-        wide = _accumulator(q)
+        wide = accumulator(q)
         tiles = BitmaskTiles(q, k, bits, ctx.args)
         grad_q = torch.zeros_like(q) if needs_q else None
         grad_k = torch.zeros_like(k, dtype=wide) if needs_k else None
@@ -167,18 +167,8 @@ class _SparseAttention(torch.autograd.Function):
                     tiles.store_queries_(grad_q, tile, torch.bmm(grad_scores, keys))
                 if grad_k is not None:
                     tiles.add_keys_(grad_k, tile, torch.bmm(grad_scores.mT, queries))
-        return (
-            grad_q,
-            None if grad_k is None else grad_k.to(k.dtype),
-            None if grad_v is None else grad_v.to(v.dtype),
-            None if grad_bias is None else grad_bias.to(bias.dtype),
-            *(None,) * 3,
-        )
-
-
-def _accumulator(x: Tensor) -> torch.dtype:
-    """Return the dtype in which products of ``x`` are summed."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+        # Autograd casts each to the dtype of its input.
+        return grad_q, grad_k, grad_v, grad_bias, None, None, None
 
 
 def _grad_scores(w: _Weights, grad_out: Tensor, values: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from leantune.ops.backend import on_gpu
 from leantune.ops.random import RandomKey, uniform
+from leantune.ops.sparse_attention.tiles import accumulator
 
 Scorer = Literal["adc", "match"]
 
@@ -47,7 +48,7 @@ def assign(z: Tensor, codebook: Tensor) -> Tensor:
 
 def _squared_distances(z: Tensor, codebook: Tensor) -> Tensor:
     """Return (r, s, e); equal pieces get equal bits wherever the pieces stand."""
-    dtype = _precise(z)
+    dtype = accumulator(z)
     pieces = z.to(dtype).unflatten(-1, codebook.shape[::2])  # (r, s, w)
     words = codebook.detach().to(dtype)
     total = torch.zeros((), dtype=dtype, device=z.device)
@@ -55,10 +56,6 @@ def _squared_distances(z: Tensor, codebook: Tensor) -> Tensor:
     for i in range(words.shape[2]):
         total = total + (pieces[..., i, None] - words[..., i]).square()
     return total
-
-
-def _precise(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def kmeans(
@@ -91,7 +88,7 @@ def kmeans(
     normal noise.
     """
     assert len(vectors) >= num_codewords and vectors.shape[1] % num_subspaces == 0
-    vectors = vectors.detach().to(_precise(vectors))
+    vectors = vectors.detach().to(accumulator(vectors))
     zero = torch.zeros((), dtype=torch.int64, device=vectors.device)
     u = uniform(RandomKey(seed, zero, stream), num_codewords * num_subspaces)
     pieces = vectors.unflatten(1, (num_subspaces, -1)).transpose(0, 1)  # (s, n, w)

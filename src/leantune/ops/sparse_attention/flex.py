@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from leantune.ops.backend import on_gpu
-from leantune.ops.random import RandomKey
 from leantune.ops.sparse_attention.attention import sparse_attention
 from leantune.ops.sparse_attention.top_keys import Visibility, expand_blocks, query_block
 
@@ -26,8 +25,7 @@ def block_attention(
     scale: float,
     bias: Tensor | None = None,
     dropout: float = 0.0,
-    key: RandomKey | None = None,
-    is_causal: bool = False,
+    **how: Any,
 ) -> Tensor:
     """Return attention over the visible keys of chosen blocks, (b, h, n, dv).
 
@@ -46,18 +44,9 @@ def block_attention(
         mask = block_mask(blocks, visibility, block_size, n, num_keys)
         is_grouped = q.shape[1] != k.shape[1]
         return _compiled()(q, k, v, block_mask=mask, scale=scale, enable_gqa=is_grouped)  # type: ignore[no-any-return]
-    return sparse_attention(
-        q,
-        k,
-        v,
-        expand_blocks(blocks, q, num_keys, visibility, block_size),
-        scale=scale,
-        bias=bias,
-        dropout=dropout,
-        key=key,
-        is_causal=is_causal,
-        block_size=block_size if is_aligned else None,
-    )
+    bits = expand_blocks(blocks, q, num_keys, visibility, block_size)
+    how |= {"scale": scale, "bias": bias, "dropout": dropout}
+    return sparse_attention(q, k, v, bits, block_size=block_size if is_aligned else None, **how)
 
 
 def block_mask(
@@ -78,21 +67,15 @@ def block_mask(
 
 
 def _mask_mod(visibility: Visibility, n: int) -> Any:
-    mask = visibility.mask
-    if mask is not None:
-        b, h, rows = mask.shape[:3]
+    mask, hides_later = visibility.mask, visibility.hides_later(n)
+    b, h, rows = (1, 1, 1) if mask is None else mask.shape[:3]
 
-        def visible(i: Tensor, j: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            at = (i if b > 1 else 0, j if h > 1 else 0, query if rows > 1 else 0)
-            return mask[(*at, key)]
+    def visible(i: Tensor, j: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        if mask is None:
+            return query >= key if hides_later else query >= 0
+        return mask[i if b > 1 else 0, j if h > 1 else 0, query if rows > 1 else 0, key]
 
-        return visible
-    hides_later = visibility.hides_later(n)
-
-    def up_to_own(i: Tensor, j: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return query >= key if hides_later else query >= 0
-
-    return up_to_own
+    return visible
 
 
 @cache

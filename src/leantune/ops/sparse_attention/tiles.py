@@ -21,6 +21,11 @@ _TILE_NUMBERS = 2**19
 _TILE_NUMBERS_GPU = 2**24
 
 
+def accumulator(x: Tensor) -> torch.dtype:
+    """Return the dtype in which products of ``x`` are summed."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 def tile_numbers(x: Tensor) -> int:
     """Return how many numbers a transient tensor may hold on the device of ``x``."""
     return by_device(x, cpu=_TILE_NUMBERS, gpu=_TILE_NUMBERS_GPU)
@@ -34,9 +39,8 @@ def slices(num: int, step: int) -> list[slice]:
 
 def pack_bits(keep: Tensor) -> Tensor:
     """Return one bit per entry of ``keep`` (..., m) bool: (..., ceil(m / 8)) uint8."""
-    num_bytes = -(-keep.shape[-1] // 8)
-    padded = F.pad(keep, (0, 8 * num_bytes - keep.shape[-1])).contiguous()
-    if num_bytes == 0:
+    padded = F.pad(keep, (0, -keep.shape[-1] % 8)).contiguous()
+    if padded.shape[-1] == 0:
         return padded.to(torch.uint8)
     words = padded.view(torch.int64)
     # The product brings byte i of a word to bit 56 + i; no two of its terms share a bit.
@@ -45,8 +49,6 @@ def pack_bits(keep: Tensor) -> Tensor:
 
 def unpack_bits(bits: Tensor, num_keys: int) -> Tensor:
     """Return the (..., num_keys) bool that ``bits`` (..., >= num_keys / 8) uint8 hold."""
-    if num_keys == 0:
-        return bits[..., :0].to(torch.bool)
     words = bits[..., : -(-num_keys // 8)].to(torch.int64) * 0x0101010101010101
     words &= 0x8040201008040201 - 2**64
     return (words.view(torch.uint8) != 0)[..., :num_keys]
@@ -170,13 +172,12 @@ class BitmaskTiles:
 
     def add_bias_(self, target: Tensor, tile: Tile, values: Tensor) -> None:
         """Add values (p, x, y) to the bias, summed over the axes that the bias does not have."""
-        values = self._unflatten(values, tile)
-        repeated = [i for i in range(3) if target.shape[i] == 1 and values.shape[i] > 1]
-        values = values.sum(repeated, keepdim=True) if repeated else values
-        target[_present(target, tile)][..., tile.keys[2]] += values
+        part = target[_present(target, tile)]
+        sums = self._unflatten(values, tile).sum_to_size(*part.shape[:3], values.shape[-1])
+        part[..., tile.keys[2]] += sums
 
 
 def _present(bias: Tensor, tile: Tile) -> tuple[slice, ...]:
     """Return the slices of a tile's queries along the axes that a bias has."""
-    pairs = zip(tile.queries, bias.shape, strict=False)
-    return tuple(s if size > 1 else slice(0, 1) for s, size in pairs)
+    sizes = bias.shape[:3]
+    return tuple(s if n > 1 else slice(0, 1) for s, n in zip(tile.queries, sizes, strict=True))
