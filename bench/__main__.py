@@ -13,7 +13,6 @@ _PARTS = {
     "spt-ffn": "cases.routed_ffn_speed:main",
     "spt-attention": "cases.spt_attention:speed",
     "spt-recall": "cases.spt_attention:recall",
-    "spt-refresh": "cases.spt_refresh:main",
     "quality-wta-crs": "cases.wta_crs_quality:main",
     "quality-sparse-grad": "cases.sparse_grad_quality:main",
     "quality-spt": "cases.spt_quality:main",

@@ -18,7 +18,7 @@ from bench import rows
 from bench.models import glue, minilm
 from bench.timing import run_cases, timing_row
 from leantune.core.config import MethodConfig
-from leantune.measure.peak import compare_steps, peak_memory
+from leantune.measure.peak import StepStats, compare_steps
 from leantune.ops.sparse_attention.codebooks import kmeans, quantise
 from leantune.ops.sparse_attention.tiles import unpack_bits
 from leantune.ops.sparse_attention.top_keys import KeyBudget, Visibility, top_keys
@@ -135,7 +135,7 @@ def _measure(case: Case, device: torch.device, num_rounds: int) -> list[dict[str
                 "n": n,
                 "attention_bytes": attention,
                 "attention_mib": round(attention / 2**20, 2),
-                "peak_mib": round(_peak(steps[name], device) / 2**20, 1),
+                "peak_mib": round(_peak(steps[name], s) / 2**20, 1),
             }
         )
     return out
@@ -145,11 +145,10 @@ def _is_ours(kind: str) -> bool:
     return any(word in kind for word in ("ttention", "softmax", "matmul", "dropout"))
 
 
-def _peak(step: Callable[[], None], device: torch.device) -> int:
+def _peak(step: Callable[[], None], stats: StepStats) -> int:
     """Return the bytes that a step holds at its highest beyond what it began with."""
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated(device)
-        return (peak_memory(step, device) or 0) - before
+    if stats.peak_bytes is not None and stats.resident_bytes is not None:
+        return stats.peak_bytes - stats.resident_bytes
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         step()
     assert record.profiler is not None

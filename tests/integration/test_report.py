@@ -46,7 +46,6 @@ def make_metrics() -> dict[str, Any]:
             "evaluations": [[200, {"accuracy": 0.7}], [400, {"accuracy": accuracy}]],
             "num_steps": 400,
             "train_seconds": 131.2,
-            "tokens_per_second": 5123.4,
             "peak_bytes": None,
         }
         for name, accuracy, step_ms, ratio in (
@@ -145,7 +144,6 @@ def test_page_shows_the_numbers_of_both_runs(written: Path, metrics: dict[str, A
         "Without learning (majority): accuracy 0.5093",
         f"{saved[1] / saved[0]:.3f} of baseline",
         "0.780 to 0.830",
-        "5,123",
         "2 min 11 s",
         "6,000 training and 872 validation examples, 400 steps",
         "keep_ratio=0.25",

@@ -90,7 +90,7 @@ def test_a_compared_run_writes_its_folder(base: dict[str, Any]) -> None:
         assert [step for step, _ in variant.evaluations] == [5, 10]
         assert variant.metrics == variant.evaluations[-1][1]
         assert variant.metrics.keys() == {"accuracy", "loss"}
-        assert variant.tokens_per_second > 0 and variant.train_seconds > 0
+        assert variant.train_seconds > 0
         assert variant.saved_bytes == variant.ledger["activations"]
     assert result.reference is plain and plain.step_time_ratio == 1.0
     assert max(method.saved_bytes, checkpointed.saved_bytes) < plain.saved_bytes

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from leantune.errors import ConfigError
-from leantune.measure.peak import compare_steps, peak_memory
+from leantune.measure.peak import compare_steps
 
 
 class Clock:
@@ -63,12 +63,6 @@ def test_real_steps_tell_equal_from_three_times_slower() -> None:
         assert stats["slow"].peak_bytes is None and stats["slow"].resident_bytes is None
 
 
-def test_peak_is_none_on_the_cpu_and_the_work_is_done() -> None:
-    done = []
-    assert peak_memory(lambda: done.append(1), "cpu") is None
-    assert done == [1]
-
-
 @pytest.mark.gpu
 def test_peak_is_the_allocators_on_cuda() -> None:
     num_bytes = 64 * 2**20
@@ -76,8 +70,6 @@ def test_peak_is_the_allocators_on_cuda() -> None:
     def allocate() -> None:
         torch.empty(num_bytes, dtype=torch.uint8, device="cuda").fill_(0)
 
-    before = torch.cuda.memory_allocated()
-    assert peak_memory(allocate, "cuda") == before + num_bytes
     stats = compare_steps({"exact": allocate}, reference="exact", rounds=2)["exact"]
     assert stats.peak_bytes is not None and stats.resident_bytes is not None
     assert stats.peak_bytes - stats.resident_bytes == num_bytes

@@ -9,15 +9,6 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 
 
-def keep_by_row(grad_output: Array, k: int) -> Array:
-    """Return the rows with all but their k largest magnitudes set to zero."""
-    kept = np.zeros_like(grad_output)
-    for n, row in enumerate(grad_output):
-        for j in sorted(range(len(row)), key=lambda j: -abs(row[j]))[:k]:
-            kept[n, j] = row[j]
-    return kept
-
-
 def keep_units(grad_output: Array, k: int) -> Array:
     """Return the columns with the k largest sums of magnitudes, the others zero."""
     sums = [sum(abs(v) for v in column) for column in grad_output.T]

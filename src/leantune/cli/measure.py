@@ -18,7 +18,6 @@ from leantune.cli.output import (
     reported_errors,
 )
 from leantune.cli.recipe import ArgumentsOption, MethodOption, build_recipe
-from leantune.errors import ConfigError
 from leantune.measure.ledger import Ledger, ledger
 from leantune.measure.still_held import StillHeld, find_still_held, sampled_linears
 from leantune.measure.text import format_bytes
@@ -83,7 +82,8 @@ def measure_step(
         rows = tokenize(data, tokenizer, recipe.max_length)["train"].to_list()[: recipe.batch_size]
     if task.kind != "classification":
         labels = None
-    model = load_model(recipe.model, task, labels, tokenizer, seed=recipe.seed)
+    how = {"max_length": recipe.max_length, "seed": recipe.seed}
+    model = load_model(recipe.model, task, labels, tokenizer, **how)
     if rows is None:
         batch = _random_batch(recipe, task.kind, model, len(labels or ()))
     else:
@@ -112,12 +112,6 @@ def _random_batch(recipe: MeasureRecipe, kind: str, model: Any, num_labels: int)
     import torch
 
     config = model.config
-    longest = getattr(config, "max_position_embeddings", recipe.max_length)
-    if recipe.max_length > longest:
-        raise ConfigError(
-            f"measure: max_length must be at most {longest} (the model's max_position_embeddings), "
-            f"got {recipe.max_length}; shorten it"
-        )
     generator = torch.Generator().manual_seed(recipe.seed)
     shape = (recipe.batch_size, recipe.max_length)
     ids = torch.randint(0, config.vocab_size, shape, generator=generator)

@@ -46,20 +46,26 @@ def atomic_folder(folder: Path) -> Generator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def write_atomic(path: Path, data: str | bytes) -> None:
-    """Write a file so that a reader sees the old content or the new, never half of it."""
-    payload = data.encode() if isinstance(data, str) else data
+@contextmanager
+def _replacing(path: Path) -> Generator[str]:
+    """Yield the name of an empty file that takes ``path``'s place if the block ends well."""
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
     try:
-        with os.fdopen(handle, "wb") as out:
-            out.write(payload)
-            out.flush()
-            os.fsync(out.fileno())
+        yield name
         os.chmod(name, 0o644)
         os.replace(name, path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def write_atomic(path: Path, data: str | bytes) -> None:
+    """Write a file so that a reader sees the old content or the new, never half of it."""
+    with _replacing(path) as name, Path(name).open("wb") as out:
+        out.write(data.encode() if isinstance(data, str) else data)
+        out.flush()
+        os.fsync(out.fileno())
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -70,19 +76,12 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         OSError: the file cannot be written; what was there before survives.
     """
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    try:
+    with _replacing(path) as name:
         try:
             save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, name)
         except SafetensorError as error:
             # What safetensors makes of a full disk.
             raise OSError(f"cannot write {path}: {error}") from error
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

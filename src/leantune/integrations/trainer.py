@@ -241,11 +241,6 @@ def calibration_batches(loader: Any, args: TrainingArguments, num_batches: int) 
     """Yield the batches that a run calibrates on: the same ones whenever it is asked.
 
     Their rows are evenly spread over the data set, as far as its length is known.
-
-    Args:
-        loader: of the training set.
-        args: of the run: size of a batch, device.
-        num_batches: limit.
     """
     dataset: Any = loader.dataset
     size = args.per_device_train_batch_size

@@ -132,8 +132,7 @@ def fidelity(
     and its session are as before.
 
     Args:
-        model: converted; its session offers ``exact()``, under which every method is exact, and
-            every training forward moves it to the next draw.
+        model: converted.
         batch: keyword arguments, positional arguments or the only argument of the model.
         num_draws: >= 2; a bias shows up to ``sqrt(num_draws)`` times its size by chance, so that
             at least 32 are needed to tell it from chance.
@@ -169,22 +168,22 @@ def fidelity(
             with session.exact():
                 spread.add(_gradients(item, random))
     # Below the rounding of the dtype lies what a GPU's unordered sums change by themselves.
-    reached = [
-        name
-        for name, parameter in model.named_parameters()
-        if noise.differs(name, torch.finfo(parameter.dtype).eps)
-    ]
+    resolution = {name: torch.finfo(p.dtype).eps for name, p in model.named_parameters()}
+    reached = [name for name, eps in resolution.items() if noise.differs(name, eps)]
     return Fidelity(
         parameters=tuple(noise.figures(name, (name,), spread) for name in reached),
         overall=noise.figures(_ALL, reached, spread) if reached else None,
-        exact_parameters=tuple(name for name in noise.names() if name not in reached),
+        exact_parameters=tuple(name for name in exact if name not in reached),
         num_draws=num_draws,
         num_batches=1 + len(others),
     )
 
 
 class _Noise:
-    """The noise is kept as sums of the error, and one float triple per draw and parameter."""
+    """The noise is kept as sums of the error, and one float triple per draw and parameter.
+
+    Parameters that have a gradient in a draw alone join ``exact``, with zeros.
+    """
 
     def __init__(self, exact: dict[str, Tensor]) -> None:
         self._exact = exact
@@ -208,10 +207,6 @@ class _Noise:
                 total = self._error_sum.get(name)
                 self._error_sum[name] = error if total is None else total.add_(error)
         self._draws.append(figures)
-
-    def names(self) -> list[str]:
-        """Return the parameters that received a gradient."""
-        return list(self._exact)
 
     def differs(self, name: str, resolution: float) -> bool:
         """Return whether any draw was off by more than ``resolution`` relative to the norm."""

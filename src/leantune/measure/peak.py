@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from leantune.errors import ConfigError
-from leantune.ops.backend import on_gpu
 
 
 @dataclass(frozen=True)
@@ -43,29 +42,6 @@ class StepStats:
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain JSON types."""
         return dict(vars(self))
-
-
-def peak_memory(fn: Callable[[], Any], device: torch.device | str) -> int | None:
-    """Run ``fn`` once and return the peak of the CUDA allocator meanwhile, in bytes.
-
-    What was allocated before counts as well.
-
-    Args:
-        fn: the work to measure.
-        device: where it runs.
-
-    Returns:
-        Bytes, or None where there is no allocator to ask (the CPU); ``fn`` has run all the same.
-    """
-    device = torch.device(device)
-    if not on_gpu(device):
-        fn()
-        return None
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    fn()
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device)
 
 
 def compare_steps(

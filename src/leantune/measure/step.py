@@ -112,7 +112,7 @@ def _cut(value: Any) -> Any:
 
 
 def _find_loss(who: str, output: Any) -> Any:
-    loss = _named_loss(output)
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if loss is not None:
         return loss
     parts = vars(output) if is_dataclass(output) else output
@@ -128,21 +128,13 @@ def _find_loss(who: str, output: Any) -> Any:
     return torch.stack([t.sum().to(floating[0]) for t in floating]).sum()
 
 
-def _named_loss(output: Any) -> Any:
-    if isinstance(output, Mapping):
-        return cast("Mapping[str, Any]", output).get("loss")
-    return getattr(output, "loss", None)
-
-
 def _describe(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"a {value.dtype} tensor of shape {tuple(value.shape)} without a graph"
     return type(value).__name__
 
 
-def calibration_step(
-    who: str, model: nn.Module, batch: Batch, on_gradients: Callable[[], None] | None = None
-) -> None:
+def calibration_step(who: str, model: nn.Module, batch: Batch) -> None:
     """Run one forward and backward in training mode and leave no trace of it.
 
     Training flags, gradients, buffers, generator states and the session of a converted model are
@@ -152,7 +144,6 @@ def calibration_step(
         who: speaks in error messages.
         model: on a real device.
         batch: keyword arguments, positional arguments or the only argument of the model.
-        on_gradients: called while the gradients are there.
 
     Raises:
         ConfigError: the batch is empty, or the output has no differentiable tensor.
@@ -162,5 +153,3 @@ def calibration_step(
         model.train()
         _, loss = step.forward()
         torch.autograd.backward(loss)
-        if on_gradients is not None:
-            on_gradients()

@@ -2,20 +2,20 @@
 
 Legend: n rows (all leading dimensions flattened), d_out, d_in, k = keep_ratio d_out units.
 
-    "example":  S = each row of G, all but its k largest entries set to zero
     "unified":  S = G, all but the k columns with the largest sum of magnitudes set to zero
     dW = S^T X,  dX = S W,  db = column sums of S
     "weight":   dX = G W and db as ever, dW = the keep_ratio d_out d_in largest entries of G^T X
 
 Source: Sun, Ren, Ma and Wang, "meProp: Sparsified Back Propagation for Accelerated Deep Learning
-with Reduced Overfitting", ICML 2017, arXiv 1706.06197 ("example" and, there called unified top-k,
-"unified"). "weight" is what the SparseGrad paper, arXiv 2410.07383, compares with under this name.
-Every variant is biased, and nothing of what is dropped is kept for later steps. The products run
-over the zeros, too: this is a baseline for quality, which saves no arithmetic.
+with Reduced Overfitting", ICML 2017, arXiv 1706.06197 (there called unified top-k). "weight" is
+what the SparseGrad paper, arXiv 2410.07383, compares with under this name. Both are biased, and
+nothing of what is dropped is kept for later steps. The products run over the zeros, too: this is a
+baseline for quality, which saves no arithmetic.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -43,19 +43,11 @@ class MeProp(MethodConfig):
     method: ClassVar[str] = "meprop"
 
     keep_ratio: float = option(0.04, gt=0, le=1, help="share of output units (or entries) kept")
-    variant: Literal["example", "unified", "weight"] = option(
+    variant: Literal["unified", "weight"] = option(
         "unified",
-        help="what is kept: of each row its own largest units (the paper's), one set of units for "
-        "the batch (the paper's), or the largest entries of the weight's gradient (the comparison "
-        "of the SparseGrad paper)",
+        help="what is kept: one set of units for the batch (the paper's), or the largest entries "
+        "of the weight's gradient (the comparison of the SparseGrad paper)",
     )
-
-
-def keep_example(grad: Tensor, keep_ratio: float) -> Tensor:
-    """Return ``grad`` (..., d_out) with all but the k largest entries of each row set to zero."""
-    k = _count(keep_ratio, grad.shape[-1])
-    kept = grad.abs().topk(k, dim=-1, sorted=False).indices
-    return torch.zeros_like(grad).scatter(-1, kept, grad.gather(-1, kept))
 
 
 def keep_units(grad: Tensor, keep_ratio: float) -> Tensor:
@@ -79,21 +71,12 @@ def _count(keep_ratio: float, total: int) -> int:
     return max(1, round(keep_ratio * total))
 
 
-@dataclass(frozen=True)
-class ThinGradient:
-    """A thin gradient is what a forward hook makes of the gradient of its module's output."""
-
-    config: MeProp
-    runtime: Runtime
-
-    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        """Let backward see the kept entries of the output's gradient alone."""
-        if module.training and not self.runtime.is_exact and output.requires_grad:
-            output.register_hook(self._thin)
-
-    def _thin(self, grad: Tensor) -> Tensor:
-        keep = keep_example if self.config.variant == "example" else keep_units
-        return keep(grad, self.config.keep_ratio)
+def _thin_out(
+    keep_ratio: float, runtime: Runtime, module: nn.Module, args: Any, output: Tensor
+) -> None:
+    """Let backward see the kept units of a module's output gradient alone; a forward hook."""
+    if module.training and not runtime.is_exact and output.requires_grad:
+        output.register_hook(partial(keep_units, keep_ratio=keep_ratio))
 
 
 @dataclass(frozen=True)
@@ -136,7 +119,7 @@ def _convert(
     model: nn.Module, sites: list[Site], config: MeProp, runtime: Runtime
 ) -> ThinnedLinears:
     if config.variant != "weight":
-        thin = ThinGradient(config, runtime)
+        thin = partial(_thin_out, config.keep_ratio, runtime)
         return ThinnedLinears([], [site.module.register_forward_hook(thin) for site in sites])
     entries = [LargestEntries(site.module, config.keep_ratio) for site in sites]
     twins = [converted(e.layer, runtime, subspace=e) for e in entries]

@@ -47,12 +47,8 @@ def uniform(key: RandomKey, n: int) -> Tensor:
     Each round multiplies a 32-bit word into 63 bits and folds the upper half onto the lower; the
     counter enters after the first round, so draws do not share the order of the positions.
 
-    Args:
-        key: seed, counter and stream.
-        n: how many numbers, in [0, 2**32).
-
     Returns:
-        (n,) float32 in [0, 1), multiples of 2**-24, on the counter's device.
+        (n,) float32 in [0, 1), multiples of 2**-24, on the counter's device; n below 2**32.
 
     Source: multiply-and-fold rounds as in the wyhash family; seed mixing as in SplitMix64.
     """
@@ -67,11 +63,8 @@ def uniform_at(key: RandomKey, rows: Tensor, columns: Tensor) -> Tensor:
 
     Args:
         key: seed, counter and stream.
-        rows: int64 in [0, 2**32).
-        columns: int64 in [0, 2**32); rows and columns broadcast.
-
-    Returns:
-        The broadcast shape, float32 in [0, 1), multiples of 2**-24.
+        rows: int64 in [0, 2**32), as ``columns``; both broadcast to the shape of the result, which
+            is float32 in [0, 1), multiples of 2**-24.
     """
     x = _words(key, rows.clone()) ^ columns
     for multiplier in _MULTIPLIERS:

@@ -79,14 +79,7 @@ class RowPolicy(Protocol):
 
 
 def row_norms(x2d: Tensor) -> Tensor:
-    """Return the L2 norm of every row, accumulated in float32 without a float32 copy of the input.
-
-    Args:
-        x2d: (n, d) any floating dtype.
-
-    Returns:
-        (n,) float32.
-    """
+    """Return the L2 norm of every row of (n, d), (n,) float32, without a float32 copy of it."""
     wide = torch.float64 if x2d.dtype == torch.float64 else torch.float32
     norms: Tensor = torch.linalg.vector_norm(x2d, dim=-1, dtype=wide)
     return norms.float()
@@ -155,22 +148,17 @@ def tail_mass(scores_sorted: Tensor, order: Tensor, c: Tensor) -> Tensor:
 
 
 def draw_at(points: Tensor, mass: Tensor, num_draws: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the rows that the points hit, and the mass per draw.
+    """Return the rows (k,) int64 that points (k,) hit, and the mass per draw, (1,).
 
-    Args:
-        points: (k,) float32, in [0, num_draws) up to rounding.
-        mass: (n,) float32, zero on rows that must not be drawn.
-        num_draws: () int64, the length of the axis in units of the points.
-
-    Returns:
-        rows (k,) int64, and the mass per draw, (1,).
+    Rows lie side by side on an axis from 0 to ``num_draws``, each as long as its share of the mass
+    (n,): one of mass 0 is never hit.
     """
     edges = mass.cumsum(0)
     total = edges[-1:]
     interval = total / num_draws.clamp(min=1)
     # Rounding may put the last point on the far edge, where it would hit no row.
     points = torch.minimum(points * interval, total * (1.0 - _FLOAT32_EPS))
-    # The first edge above the point: a row without mass adds no edge and is never hit.
+    # The first edge above the point: a row without mass adds no edge.
     hit = torch.searchsorted(edges, points, right=True).clamp(max=mass.numel() - 1)
     return hit, interval
 
@@ -178,17 +166,10 @@ def draw_at(points: Tensor, mass: Tensor, num_draws: Tensor) -> tuple[Tensor, Te
 def with_deterministic_set(
     scores: Tensor, heaviest: Tensor, c: Tensor, drawn: Tensor, interval: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Put the c heaviest rows in front of the drawn ones, and weigh both.
+    """Return indices (k,) int32 and weights (k,) float32: the c heaviest rows, then drawn ones.
 
-    Args:
-        scores: (n,) float32.
-        heaviest: (k,) int64, the k heaviest rows.
-        c: () int64.
-        drawn: (k,) int64; positions below c are not read.
-        interval: (1,), the mass per draw.
-
-    Returns:
-        indices (k,) int32 and weights (k,) float32.
+    Of ``heaviest`` (k,) the first c are read, of ``drawn`` (k,) the others; ``interval`` (1,) is
+    the mass per draw of scores (n,).
     """
     is_sure = torch.arange(len(heaviest), device=scores.device) < c
     # An empty tail leaves nothing to draw: point at a row that is kept anyway, with weight 0.

@@ -62,7 +62,6 @@ def headline(result: RunResult) -> tuple[list[str], list[list[Cell]]]:
         ("peak", [Cell(_bytes(run.peak_bytes)) for run in result.runs]),
         ("step time", [Cell(f"{run.step_ms:.1f} ms") for run in result.runs]),
         (f"time of {result.reference.name}", [_time_ratio(result, run) for run in result.runs]),
-        ("tokens/s", [Cell(f"{run.tokens_per_second:,.0f}") for run in result.runs]),
         ("training", [Cell(_duration(run.train_seconds)) for run in result.runs]),
     ]
     shown = [(title, cells) for title, cells in columns if any(cell.text for cell in cells)]

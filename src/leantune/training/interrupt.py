@@ -1,13 +1,11 @@
-"""Trainer callbacks of a run: a stop at the next step on Ctrl-C, and a stopwatch."""
+"""The trainer callback that ends a run with a checkpoint when Ctrl-C is pressed."""
 
 import signal
 import threading
-import time
 from types import FrameType
 from typing import Any, Self
 
 from transformers import TrainerCallback
-from transformers.trainer_callback import ExportableState
 
 
 class StopOnInterrupt(TrainerCallback):
@@ -50,25 +48,3 @@ class StopOnInterrupt(TrainerCallback):
         # An evaluation moves the random stream: this step's checkpoint has to come after it.
         elif control.should_evaluate:
             control.should_save = True
-
-
-class Stopwatch(TrainerCallback, ExportableState):
-    """Sum up the seconds spent in optimiser steps, over all parts of a resumed run."""
-
-    def __init__(self) -> None:
-        self.seconds = self._started = 0.0
-
-    def state(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps."""
-        return {"args": {}, "attributes": {"seconds": self.seconds}}
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        kept = state.stateful_callbacks
-        if state.global_step > 0 and "Stopwatch" in kept:
-            self.seconds = float(kept["Stopwatch"]["attributes"]["seconds"])
-
-    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        self._started = time.perf_counter()
-
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.seconds += time.perf_counter() - self._started

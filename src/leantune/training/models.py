@@ -39,13 +39,20 @@ def load_tokenizer(name: str) -> Any:
 
 
 def load_model(
-    name: str, task: Task, labels: Sequence[str] | None, tokenizer: Any, *, seed: int = 0
+    name: str,
+    task: Task,
+    labels: Sequence[str] | None,
+    tokenizer: Any,
+    *,
+    max_length: int = 0,
+    seed: int = 0,
 ) -> Any:
     """Load a pre-trained model with the task's head, in float32 on the CPU.
 
     Args:
         labels: of the classes; None unless classification.
         tokenizer: its padding token is the model's where that has none.
+        max_length: tokens that the model must be able to read.
         seed: of the weights that are not in the file, such as a new head's; the caller's random
             streams do not move.
 
@@ -72,6 +79,12 @@ def load_model(
         raise ConfigError(
             f"load_model: model must read from left to right for task causal_lm, got {name!r}, a "
             f"{type(model).__name__} that sees both sides; choose a decoder such as GPT-2 or LLaMA"
+        )
+    longest = getattr(model.config, "max_position_embeddings", max_length)
+    if max_length > longest:
+        raise ConfigError(
+            f"load_model: max_length must be at most {longest} for {name!r}, got {max_length}; "
+            "shorten it"
         )
     if getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = tokenizer.pad_token_id

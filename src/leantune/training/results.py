@@ -29,8 +29,7 @@ class VariantResult:
         train_loss: (step, mean loss since the last entry).
         evaluations: (step, metrics).
         num_steps: optimiser steps.
-        train_seconds: spent in optimiser steps, all parts of a resumed run together.
-        tokens_per_second: tokens without padding over those seconds.
+        train_seconds: of the training with its evaluations; of a resumed run, the last part's.
         peak_bytes: peak of the CUDA allocator in training; None on the CPU.
     """
 
@@ -46,7 +45,6 @@ class VariantResult:
     evaluations: list[list[Any]] = field(default_factory=list)
     num_steps: int = 0
     train_seconds: float = 0.0
-    tokens_per_second: float = 0.0
     peak_bytes: int | None = None
 
     def saved(self, key: Callable[[Mapping[str, Any]], str]) -> dict[str, int]:

@@ -10,6 +10,7 @@ import json
 import math
 import platform
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +30,7 @@ from leantune.measure.ledger import ledger
 from leantune.measure.peak import compare_steps
 from leantune.training.data import get_task, load_task, tokenize
 from leantune.training.folder import check_folder, last_checkpoint, make_folder
-from leantune.training.interrupt import StopOnInterrupt, Stopwatch
+from leantune.training.interrupt import StopOnInterrupt
 from leantune.training.metrics import floor_score, metrics_of_logits
 from leantune.training.models import load_model, load_tokenizer
 from leantune.training.recipe import RunRecipe
@@ -96,13 +97,8 @@ class _Experiment:
         """Load the model anew, apply the variant's methods, and make its trainer."""
         recipe, methods = self.recipe, self.variants[name]
         labels = getattr(self.data["train"].features.get("label"), "names", None)
-        model = load_model(recipe.model, self.task, labels, self.tokenizer, seed=recipe.seed)
-        longest = getattr(model.config, "max_position_embeddings", recipe.max_length)
-        if recipe.max_length > longest:
-            raise ConfigError(
-                f"RunRecipe: max_length must be at most {longest} for this model, got "
-                f"{recipe.max_length}; shorten it"
-            )
+        how = {"max_length": recipe.max_length, "seed": recipe.seed}
+        model = load_model(recipe.model, self.task, labels, self.tokenizer, **how)
         # The trainer switches it off; the saved model should generate as the loaded one did.
         self.use_cache = getattr(model.config, "use_cache", None)
         session = None
@@ -187,17 +183,18 @@ class _Experiment:
         if recipe.resume and not is_last and kept.is_file():
             return VariantResult(**json.loads(kept.read_text("utf-8")))
         trainer, session = self.build(draft.name, folder)
-        stop, stopwatch = StopOnInterrupt(), Stopwatch()
+        stop = StopOnInterrupt()
         trainer.add_callback(stop)
-        trainer.add_callback(stopwatch)
         checkpoint = last_checkpoint(folder, session is not None) if recipe.resume else None
         peak = None
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         # Whatever was measured or converted before, training starts from the same random stream.
         transformers.set_seed(recipe.seed)
+        start = time.perf_counter()
         with stop:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        seconds = time.perf_counter() - start
         if torch.cuda.is_available():
             peak = torch.cuda.max_memory_allocated()
         step = trainer.state.global_step
@@ -211,8 +208,7 @@ class _Experiment:
             train_loss=[[e["step"], e["loss"]] for e in history if "loss" in e],
             evaluations=[[at, metrics] for at, metrics in sorted(evaluations.items())],
             num_steps=step,
-            train_seconds=stopwatch.seconds,
-            tokens_per_second=trainer.state.num_input_tokens_seen / stopwatch.seconds,
+            train_seconds=seconds,
             peak_bytes=peak,
         )
         write_atomic(kept, json.dumps(vars(result)) + "\n")
@@ -321,7 +317,6 @@ def training_arguments(
         save_total_limit=2,
         remove_unused_columns=False,
         label_names=["labels"],
-        include_num_input_tokens_seen="non_padding",
         dataloader_pin_memory=on_gpu,
         use_cpu=not on_gpu,
         report_to="none",

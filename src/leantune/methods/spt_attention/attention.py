@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from leantune.core.distributed import broadcast, mean_over_ranks
+from leantune.core.distributed import broadcast
 from leantune.core.runtime import Runtime
 from leantune.core.sites import Site
 from leantune.errors import ConfigError, UnsupportedError
@@ -175,11 +175,6 @@ class SparseAttention(nn.Module):
         books = [kmeans(x, *how, seed=seed, stream=self.stream + i) for i, x in enumerate(vectors)]
         self.codebooks.copy_(broadcast(torch.stack(books)))
         self.is_calibrated = True
-
-    @torch.no_grad()
-    def average_over_ranks(self) -> None:
-        """Give all processes the mean of their codebooks, after each has moved its own."""
-        self.codebooks.copy_(mean_over_ranks(self.codebooks))
 
     @torch.no_grad()
     def load_codebooks(self, books: Tensor) -> None:

@@ -37,7 +37,6 @@ class SPTAttention(MethodConfig):
     block_size: int = option(128, ge=8, help="tokens in a block, for granularity='block'")
     subspace_width: int = option(8, ge=1, help="width of a subspace; divides the head width")
     num_codewords: int = option(16, ge=2, le=256, help="codewords in each subspace")
-    refresh: bool = option(True, help="move the codebooks along in training")
 
     @property
     def budget(self) -> KeyBudget:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from leantune.core.calibration import run_batches
 from leantune.core.conversion import Conversion
-from leantune.core.distributed import is_distributed
+from leantune.core.distributed import is_distributed, mean_over_ranks
 from leantune.core.runtime import Runtime
 from leantune.core.sites import Site
 from leantune.errors import ConfigError
@@ -34,7 +34,6 @@ class SPTConversion(Conversion):
     ) -> None:
         self.can_merge = config.keep_ratio == 1.0
         self.num_forwards = 0
-        self._is_refreshed = config.refresh
         self._model = model
         self._runtime = runtime
         self._children = [
@@ -56,13 +55,13 @@ class SPTConversion(Conversion):
         Not inside that forward: there one process may run dense where another does not, and a
         block that checkpointing recomputes must find the codebooks as they were.
         """
-        if not (self._is_refreshed and self._model.training and torch.is_grad_enabled()):
+        if not (self._model.training and torch.is_grad_enabled()):
             return
         has_moved = self.num_forwards > 0 and self.num_forwards % _REFRESH_STEPS == 0
         self.num_forwards += 1
         for _, child in self._children:
             if has_moved and is_distributed():
-                child.average_over_ranks()
+                child.codebooks.copy_(mean_over_ranks(child.codebooks))
             child.is_refresh_due = self.num_forwards % _REFRESH_STEPS == 0
 
     def calibrate(self, batches: Iterable[Any]) -> None:

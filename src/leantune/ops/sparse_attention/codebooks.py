@@ -26,14 +26,9 @@ _CHUNK_NUMBERS = 2**20
 
 
 def assign(z: Tensor, codebook: Tensor) -> Tensor:
-    """Return the nearest codeword of every piece; among equally near ones the lowest number.
+    """Return the nearest codeword of every piece, (..., s) uint8; the lowest of equally near ones.
 
-    Args:
-        z: (..., d), any floating dtype.
-        codebook: (s, e, w) with s w = d and e <= 256.
-
-    Returns:
-        (..., s) uint8.
+    Pieces are of z (..., d), codewords of a codebook (s, e, w) with s w = d and e <= 256.
     """
     num_subspaces, num_codewords, width = codebook.shape
     assert z.shape[-1] == num_subspaces * width and num_codewords <= 256
@@ -77,9 +72,8 @@ def kmeans(
         vectors: (n, d), any floating dtype, n >= num_codewords.
         num_subspaces: s, a divisor of d.
         num_codewords: e, in [1, 256].
-        num_steps: Lloyd's steps, >= 0.
-        seed: of the first codewords.
-        stream: tells sites apart.
+        num_steps: Lloyd's steps.
+        seed: of the first codewords; ``stream`` tells sites apart.
 
     Returns:
         (s, e, w) float32 (float64 for float64 vectors).
@@ -113,14 +107,9 @@ def _spread_codewords(pieces: Tensor, u: Tensor) -> Tensor:
 
 
 def moving_step(vectors: Tensor, codebook: Tensor, decay: float) -> Tensor:
-    """Return the codebook moved towards the means of the vectors nearest to its codewords.
+    """Return the codebook (s, e, w) moved towards the means of the vectors (n, d) nearest to it.
 
     ``decay * codeword + (1 - decay) * mean``; a codeword that nothing is nearest to stays.
-
-    Args:
-        vectors: (n, d).
-        codebook: (s, e, w) with s w = d.
-        decay: weight of the past, in [0, 1).
     """
     vectors = vectors.detach().to(codebook.dtype)
     pieces = vectors.unflatten(1, codebook.shape[::2]).transpose(0, 1)  # (s, n, w)
