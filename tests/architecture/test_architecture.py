@@ -98,7 +98,7 @@ PRICES = {
     "meprop": (1, 180),
     "routed_ffn": (7, 750),
     "sparse_grad": (6, 730),
-    "spt_attention": (9, 1420),
+    "spt_attention": (9, 1300),
     "wta_crs": (7, 850),
 }
 NEW_METHOD = (5, 700)

@@ -15,7 +15,6 @@ from leantune.core.config import MethodConfig
 from leantune.core.distributed import full_tensor, is_sharded, rank
 from leantune.methods.sparse_grad.conversion import SparseGradConversion
 from leantune.methods.spt_attention import attention as attention_module
-from leantune.methods.spt_attention import conversion as spt_conversion
 
 NUM_STEPS = 5
 
@@ -134,7 +133,7 @@ def calibrated_start(
 
     Args:
         rows: as for :func:`sparse_grad`.
-        agrees: False lets each process keep the codebooks that it moved, the control.
+        agrees: False lets each process keep the codebooks that it found, the control.
     """
     model = MODELS["bert"].build().double()
     session = lt.apply(model, method, seed=3)
@@ -144,22 +143,19 @@ def calibrated_start(
         # Buffers must agree without DDP's help: FSDP2 gives none.
         wrapped = DistributedDataParallel(model, broadcast_buffers=False)
     shown = [batch("bert", seed) for seed in (100, 101)]
+    before = attention_module.broadcast
+    if not agrees:
+        attention_module.broadcast = lambda tensor: tensor
     session.calibrate(shown if rows == "same" else [part(b) for b in shown])
+    attention_module.broadcast = before
     first = copy.deepcopy({**values(session), **session.state_dict()})
     optimizer = session.optimizer(torch.optim.AdamW, lr=0.02)
-    # Forwards 2 and 4 of five move the codebooks.
-    refresh_steps, spt_conversion._REFRESH_STEPS = spt_conversion._REFRESH_STEPS, 2
-    before = attention_module.mean_over_ranks
-    if not agrees:
-        attention_module.mean_over_ranks = lambda tensor: tensor
     for step in range(NUM_STEPS):
         loss = wrapped(**part(batch("bert", step))).loss + session.auxiliary_loss()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         session.on_step()
-    attention_module.mean_over_ranks = before
-    spt_conversion._REFRESH_STEPS = refresh_steps
     return {"first": first, "last": {**values(session), **session.state_dict()}}
 
 

@@ -26,11 +26,6 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     return total
 
 
-def mean_over_ranks(tensor: Tensor) -> Tensor:
-    """Return the mean over all processes, as :func:`sum_over_ranks` does the sum."""
-    return sum_over_ranks(tensor) / dist.get_world_size() if is_distributed() else tensor
-
-
 def broadcast(tensor: Tensor) -> Tensor:
     """Return the first process's values, in every process; the tensor may be overwritten.
 

@@ -9,7 +9,7 @@ from oracles import spt as oracle
 from torch import Tensor
 
 from leantune.ops.sparse_attention import codebooks
-from leantune.ops.sparse_attention.codebooks import assign, kmeans, moving_step, quantise
+from leantune.ops.sparse_attention.codebooks import assign, kmeans, quantise
 
 
 def test_codes_are_the_nearest_codewords_lowest_first(monkeypatch: Any) -> None:
@@ -72,19 +72,6 @@ def test_one_step_is_the_mean_of_what_is_nearest() -> None:
         assert torch.allclose(after[s, e], mean, rtol=0, atol=1e-12)
 
 
-def test_a_moving_step_goes_towards_the_means_and_leaves_idle_codewords() -> None:
-    vectors = torch.randn(50, 6, dtype=torch.float64)
-    book = torch.randn(2, 4, 3, dtype=torch.float64)
-    book[0, 2] = 99.0
-    moved = moving_step(vectors, book, 0.75)
-    codes = oracle.nearest_codeword(vectors.numpy(), book.numpy())
-    for s, e in np.ndindex(2, 4):
-        mine = vectors.view(50, 2, 3)[codes[:, s] == e, s]
-        wanted = 0.75 * book[s, e] + 0.25 * mine.mean(0) if len(mine) else book[s, e]
-        assert torch.allclose(moved[s, e], wanted, rtol=0, atol=1e-12)
-    assert torch.equal(moved[0, 2], book[0, 2])
-
-
 @pytest.mark.parametrize("num_books", [1, 2])
 @pytest.mark.parametrize("width", [8, 10, 16])
 def test_scores_equal_the_oracles_with_grouped_heads(width: int, num_books: int) -> None:
@@ -130,9 +117,3 @@ def test_equal_keys_tie_whatever_stands_beside_them() -> None:
         x = quantise(q, key.repeat(1, 1, num_keys, 1), books, "adc")
         scores = x.queries(slice(0, 1), slice(0, 5)) @ x.keys(slice(0, 1)).mT
         assert torch.equal(scores, scores[..., :1].expand_as(scores))
-
-
-def test_rows_of_one_number_are_summed() -> None:
-    target, rows = torch.zeros(3, 2), torch.arange(8.0).view(4, 2)
-    codebooks._add_rows_(target, torch.tensor([2, 0, 2, 2]), rows)
-    assert target.tolist() == [[2.0, 3.0], [0.0, 0.0], [10.0, 13.0]]

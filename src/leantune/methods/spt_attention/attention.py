@@ -14,18 +14,15 @@ from leantune.core.runtime import Runtime
 from leantune.core.sites import Site
 from leantune.errors import ConfigError, UnsupportedError
 from leantune.methods.spt_attention.config import SPTAttention
-from leantune.ops.autocast import autocast_off
 from leantune.ops.random import stream_of
 from leantune.ops.sparse_attention.attention import sparse_attention
-from leantune.ops.sparse_attention.codebooks import kmeans, moving_step, quantise
+from leantune.ops.sparse_attention.codebooks import kmeans, quantise
 from leantune.ops.sparse_attention.flex import block_attention
 from leantune.ops.sparse_attention.top_keys import AttentionKind, Visibility, top_blocks, top_keys
 
 # Vectors of one codebook that k-means sees; 64 MB at width 64 with its transients.
 _MAX_VECTORS = 2**14
 _KMEANS_STEPS = 10
-# The weight of the old codebook in a step of the codebooks.
-_REFRESH_DECAY = 0.9
 
 
 class SparseAttention(nn.Module):
@@ -34,7 +31,6 @@ class SparseAttention(nn.Module):
     Attributes:
         codebooks: (hk, s, e, w) float32, one for each key head.
         is_calibrated: whether the codebooks have been set.
-        is_refresh_due: whether the current training forward should move the codebooks.
         collected: the vectors (hk, r, d) of each batch while calibrating; else None.
     """
 
@@ -50,7 +46,6 @@ class SparseAttention(nn.Module):
         self.runtime = runtime
         self.stream = stream_of(site.name)
         self.is_calibrated = False
-        self.is_refresh_due = False
         self.collected: list[Tensor] | None = None
         books = torch.zeros(shape, device=next(site.module.parameters()).device)
         self.register_buffer("codebooks", books, persistent=False)
@@ -90,9 +85,7 @@ class SparseAttention(nn.Module):
                 f"{self.name}; call session.calibrate(batches) in every process (the trainer "
                 "callback does so by itself), or run dense inside session.exact()"
             )
-        with autocast_off(q):
-            self._refresh(q, k, visibility)
-            factors = quantise(q, k, self.codebooks, config.scorer)
+        factors = quantise(q, k, self.codebooks, config.scorer)
         is_causal = visibility.hides_later(n)
         how: dict[str, Any] = {"scale": scale, "bias": bias, "is_causal": is_causal}
         if dropout > 0:
@@ -127,7 +120,6 @@ class SparseAttention(nn.Module):
         extra = mask.masked_fill(~visible, 0.0)
         return Visibility(kind, visible), extra if bias is None else bias + extra
 
-    @torch.no_grad()
     def _vectors(self, q: Tensor, k: Tensor, visibility: Visibility) -> Tensor:
         """Return the vectors (hk, r, d) that each codebook is for: of real tokens, and thinned."""
         num_books = len(self.codebooks)
@@ -142,20 +134,6 @@ class SparseAttention(nn.Module):
             found.append(grouped.flatten(1, 3))
         return _thin(torch.cat(found, 1))
 
-    @torch.no_grad()
-    def _refresh(self, q: Tensor, k: Tensor, visibility: Visibility) -> None:
-        """Move the codebooks on where that is due, once in a training forward.
-
-        A block that checkpointing recomputes finds the codebooks as the forward left them.
-        """
-        if not (self.is_refresh_due and self.training):
-            return
-        self.is_refresh_due = False
-        pairs = zip(self._vectors(q, k, visibility), self.codebooks, strict=True)
-        moved = [moving_step(x, book.float(), _REFRESH_DECAY) for x, book in pairs]
-        self.codebooks.copy_(torch.stack(moved))
-
-    @torch.no_grad()
     def init_codebooks(self) -> None:
         """Set the codebooks by k-means of the collected vectors, evenly thinned.
 
@@ -176,7 +154,6 @@ class SparseAttention(nn.Module):
         self.codebooks.copy_(broadcast(torch.stack(books)))
         self.is_calibrated = True
 
-    @torch.no_grad()
     def load_codebooks(self, books: Tensor) -> None:
         """Take codebooks from a saved state.
 

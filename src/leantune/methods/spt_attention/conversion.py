@@ -3,12 +3,10 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from leantune.core.calibration import run_batches
 from leantune.core.conversion import Conversion
-from leantune.core.distributed import is_distributed, mean_over_ranks
 from leantune.core.runtime import Runtime
 from leantune.core.sites import Site
 from leantune.errors import ConfigError
@@ -16,16 +14,9 @@ from leantune.integrations import attention as registry
 from leantune.methods.spt_attention.attention import SparseAttention
 from leantune.methods.spt_attention.config import SPTAttention
 
-# Training forwards between two steps of the codebooks.
-_REFRESH_STEPS = 20
-
 
 class SPTConversion(Conversion):
-    """The sites that one config made sparse, each with codebooks of its own.
-
-    Attributes:
-        num_forwards: training forwards of the model so far, counted on the host.
-    """
+    """The sites that one config made sparse, each with codebooks of its own."""
 
     num_calibration_batches = 8
 
@@ -33,7 +24,6 @@ class SPTConversion(Conversion):
         self, model: nn.Module, sites: list[Site], config: SPTAttention, runtime: Runtime
     ) -> None:
         self.can_merge = config.keep_ratio == 1.0
-        self.num_forwards = 0
         self._model = model
         self._runtime = runtime
         self._children = [
@@ -42,27 +32,11 @@ class SPTConversion(Conversion):
         for module, child in self._children:
             module.add_module(registry.CHILD, child.train(module.training))
         self._redirected = registry.redirect(model, [s.name for s in sites])
-        runtime.at_forward_begin(self._begin_forward)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         # A model that is read in another process finds its attention there.
         registry.register_interface()
-
-    def _begin_forward(self) -> None:
-        """Count a training forward, after processes agree on codebooks that the last one moved.
-
-        Not inside that forward: there one process may run dense where another does not, and a
-        block that checkpointing recomputes must find the codebooks as they were.
-        """
-        if not (self._model.training and torch.is_grad_enabled()):
-            return
-        has_moved = self.num_forwards > 0 and self.num_forwards % _REFRESH_STEPS == 0
-        self.num_forwards += 1
-        for _, child in self._children:
-            if has_moved and is_distributed():
-                child.codebooks.copy_(mean_over_ranks(child.codebooks))
-            child.is_refresh_due = self.num_forwards % _REFRESH_STEPS == 0
 
     def calibrate(self, batches: Iterable[Any]) -> None:
         """Set the codebooks of every site by k-means of its queries and keys in some batches.
@@ -89,22 +63,21 @@ class SPTConversion(Conversion):
         registry.direct_back(self._redirected)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the codebooks of every site and the forwards so far; empty before calibration."""
+        """Return the codebooks of every site; empty before calibration."""
         if not all(child.is_calibrated for _, child in self._children):
             return {}
-        books = {f"{child.name}.codebooks": child.codebooks for _, child in self._children}
-        return {**books, "num_forwards": torch.tensor(self.num_forwards)}
+        return {f"{child.name}.codebooks": child.codebooks for _, child in self._children}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take codebooks on, so that a resumed run moves them in step.
+        """Take codebooks on, so that a resumed run chooses by the same ones.
 
         Raises:
             ConfigError: codebooks of other sites, of another shape, or with numbers that are not
                 finite.
         """
         names = {f"{child.name}.codebooks": child for _, child in self._children}
-        wrong = set(state) ^ {*names, "num_forwards"} if state else set[str]()
-        if wrong:
+        wrong = state.keys() ^ names.keys()
+        if state and wrong:
             raise ConfigError(
                 f"SPTAttention: state must hold the codebooks of {len(names)} sites, got one that "
                 f"differs in {min(wrong)!r}; load onto the base model that was saved from"
@@ -113,7 +86,6 @@ class SPTConversion(Conversion):
             child.is_calibrated = False
             if state:
                 child.load_codebooks(state[name])
-        self.num_forwards = int(state.get("num_forwards", 0))
 
 
 def _shape(site: Site, config: SPTAttention) -> tuple[int, int, int, int]:

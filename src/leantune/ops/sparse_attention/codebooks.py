@@ -26,9 +26,14 @@ _CHUNK_NUMBERS = 2**20
 
 
 def assign(z: Tensor, codebook: Tensor) -> Tensor:
-    """Return the nearest codeword of every piece, (..., s) uint8; the lowest of equally near ones.
+    """Return the nearest codeword of every piece; among equally near ones the lowest number.
 
-    Pieces are of z (..., d), codewords of a codebook (s, e, w) with s w = d and e <= 256.
+    Args:
+        z: (..., d), any floating dtype.
+        codebook: (s, e, w) with s w = d and e <= 256.
+
+    Returns:
+        (..., s) uint8.
     """
     num_subspaces, num_codewords, width = codebook.shape
     assert z.shape[-1] == num_subspaces * width and num_codewords <= 256
@@ -106,51 +111,27 @@ def _spread_codewords(pieces: Tensor, u: Tensor) -> Tensor:
     return torch.cat(words, 1)
 
 
-def moving_step(vectors: Tensor, codebook: Tensor, decay: float) -> Tensor:
-    """Return the codebook (s, e, w) moved towards the means of the vectors (n, d) nearest to it.
-
-    ``decay * codeword + (1 - decay) * mean``; a codeword that nothing is nearest to stays.
-    """
-    vectors = vectors.detach().to(codebook.dtype)
-    pieces = vectors.unflatten(1, codebook.shape[::2]).transpose(0, 1)  # (s, n, w)
-    _, means, counts = _means(vectors, pieces, codebook)
-    return torch.where(counts > 0, torch.lerp(means, codebook, decay), codebook)
-
-
-def _means(vectors: Tensor, pieces: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the codeword of each piece (s n,), and the codewords' means and numbers of pieces.
-
-    Means are (s, e, w), numbers (s, e, 1).
-    """
+def _lloyd_step(vectors: Tensor, pieces: Tensor, codebook: Tensor) -> Tensor:
+    """Return the means of the pieces (s, n, w) nearest to each codeword, see :func:`kmeans`."""
     num_subspaces, num_codewords, width = codebook.shape
     codes = assign(vectors, codebook).long().t()  # (s, n)
     first = torch.arange(num_subspaces, device=codes.device)[:, None] * num_codewords
     flat = (codes + first).reshape(-1)
     sums = codebook.new_zeros(num_subspaces * num_codewords, width)
-    _add_rows_(sums, flat, pieces.reshape(-1, width))
-    counts = torch.bincount(flat, minlength=len(sums)).view(num_subspaces, num_codewords, 1)
-    return flat, sums.view_as(codebook) / counts.clamp(min=1), counts
-
-
-def _add_rows_(target: Tensor, index: Tensor, rows: Tensor) -> None:
-    """Add rows (k, d) to the rows of ``target`` that ``index`` (k,) names, in a fixed order."""
-    if on_gpu(target):
-        # Sorts by index, while index_add_ uses atomics there.
-        target.index_put_((index,), rows, accumulate=True)
+    # In a fixed order: index_add_ uses atomics on a GPU, index_put_ races on a CPU.
+    if on_gpu(sums):
+        sums.index_put_((flat,), pieces.reshape(-1, width), accumulate=True)
     else:
-        # One row after the other on a CPU, where index_put_ races.
-        target.index_add_(0, index, rows)
-
-
-def _lloyd_step(vectors: Tensor, pieces: Tensor, codebook: Tensor) -> Tensor:
-    flat, means, counts = _means(vectors, pieces, codebook)
+        sums.index_add_(0, flat, pieces.reshape(-1, width))
+    counts = torch.bincount(flat, minlength=len(sums)).view(num_subspaces, num_codewords, 1)
+    means = sums.view_as(codebook) / counts.clamp(min=1)
     own = codebook.flatten(0, 1).index_select(0, flat).view_as(pieces)
     farthest = (pieces - own).square().sum(-1).sort(dim=1, descending=True, stable=True).indices
-    is_empty = counts[..., 0] == 0
+    is_empty = counts == 0
     # The j-th empty codeword takes the j-th farthest piece; there are at least as many pieces.
-    taken = farthest.gather(1, (is_empty.cumsum(1) - 1).clamp(min=0))
+    taken = farthest.gather(1, (is_empty[..., 0].cumsum(1) - 1).clamp(min=0))
     moved = pieces.gather(1, taken[..., None].expand(-1, -1, pieces.shape[2]))
-    return torch.where(is_empty[..., None], moved, means)
+    return torch.where(is_empty, moved, means)
 
 
 class ScoreFactors(NamedTuple):
