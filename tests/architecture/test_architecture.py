@@ -95,8 +95,8 @@ PRIVATE_OPS = {
 PRICES = {
     "checkpoint": (1, 90),
     "lora": (1, 140),
-    "meprop": (1, 180),
-    "routed_ffn": (7, 750),
+    "meprop": (1, 160),
+    "routed_ffn": (7, 620),
     "sparse_grad": (6, 730),
     "spt_attention": (9, 1300),
     "wta_crs": (7, 850),
