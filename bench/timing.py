@@ -21,6 +21,15 @@ class Case(Protocol):
 
 C = TypeVar("C", bound=Case)
 
+TIMES = {
+    "variant": "variant",
+    "ratio": "step time ratio",
+    "ratio_p20": "p20",
+    "ratio_p80": "p80",
+    "median_ms": "ms",
+}
+"""The columns that every timed table begins with: key of a row -> heading."""
+
 
 def run_cases(
     result: str,

@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.opt.modeling_opt import OPTDecoderLayer
 
 import leantune as lt
-from bench.timing import run_cases, timing_row
+from bench.timing import TIMES, run_cases, timing_row
 from leantune.core.config import MethodConfig
 from leantune.measure.peak import compare_steps
 
@@ -93,11 +93,7 @@ def main(num_rounds: int = 5) -> None:
 
 
 _COLUMNS = {
-    "variant": "variant",
-    "ratio": "step time ratio",
-    "ratio_p20": "p20",
-    "ratio_p80": "p80",
-    "median_ms": "ms",
+    **TIMES,
     "saved_mib": "saved MiB",
     "load": "load of the groups",
 }

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import leantune as lt
 from bench.models import BERT_MLP, BertBlocks, LlamaBlocks
-from bench.timing import run_cases, timing_row
+from bench.timing import TIMES, run_cases, timing_row
 from leantune.core.config import MethodConfig
 from leantune.measure.peak import compare_steps
 
@@ -140,11 +140,7 @@ def main(num_rounds: int = 5) -> None:
 
 
 _COLUMNS = {
-    "variant": "variant",
-    "ratio": "step time ratio",
-    "ratio_p20": "p20",
-    "ratio_p80": "p80",
-    "median_ms": "ms",
+    **TIMES,
     "mlp_bytes": "MLP bytes, all layers",
     "copy_bytes": "and copies",
     "fewer": "times fewer than AdamW",

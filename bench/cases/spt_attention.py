@@ -16,7 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaModel
 import leantune as lt
 from bench import rows
 from bench.models import glue, minilm
-from bench.timing import run_cases, timing_row
+from bench.timing import TIMES, run_cases, timing_row
 from leantune.core.config import MethodConfig
 from leantune.measure.peak import StepStats, compare_steps
 from leantune.ops.sparse_attention.codebooks import kmeans, quantise
@@ -89,11 +89,7 @@ def speed(num_rounds: int = 5) -> None:
 
 
 _SPEED_COLUMNS = {
-    "variant": "variant",
-    "ratio": "step time ratio",
-    "ratio_p20": "p20",
-    "ratio_p80": "p80",
-    "median_ms": "ms",
+    **TIMES,
     "attention_mib": "attention MiB",
     "saved_mib": "saved MiB",
     "peak_mib": "peak MiB",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import leantune as lt
 from bench.models import BertBlocks, Gpt2Blocks, LlamaBlocks
-from bench.timing import run_cases, timing_row
+from bench.timing import TIMES, run_cases, timing_row
 from leantune.core.config import MethodConfig
 from leantune.measure.peak import compare_steps
 from leantune.measure.text import format_bytes
@@ -81,11 +81,7 @@ def main(num_rounds: int = 9) -> None:
 
 
 _COLUMNS = {
-    "variant": "variant",
-    "ratio": "step time ratio",
-    "ratio_p20": "p20",
-    "ratio_p80": "p80",
-    "median_ms": "ms",
+    **TIMES,
     "saved_mib": "saved MiB",
     "saved_ratio": "saved ratio",
     "peak_mib": "peak MiB",

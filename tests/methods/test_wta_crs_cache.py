@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from models import MODELS, NUM_SAMPLES
+from single import Single, classifier_like
 from stats import mean_check
 from torch import Tensor, nn
 
@@ -216,23 +217,6 @@ def test_inputs_without_a_row_for_each_sample_have_no_guess() -> None:
     assert reader.norms.predict(torch.Size((4, 2, 3)), [0]) is None
     reader.norms.update(0, torch.rand(2), None, torch.Size((2, 3)), reader.norms.ids)
     assert not reader.norms.state_dict()["cache"].any()
-
-
-class Single(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(6, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)
-
-
-def classifier_like() -> tuple[Tensor, Tensor]:
-    """Inputs (b, t, d), and a gradient that only the first token has much of."""
-    x = torch.randn(4, 10, 6) + 0.3
-    grad_output = torch.randn(4, 10, 5)
-    grad_output[:, 1:] *= 0.05
-    return x, grad_output
 
 
 @pytest.mark.parametrize("seen", [(), (0, 1), (0, 1, 2, 3)])

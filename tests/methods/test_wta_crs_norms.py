@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from models import MODELS
+from single import Single, classifier_like
 from stats import mean_check
 from torch import Tensor, nn
 
@@ -20,23 +21,6 @@ def converted(**options: Any) -> tuple[nn.Module, lt.Session]:
     return model, lt.apply(model, lt.WTACRS(min_rows=2, **options))
 
 
-class Single(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(6, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)
-
-
-def classifier_like() -> tuple[Tensor, Tensor]:
-    """Inputs (b, t, d), and a gradient that only the first token has much of."""
-    x = torch.randn(4, 10, 6) + 0.3
-    grad_output = torch.randn(4, 10, 5)
-    grad_output[:, 1:] *= 0.05
-    return x, grad_output
-
-
 def draws(model: Single, x: Tensor, grad_output: Tensor, num_draws: int) -> Tensor:
     out = []
     for _ in range(num_draws):
@@ -48,11 +32,12 @@ def draws(model: Single, x: Tensor, grad_output: Tensor, num_draws: int) -> Tens
 
 
 @pytest.mark.parametrize("is_stale", [False, True])
-def test_a_guess_leaves_no_bias(is_stale: bool) -> None:
+def test_a_guess_leaves_no_bias(is_stale: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     x, grad_output = classifier_like()
     model = Single()
     # All of the past and nothing of the present: the guess stays what it was.
-    lt.apply(model, lt.WTACRS(min_rows=2, decay=0.99))
+    monkeypatch.setattr("leantune.methods.wta_crs.conversion._DECAY", 0.99)
+    lt.apply(model, lt.WTACRS(min_rows=2))
     if is_stale:
         draws(model, x, grad_output.flip(1) + 0.01, 5)
     got = draws(model, x, grad_output, 300).numpy()

@@ -154,7 +154,7 @@ def converted(
         cls: the twin's class, where it evaluates its output another way.
     """
     if cls is None:
-        if isinstance(old, ConvertedLinear | ConvertedConv1D):
+        if isinstance(old, Converted):
             cls = type(old)
         else:
             cls = ConvertedLinear if isinstance(old, nn.Linear) else ConvertedConv1D
@@ -174,7 +174,7 @@ def is_linear(module: nn.Module) -> bool:
 
     Other subclasses are left alone: quantised or otherwise special linears compute something else.
     """
-    is_ours = isinstance(module, ConvertedLinear | ConvertedConv1D)
+    is_ours = isinstance(module, Converted)
     return is_ours or type(module) is nn.Linear or is_conv1d(module)
 
 
@@ -191,6 +191,6 @@ def is_conv1d(module: nn.Module) -> bool:
 
 def trained_in_place_of_weight(model: nn.Module) -> list[Tensor]:
     """Return the parameters that are trained in place of a linear's weight."""
-    layers = [m for m in model.modules() if isinstance(m, ConvertedLinear | ConvertedConv1D)]
+    layers = [m for m in model.modules() if isinstance(m, Converted)]
     trained = [(m, m.subspace.parameter) for m in layers if m.subspace is not None]
     return [parameter for m, parameter in trained if parameter is not m.weight]

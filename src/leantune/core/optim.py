@@ -76,10 +76,8 @@ def paired(
             decay is not applied to sparse gradients.
     """
     is_sparse = set(sparse)
-    dense, chosen = (
-        [p for p in params if p not in is_sparse],
-        [p for p in params if p in is_sparse],
-    )
+    dense = [p for p in params if p not in is_sparse]
+    chosen = [p for p in params if p in is_sparse]
     if not chosen:
         return kind(dense, **options)
     adam = SparseAdam(chosen, **{k: options[k] for k in OF_SPARSE if k in options})

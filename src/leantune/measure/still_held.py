@@ -9,7 +9,7 @@ from torch import nn
 
 from leantune.core.apply import apply
 from leantune.core.config import MethodConfig
-from leantune.core.linear import ConvertedConv1D, ConvertedLinear
+from leantune.core.linear import Converted
 from leantune.measure.entries import Entry
 from leantune.measure.ledger import Ledger, ledger
 
@@ -87,7 +87,7 @@ def sampled_linears(model: nn.Module) -> list[str]:
     return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, ConvertedLinear | ConvertedConv1D) and module.rows is not None
+        if isinstance(module, Converted) and module.rows is not None
     ]
 
 

@@ -43,5 +43,4 @@ class WTACRS(MethodConfig):
         lt=1,
         help="share of the probability that is spread evenly, where gradient norms are a guess",
     )
-    decay: float = option(0.9, ge=0, lt=1, help="weight of the past in the running mean")
     cache_gib: float = option(4.0, gt=0, help="host memory that norms='cache' may take, in GiB")

@@ -14,6 +14,9 @@ from leantune.methods.wta_crs.config import WTACRS
 from leantune.methods.wta_crs.norms import RunningNorms
 from leantune.methods.wta_crs.policy import SampledRows, SharedInput
 
+_DECAY = 0.9
+"""Weight of the past in the running norms."""
+
 
 class SampledLinears(SwapConversion):
     """Linears with sampled rows keep one state between them: what they know of gradient norms.
@@ -86,4 +89,4 @@ def _norm_source(sites: list[Site], config: WTACRS) -> RunningNorms | CachedNorm
     if config.norms == "cache":
         return CachedNorms(names, config.cache_gib)
     devices = [site.module.get_parameter("weight").device for site in sites]
-    return RunningNorms(names, config.decay, devices)
+    return RunningNorms(names, _DECAY, devices)
