@@ -33,10 +33,6 @@ class RandomKey(NamedTuple):
     counter: Tensor
     stream: int = 0
 
-    def at(self, stream: int) -> "RandomKey":
-        """Return the key of the same draw at another site."""
-        return RandomKey(self.seed, self.counter, stream)
-
 
 def uniform(key: RandomKey, n: int) -> Tensor:
     """Return uniform numbers that depend on the key and their position, and on nothing else.

@@ -44,11 +44,10 @@ class Bases:
     q_in: Tensor
 
     def to_device_of(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Move both to the device of ``like``, for good; return them in float32 or wider."""
+        """Move both to the device of ``like``, for good, and return them."""
         if self.q_out.device != like.device:
             self.q_out, self.q_in = self.q_out.to(like.device), self.q_in.to(like.device)
-        dtype = torch.promote_types(self.q_out.dtype, torch.float32)
-        return self.q_out.to(dtype), self.q_in.to(dtype)
+        return self.q_out, self.q_in
 
 
 def leading_vectors(bases: Bases, r_out: int, r_in: int) -> Bases:
@@ -143,8 +142,8 @@ class SubspaceRule:
     def change(self, values: Tensor) -> Tensor:
         """Return the weight's change (d_out, d_in) by a change ``values`` of the parameter."""
         assert self.bases is not None
-        q_out, q_in = self.bases.to_device_of(values)
-        values = values.to(q_out.dtype)
+        # A trained parameter is float32 or wider; a block's bases are in half precision.
+        q_out, q_in = (q.to(values.dtype) for q in self.bases.to_device_of(values))
         if self.indices is not None:
             entries, values = values, values.new_zeros(self.shape)
             values.view(-1)[self.indices] = entries

@@ -89,7 +89,8 @@ class SparseAttention(nn.Module):
         is_causal = visibility.hides_later(n)
         how: dict[str, Any] = {"scale": scale, "bias": bias, "is_causal": is_causal}
         if dropout > 0:
-            how |= {"dropout": dropout, "key": self.runtime.key(q.device).at(self.stream)}
+            key = self.runtime.key(q.device)._replace(stream=self.stream)
+            how |= {"dropout": dropout, "key": key}
         if config.granularity == "token":
             bits = top_keys(factors, q, num_keys, config.budget, visibility)
             return sparse_attention(q, k, v, bits, **how)

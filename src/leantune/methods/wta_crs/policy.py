@@ -158,7 +158,7 @@ class SampledRows:
         return weighted(self._sample(rows, p, k, key), grad_output)
 
     def _sample(self, rows: Tensor, p: Tensor, k: int, key: RandomKey) -> KeptRows:
-        key = key.at(self._shared.stream)
+        key = key._replace(stream=self._shared.stream)
         indices, weights = estimators.sample(p, k, self.config.estimator, key)
         return KeptRows(rows.index_select(0, indices), indices, weights)
 
