@@ -27,6 +27,27 @@ class Child(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Part:
+    """A part is the attention or the FFN of one block, by the full names of its modules.
+
+    Args:
+        role: ``attention`` or ``mlp``.
+        entry: the module that stands for it.
+        block: the module that it lies in.
+        modules: part (as in ``Site.children``) -> the module that is this part.
+        is_cross: for attention, whether keys come from another sequence than queries.
+        also_replaced: modules of the part that lie beside ``entry`` (see :class:`Site`).
+    """
+
+    role: str
+    entry: str
+    block: str
+    modules: Mapping[str, str]
+    is_cross: bool = False
+    also_replaced: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Site:
     """A site is one module that a method can act on.
 
