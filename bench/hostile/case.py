@@ -1,0 +1,198 @@
+"""The harness: a case is tried in an empty folder, and is refused by name or works."""
+
+import fnmatch
+import hashlib
+import io
+import multiprocessing
+import re
+import signal
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import chdir, contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from typer.testing import CliRunner
+
+from bench import rows
+from leantune.cli.app import app
+from leantune.errors import LeantuneError
+
+SECONDS_EACH = 120
+_LONGEST_SAID = 400
+_PARENT = str(Path(__file__).parents[2])
+
+
+class Refused(LeantuneError):
+    """The command refused: an exit code, one named line, no traceback, no file touched."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A case says what is tried, and tries it.
+
+    Args:
+        name: unique in its area.
+        expected: ``refused`` (by a ``LeantuneError``), or ``works`` (its own assertions hold).
+        tried: one line for the table.
+        run: gets an empty folder, which is the working directory, too; what it returns is recorded
+            as what was said.
+    """
+
+    area: str
+    name: str
+    expected: str
+    tried: str
+    run: Callable[[Path], Any]
+
+
+@dataclass(frozen=True)
+class Cases:
+    """An area's cases, in order; ``refused`` and ``works`` decorate functions of a folder."""
+
+    area: str
+    found: dict[str, Case] = field(default_factory=dict)
+
+    def add(self, name: str, expected: str, tried: str, run: Callable[[Path], Any]) -> None:
+        """Add one case; a table of inputs adds many."""
+        assert name not in self.found, f"{self.area} has two cases {name}"
+        self.found[name] = Case(self.area, name, expected, tried, run)
+
+    def refused(self, run: Callable[[Path], Any]) -> None:
+        """Add a function that must end in a refusal; its docstring says what is tried."""
+        self.add(run.__name__, "refused", (run.__doc__ or "").rstrip("."), run)
+
+    def works(self, run: Callable[[Path], Any]) -> None:
+        """Add a function that must end well; its docstring says what is tried."""
+        self.add(run.__name__, "works", (run.__doc__ or "").rstrip("."), run)
+
+
+@contextmanager
+def untouched(folder: Path) -> Iterator[None]:
+    """Check that the block, however it ends, adds, changes and removes nothing in ``folder``."""
+    before = _contents(folder)
+    try:
+        yield
+    finally:
+        after = _contents(folder)
+        changed = sorted(k for k in before | after if before.get(k) != after.get(k))
+        assert not changed, f"it touched {', '.join(changed)}"
+
+
+def _contents(folder: Path) -> dict[str, str]:
+    def digest(path: Path) -> str:
+        return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "no file"
+
+    return {str(path.relative_to(folder)): digest(path) for path in folder.rglob("*")}
+
+
+def command(*arguments: object, typed: str = "") -> str:
+    """Run ``leantune`` in this process and return its stdout.
+
+    Args:
+        typed: what comes on stdin.
+
+    Raises:
+        Refused: it ended with another code than 0, one named line, and nothing touched here.
+        AssertionError: it refused in another way.
+    """
+    before = _contents(Path())
+    given = [str(argument) for argument in arguments]
+    result = CliRunner().invoke(app, given, input=typed, env={"COLUMNS": "200"})
+    if result.exit_code == 0:
+        return result.stdout
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    said = re.sub(r"\x1b\[[0-9;]*m", "", result.stderr).strip()
+    # The last words are one paragraph, which names what is wrong.
+    last = said.splitlines()[-1]
+    assert last.startswith("error ") and result.stdout == "", f"said {said!r}, {result.stdout!r}"
+    assert _contents(Path()) == before, f"it touched the folder and said {last!r}"
+    raise Refused(last.removeprefix("error "))
+
+
+def in_child(work: Callable[[], Any]) -> int:
+    """Run ``work`` in a forked child; return 0, or minus the signal that ended it.
+
+    Raises:
+        BaseException: what ``work`` raised.
+    """
+    context = multiprocessing.get_context("fork")
+    receive, send = context.Pipe(duplex=False)
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            send.send(error)
+
+    child = context.Process(target=run)
+    child.start()
+    send.close()
+    child.join()
+    try:
+        raise receive.recv()
+    except EOFError:
+        return child.exitcode or 0
+
+
+def try_case(case: Case) -> dict[str, Any]:
+    """Try one case in a fresh folder and return its row."""
+    start, output = time.perf_counter(), io.StringIO()
+    before = signal.signal(signal.SIGALRM, _too_late)
+    with tempfile.TemporaryDirectory() as folder:
+        with chdir(folder), redirect_stdout(output), redirect_stderr(output):
+            signal.alarm(SECONDS_EACH)
+            try:
+                outcome, said = "works", str(case.run(Path(folder)) or "")
+            except LeantuneError as error:
+                outcome, said = "refused", str(error)
+            except AssertionError as error:
+                outcome, said = "silent", f"AssertionError: {error}"
+            except (Exception, KeyboardInterrupt, SystemExit) as error:
+                outcome, said = "traceback", f"{type(error).__name__}: {error}"
+            finally:
+                signal.alarm(0)
+                signal.signal(signal.SIGALRM, before)
+        said = said.replace(f"{folder}/", "").replace(folder, "FOLDER").replace(_PARENT, "")
+    if outcome == "works" and case.expected == "refused":
+        outcome = "silent"
+    elif outcome == "refused" and case.expected == "works":
+        outcome, said = "silent", f"refused what should work: {said}"
+    said = " ".join(said.split())
+    if len(said) > _LONGEST_SAID:
+        said = f"{said[: _LONGEST_SAID // 2]} ... {said[-_LONGEST_SAID // 2 :]}"
+    seconds = round(time.perf_counter() - start, 1)
+    row = {"area": case.area, "name": case.name, "tried": case.tried}
+    return row | {"outcome": outcome, "said": said, "seconds": seconds}
+
+
+def _too_late(*args: Any) -> None:
+    raise TimeoutError(f"still running after {SECONDS_EACH} s")
+
+
+def try_areas(areas: Sequence[str], name: str) -> None:
+    """Try the cases whose name fits a glob; what was found of whole areas replaces their rows.
+
+    Raises:
+        SystemExit: there was a traceback, or something silent.
+    """
+    found = []
+    for module in areas:
+        cases = import_module(f"bench.hostile.{module}").CASES.found.values()
+        for case in cases:
+            if fnmatch.fnmatch(case.name, name):
+                found.append(row := try_case(case))
+                print(*(row[key] for key in ("area", "outcome", "name", "said")), flush=True)
+    if name == "*":
+        tried = {row["area"] for row in found}
+        kept = [row for row in rows.read("hostile") if row["area"] not in tried]
+        rows.write("hostile", sorted([*kept, *found], key=lambda row: row["area"]))
+    counts = Counter(row["outcome"] for row in found)
+    print(f"{len(found)} cases: {dict(counts)}")
+    if counts["traceback"] or counts["silent"]:
+        raise SystemExit(1)
