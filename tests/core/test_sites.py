@@ -1,5 +1,7 @@
 """Sites of every tiny model, exactly; and the ways of naming them."""
 
+import copy
+
 import pytest
 import torch
 from models import D_HIDDEN, D_MODEL, MODELS
@@ -7,6 +9,7 @@ from torch import Tensor, nn
 
 import leantune as lt
 from leantune.core.discovery import find_sites
+from leantune.core.linear import ConvertedLinear
 from leantune.core.sites import PARTS, ROLES, Site, is_nested, match_sites
 from leantune.errors import SiteError
 
@@ -235,11 +238,103 @@ def test_any_module_has_its_linears() -> None:
     assert heads[:3] == ["classifier", "lm_head", "score.0"]
 
 
-def test_subclasses_of_linear_are_left_alone() -> None:
-    class Special(nn.Linear):
-        pass
+class Same(nn.Linear):
+    """A linear of a class of its own, whose forward is another way of writing the same."""
 
-    assert find_sites(nn.Sequential(Special(2, 2))) == []
+    def forward(self, input: Tensor) -> Tensor:
+        y = input @ self.weight.T
+        return y if self.bias is None else y + self.bias
+
+
+class Scaled(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return 1.001 * super().forward(input)
+
+
+class Dropped(Same):
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.dropout(super().forward(input), 0.5, self.training)
+
+
+class Counting(Same):
+    """What it holds besides weight and bias might change what it computes."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 4, bias=False)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, input: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(input)
+
+
+class Named(nn.Linear):
+    """A class of its own that changes nothing."""
+
+
+class Quantised(Tensor):
+    """A weight that is no plain tensor, as quantisers make them."""
+
+
+def quantised() -> nn.Linear:
+    layer = nn.Linear(4, 4, bias=False)
+    data = torch.zeros(4, 4).as_subclass(Quantised)
+    layer.weight = nn.Parameter(data)
+    return layer
+
+
+def replaced() -> nn.Linear:
+    layer = nn.Linear(4, 4)
+    layer.forward = lambda x: x  # as hooks of other libraries do
+    return layer
+
+
+def computed() -> nn.Linear:
+    return nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+
+
+def test_linear_classes_are_taken_by_their_value() -> None:
+    model = nn.Sequential(Same(4, 4, bias=False), Named(4, 4))
+    assert [(s.role, s.unusable) for s in find_sites(model)] == [("linear", None)] * 2
+    plain = copy.deepcopy(model)
+    session = lt.apply(model, lt.WTACRS(keep_ratio=0.5, min_rows=1))
+    assert all(isinstance(m, ConvertedLinear) for m in model)
+    x = torch.randn(3, 8, 4)
+    assert torch.equal(model(x), plain(x))
+    session.remove()
+    assert [type(m) for m in model] == [Same, Named]
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (lambda: Scaled(4, 4), "output must be that of a linear to the bit, got another from Scal"),
+        (
+            lambda: Dropped(4, 4),
+            "output must be that of a linear to the bit, got another from Drop",
+        ),
+        (Counting, "output must be that of a linear to the bit, got another from Counting"),
+        (quantised, "weight must be a plain tensor, got Quantised"),
+        (replaced, "forward must be that of its class, got one that was put on the module"),
+        (computed, "weight must be a parameter of the module itself, got one that is computed"),
+        (lambda: nn.MultiheadAttention(4, 1).out_proj, "got torch's attention, which reads it"),
+    ],
+)
+def test_what_is_no_linear_is_refused_by_name_and_never_taken_unasked(make, why: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), make())
+    state = torch.get_rng_state()
+    site = next(s for s in find_sites(model) if s.name == "1")
+    assert site.unusable is not None and why in site.unusable
+    assert torch.equal(torch.get_rng_state(), state) and site.module.training
+    assert not list(model.buffers()) or float(model[1].calls) == 0
+    with pytest.raises(SiteError, match="1 of 1 sites cannot be used: 1: ") as error:
+        lt.apply(model, lt.WTACRS(sites="1"))
+    assert why in str(error.value)
+    lt.apply(model, lt.WTACRS(min_rows=1))
+    assert isinstance(model[0], ConvertedLinear) and model[1] is site.module
+    with pytest.raises(SiteError, match="got none by the method's own choice") as error:
+        lt.apply(nn.Sequential(make()), lt.WTACRS())
+    assert why in str(error.value)
 
 
 class Conv1D(nn.Module):

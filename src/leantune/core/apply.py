@@ -7,7 +7,7 @@ from torch import nn
 from leantune.core import registry
 from leantune.core.config import MethodConfig
 from leantune.core.conversion import Conversion
-from leantune.core.discovery import find_sites
+from leantune.core.discovery import Layout, discover, find_sites
 from leantune.core.files import RECIPE_FILE, STATE_FILE, load_tensors, load_weights, read_json
 from leantune.core.recipe import Recipe
 from leantune.core.registry import MethodSpec
@@ -39,7 +39,8 @@ def apply(model: nn.Module, *methods: MethodConfig, seed: int = 0) -> Session:
     """
     _check_request(model, methods)
     recipe = Recipe(methods=methods, seed=seed)
-    _check_conflicts(find_sites(model), methods)
+    layout = discover(model)
+    _check_conflicts(find_sites(model, layout), methods)
     runtime = Runtime(model, recipe.seed)
     conversions: dict[str, Conversion] = {}
     try:
@@ -47,7 +48,7 @@ def apply(model: nn.Module, *methods: MethodConfig, seed: int = 0) -> Session:
             for number, config in enumerate(methods):
                 if registry.get(config.method).axis == axis:
                     name = f"{number}.{config.method}"
-                    conversions[name] = _convert(model, config, runtime)
+                    conversions[name] = _convert(model, layout, config, runtime)
     except BaseException:
         for conversion in reversed(conversions.values()):
             conversion.undo()
@@ -114,9 +115,13 @@ def _check_request(model: nn.Module, methods: tuple[MethodConfig, ...]) -> None:
 
 
 def _chosen(sites: list[Site], config: MethodConfig, spec: MethodSpec) -> list[Site]:
-    usable = [s for s in sites if s.role in spec.roles]
+    ours = [s for s in sites if s.role in spec.roles]
     who = type(config).__name__
-    return match_sites(usable, config.sites, lambda s: spec.default_sites(s, config), who)
+
+    def default(site: Site) -> bool:
+        return site.unusable is None and spec.default_sites(site, config)
+
+    return match_sites(ours, config.sites, default, who)
 
 
 def _check_conflicts(sites: list[Site], methods: tuple[MethodConfig, ...]) -> None:
@@ -147,31 +152,24 @@ def _check_conflicts(sites: list[Site], methods: tuple[MethodConfig, ...]) -> No
         )
 
 
-def _convert(model: nn.Module, config: MethodConfig, runtime: Runtime) -> Conversion:
+def _convert(
+    model: nn.Module, layout: Layout, config: MethodConfig, runtime: Runtime
+) -> Conversion:
     """Apply one method; every site is checked before the first is changed."""
     spec = registry.get(config.method)
     who = type(config).__name__
-    sites = _chosen(find_sites(model), config, spec)
+    every = find_sites(model, layout)
+    sites = _chosen(every, config, spec)
     if not sites:
         how = "the method's own choice" if config.sites is None else "the predicate"
+        no = [f"{s.name}: {s.unusable}" for s in every if s.role in spec.roles and s.unusable]
+        why = f"; {len(no)} cannot be used: {'; '.join(no[:3])}" if no else ""
         raise SiteError(
             f"{who}: sites must match at least one module, got none by {how} "
-            f"(roles: {', '.join(spec.roles)}); name some with sites="
+            f"(roles: {', '.join(spec.roles)}); name some with sites={why}"
         )
-    reasons = [(s, _unusable(s) or spec.check(s, config)) for s in sites]
+    reasons = [(s, s.unusable or spec.check(s, config)) for s in sites]
     bad = [f"{s.name}: {reason}" for s, reason in reasons if reason is not None]
     if bad:
         raise SiteError(f"{who}: {len(bad)} of {len(sites)} sites cannot be used: {'; '.join(bad)}")
     return spec.convert(model, sites, config, runtime)
-
-
-def _unusable(site: Site) -> str | None:
-    """Say why no method can train at a site: a weight without gradients."""
-    for name, parameter in site.module.named_parameters(recurse=False):
-        if not (parameter.is_floating_point() or parameter.is_complex()):
-            kind = str(parameter.dtype).removeprefix("torch.")
-            return (
-                f"{name} must be floating point, got {kind}; leave it out with sites=, or train "
-                "LoRA factors beside it"
-            )
-    return None

@@ -1,291 +1,321 @@
-"""How sites are found in a model: the table of architectures and the one search that reads it."""
+"""How sites are found in any model: its blocks, their parts, its heads, and what is tied."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import nn
 
-from leantune.core.adapters import base_name, is_second_factor
-from leantune.core.linear import is_linear
-from leantune.core.sites import Child, Site
+from leantune.core.adapters import base_name, is_factor, is_second_factor
+from leantune.core.architectures import parts_of
+from leantune.core.linear import is_called_linear, refusal
+from leantune.core.sites import Child, Part, Site
 
 
 @dataclass(frozen=True)
-class _Part:
-    """An attention or an MLP inside a block.
+class Layout:
+    """A layout says, by full module names, what a plain model is made of.
+
+    It is found once, before anything is converted, and holds while modules come and go inside.
 
     Args:
-        role: ``attention`` or ``mlp``.
-        entry: path of the module that stands for it, relative to the block.
-        paths: part -> path relative to the block; ``a|b`` takes the first that exists, and a part
-            without one is left out.
-        reads_together: the parts that read one input.
-        is_cross: for attention, whether keys come from another sequence.
-        also_replaced: paths of modules that belong to the part and lie beside ``entry``.
+        blocks: transformer layers, outermost, in the order of ``named_modules``.
+        parts: attentions and FFNs of the blocks.
+        heads: modules whose linears are heads or embeddings, outside every block.
+        ties: module -> another place that has the same module or one of its own parameters.
+        masks: block -> the batch field that marks the real rows, where it is known.
     """
 
-    role: str
-    entry: str
-    paths: Mapping[str, str]
-    reads_together: tuple[str, ...]
-    is_cross: bool = False
-    also_replaced: tuple[str, ...] = ()
+    blocks: tuple[str, ...]
+    parts: tuple[Part, ...]
+    heads: frozenset[str]
+    ties: Mapping[str, str]
+    masks: Mapping[str, str]
 
 
-def _attention(entry: str, prefix: str, names: str, output: str) -> _Part:
-    """Describe self-attention with three projections, whose names are those of q, k and v."""
-    paths = dict(zip(_QKV, [f"{prefix}.{name}" for name in names.split()], strict=True))
-    return _Part("attention", entry, paths | {"output": output}, _QKV)
+class Unreached(NamedTuple):
+    """A matrix that no method reaches: its parameter's name and size, and why."""
+
+    name: str
+    num_parameters: int
+    why: str
 
 
-def _cross(part: _Part) -> _Part:
-    return replace(part, reads_together=("key", "value"), is_cross=True)
+def discover(model: nn.Module) -> Layout:
+    """Find blocks, their parts, heads and ties of a model, without running it.
 
-
-def _mlp(entry: str, paths: Mapping[str, str], also_replaced: tuple[str, ...] = ()) -> _Part:
-    return _Part("mlp", entry, paths, ("gate", "up"), also_replaced=also_replaced)
-
-
-def _t5_mlp(entry: str) -> _Part:
-    # `wi` in the plain layer; `wi_0` (gate) and `wi_1` (up) in the gated one.
-    paths = {"up": f"{entry}.wi|{entry}.wi_1", "gate": f"{entry}.wi_0", "down": f"{entry}.wo"}
-    inner = {"activation": f"{entry}.act", "hidden_dropout": f"{entry}.dropout"}
-    return _mlp(entry, paths | inner)
-
-
-_QKV = ("query", "key", "value")
-_PROJ = "q_proj k_proj v_proj"
-_BERT = (
-    _attention("attention.self", "attention.self", "query key value", "attention.output.dense"),
-    _cross(
-        _attention(
-            "crossattention.self",
-            "crossattention.self",
-            "query key value",
-            "crossattention.output.dense",
-        )
-    ),
-    _mlp(
-        "intermediate",
-        {
-            "up": "intermediate.dense",
-            "down": "output.dense",
-            "activation": "intermediate.intermediate_act_fn",
-        },
-        also_replaced=("output.dense",),
-    ),
-)
-_LLAMA = (
-    _attention("self_attn", "self_attn", _PROJ, "self_attn.o_proj"),
-    _mlp(
-        "mlp",
-        {
-            "gate": "mlp.gate_proj",
-            "up": "mlp.up_proj",
-            "down": "mlp.down_proj",
-            "activation": "mlp.act_fn",
-        },
-    ),
-)
-_DISTILBERT = (
-    _attention("attention", "attention", "q_lin k_lin v_lin", "attention.out_lin"),
-    _mlp(
-        "ffn",
-        {
-            "up": "ffn.lin1",
-            "down": "ffn.lin2",
-            "activation": "ffn.activation",
-            "output_dropout": "ffn.dropout",
-        },
-    ),
-)
-_T5 = (
-    _attention(
-        "layer.0.SelfAttention", "layer.0.SelfAttention", "q k v", "layer.0.SelfAttention.o"
-    ),
-    _cross(
-        _attention(
-            "layer.1.EncDecAttention",
-            "layer.1.EncDecAttention",
-            "q k v",
-            "layer.1.EncDecAttention.o",
-        )
-    ),
-    _t5_mlp("layer.1.DenseReluDense"),
-    _t5_mlp("layer.2.DenseReluDense"),
-)
-_GPT2 = (
-    _Part("attention", "attn", {"qkv": "attn.c_attn", "output": "attn.c_proj"}, ()),
-    _Part(
-        "attention",
-        "crossattention",
-        {
-            "query": "crossattention.q_attn",
-            "key_value": "crossattention.c_attn",
-            "output": "crossattention.c_proj",
-        },
-        (),
-        is_cross=True,
-    ),
-    _mlp(
-        "mlp",
-        {
-            "up": "mlp.c_fc",
-            "down": "mlp.c_proj",
-            "activation": "mlp.act",
-            "output_dropout": "mlp.dropout",
-        },
-    ),
-)
-_OPT = (
-    _attention("self_attn", "self_attn", _PROJ, "self_attn.out_proj"),
-    _mlp(
-        "fc1",
-        {"up": "fc1", "down": "fc2", "activation": "activation_fn"},
-        also_replaced=("activation_fn", "fc2"),
-    ),
-)
-
-ARCHITECTURES: Mapping[str, tuple[_Part, ...]] = {
-    "bert.modeling_bert.BertLayer": _BERT,
-    "roberta.modeling_roberta.RobertaLayer": _BERT,
-    "xlm_roberta.modeling_xlm_roberta.XLMRobertaLayer": _BERT,
-    "electra.modeling_electra.ElectraLayer": _BERT,
-    "distilbert.modeling_distilbert.TransformerBlock": _DISTILBERT,
-    "t5.modeling_t5.T5Block": _T5,
-    "gpt2.modeling_gpt2.GPT2Block": _GPT2,
-    "opt.modeling_opt.OPTDecoderLayer": _OPT,
-    "llama.modeling_llama.LlamaDecoderLayer": _LLAMA,
-    "mistral.modeling_mistral.MistralDecoderLayer": _LLAMA,
-    "qwen2.modeling_qwen2.Qwen2DecoderLayer": _LLAMA,
-    "qwen3.modeling_qwen3.Qwen3DecoderLayer": _LLAMA,
-    # Mixtures of experts: their attention is known; their MLP has none of the parts.
-    "mixtral.modeling_mixtral.MixtralDecoderLayer": _LLAMA,
-    "qwen2_moe.modeling_qwen2_moe.Qwen2MoeDecoderLayer": _LLAMA,
-    "qwen3_moe.modeling_qwen3_moe.Qwen3MoeDecoderLayer": _LLAMA,
-}
-"""Block class, below ``transformers.models`` -> layout. One more architecture is one more entry.
-
-The module path is part of the name: a user's own class of the same name has a layout of its own.
-"""
-
-_LIBRARY = "transformers.models."
-# All of it is called a decoder, though it reads one sequence.
-_DECODER_ONLY = "opt.modeling_opt.OPTDecoderLayer"
-
-
-def find_sites(model: nn.Module) -> list[Site]:
-    """List every site of ``model``, in the order of ``named_modules``.
-
-    Linears and norms are found in any ``nn.Module``; blocks, attention, MLPs and their activations
-    in the architectures of ``ARCHITECTURES``.
+    Blocks are the modules that transformers can checkpoint one by one; in a model without any they
+    are the entries of its repeated lists.
     """
     modules = dict(model.named_modules())
-    finder = _Finder(modules)
-    for name, module in modules.items():
-        layout = ARCHITECTURES.get(_class_of(module))
-        if layout is not None:
-            finder.add_block(name, layout)
-    for name, module in modules.items():
-        finder.add_leaf(name, module)
+    blocks = _blocks(modules)
+    ties = _ties(modules)
+    return Layout(
+        blocks=blocks,
+        parts=tuple(part for block in blocks for part in parts_of(block, modules)),
+        heads=frozenset(_heads(modules, blocks, ties)),
+        ties=ties,
+        masks=dict(_masks(modules, blocks)),
+    )
+
+
+def find_sites(model: nn.Module, layout: Layout | None = None) -> list[Site]:
+    """List every site of ``model``, in the order of ``named_modules``.
+
+    Linears and norms are found in any ``nn.Module``; blocks, attention and FFNs where ``layout``
+    has them.
+
+    Args:
+        model: plain or converted.
+        layout: of the plain model; found anew if None.
+    """
+    layout = discover(model) if layout is None else layout
+    modules = dict(model.named_modules())
     order = {name: i for i, name in enumerate(modules)}
-    return sorted(finder.sites, key=lambda s: order[s.name])
+    finders = (_block_sites, _part_sites, _leaf_sites)
+    sites = [site for find in finders for site in find(modules, layout)]
+    return sorted(sites, key=lambda s: order[s.name])
 
 
-def _class_of(module: nn.Module) -> str:
-    kind = type(module)
-    return f"{kind.__module__}.{kind.__qualname__}".removeprefix(_LIBRARY)
+def unreached(model: nn.Module, layout: Layout) -> list[Unreached]:
+    """List the matrices inside blocks that are no usable linear's weight, so no method's.
+
+    Experts as one tensor, convolutions, routers, quantised weights: what is missing from the share
+    of the model that methods can make smaller.
+    """
+    reached = {s.name for s in find_sites(model, layout) if s.role == "linear" and not s.unusable}
+    blocks = set(layout.blocks)
+    found: list[Unreached] = []
+    for name, module in model.named_modules():
+        if name in reached or _around(name, blocks) is None:
+            continue
+        for key, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim < 2:
+                continue
+            why = refusal(module) if is_called_linear(module) else None
+            if why is None:
+                shape = " x ".join(map(str, parameter.shape))
+                why = f"{key} of {type(module).__name__}, {shape}, is no linear's weight"
+            found.append(Unreached(f"{name}.{key}", parameter.numel(), why))
+    return found
 
 
-class _Finder:
-    """Collects sites, block by block, and what a block says of the linears inside it."""
+def _around(name: str, blocks: set[str]) -> str | None:
+    """Return the block that a module is or lies in, or None."""
+    return next((n for n in _path(name) if n in blocks), None)
 
-    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
-        self.modules = modules
-        self.sites: list[Site] = []
-        self._blocks: list[str] = []
-        self._parts: dict[str, str] = {}
-        self._inputs: dict[str, str] = {}
-        self._masks: dict[str, str] = {}
 
-    def add_block(self, name: str, layout: tuple[_Part, ...]) -> None:
-        """Add a block, its attention, its MLP and their activations."""
-        mask = self._mask_of(name)
-        self._blocks.append(name)
-        self.sites.append(Site(name, "block", self.modules[name], block=name, mask_field=mask))
-        for part in layout:
-            if f"{name}.{part.entry}" in self.modules:
-                self._add_part(name, part, mask)
+def _join(name: str, key: str) -> str:
+    return f"{name}.{key}" if name else key
 
-    def _add_part(self, block: str, part: _Part, mask: str) -> None:
-        entry, children = f"{block}.{part.entry}", self._children(block, part.paths)
-        for name, child in children.items():
-            self._parts[child.name] = f"{part.role}.{name}"
-            if name in part.reads_together:
-                self._inputs[child.name] = entry
-                if part.is_cross:
-                    self._masks[child.name] = "attention_mask"
-        site = Site(
-            entry,
+
+def _path(name: str) -> Iterator[str]:
+    """Yield the names of the modules around a module, from the outermost in, and its own."""
+    end = name.find(".")
+    while end >= 0:
+        yield name[:end]
+        end = name.find(".", end + 1)
+    yield name
+
+
+# Blocks.
+
+
+def _blocks(modules: Mapping[str, nn.Module]) -> tuple[str, ...]:
+    named = [name for name, module in modules.items() if name and _has_flag(module)]
+    return _outermost(named or _repeated(modules, 2) or _repeated(modules, 1))
+
+
+def _has_flag(module: nn.Module) -> bool:
+    """Return whether transformers can checkpoint the module by itself: its class has the flag.
+
+    Stacks and whole models have it, too, but as instances.
+    """
+    return any("gradient_checkpointing" in vars(cls) for cls in type(module).__mro__)
+
+
+def _repeated(modules: Mapping[str, nn.Module], at_least: int) -> list[str]:
+    """Name the entries of lists that hold ``at_least`` modules of one class, with several matrices.
+
+    Lists of linears, of experts and of heads are none, nor is a list of lists, which nobody calls.
+    """
+    found: list[str] = []
+    for name, module in modules.items():
+        is_list = isinstance(module, nn.ModuleList) or (
+            isinstance(module, nn.Sequential) and at_least > 1
+        )
+        if not is_list or _NO_BLOCKS.search(name):
+            continue
+        entries = {_join(name, key): m for key, m in module.named_children()}
+        kinds = [type(m) for m in entries.values() if _is_blocklike(m)]
+        found += [n for n, m in entries.items() if kinds.count(type(m)) >= at_least]
+    return found
+
+
+def _is_blocklike(module: nn.Module) -> bool:
+    is_list = isinstance(module, nn.ModuleList | nn.ModuleDict)
+    return not is_list and sum(p.ndim > 1 for p in module.parameters()) > 1
+
+
+def _outermost(names: Iterable[str]) -> tuple[str, ...]:
+    kept: set[str] = set()
+    for name in sorted(names, key=len):
+        if _around(name, kept) is None:
+            kept.add(name)
+    return tuple(name for name in dict.fromkeys(names) if name in kept)
+
+
+# Heads and ties.
+
+_HEAD = re.compile(
+    r"(^|[._])(\w*heads?|classifiers?|score|pooler|pre_classifier|qa_outputs|embed\w*|wte|wpe"
+    r"|shared|project_in|project_out|cls|summary)([._]|$)"
+)
+_NO_BLOCKS = re.compile(rf"experts?([._]|$)|{_HEAD.pattern}")
+
+
+def _heads(
+    modules: Mapping[str, nn.Module], blocks: Iterable[str], ties: Mapping[str, str]
+) -> Iterator[str]:
+    """Name what is a head or an embedding by its place, whatever it is called.
+
+    That is what stands beside the base model (``base_model_prefix``), the output embeddings, and
+    every linear that shares its weight with a table of embeddings.
+    """
+    names = {module: name for name, module in modules.items()}
+    for name, module in modules.items():
+        prefix = getattr(module, "base_model_prefix", None)
+        base = _join(name, prefix) if prefix and isinstance(prefix, str) else None
+        if base in modules and any(block.startswith(f"{base}.") for block in blocks):
+            children = (_join(name, key) for key, _ in module.named_children())
+            yield from (child for child in children if child != base)
+        output = _output_embeddings(module)
+        if output in names:
+            yield names[output]
+        if is_called_linear(module) and isinstance(modules.get(ties.get(name, "")), nn.Embedding):
+            yield name
+
+
+def _output_embeddings(module: nn.Module) -> nn.Module | None:
+    try:
+        return module.get_output_embeddings()  # type: ignore[operator]
+    except Exception:  # a model without any may raise what it likes
+        return None
+
+
+def _ties(modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Map a module to another place that has itself or one of its matrices, where there is one."""
+    places: dict[int, list[str]] = {}
+    for name, module in modules.items():
+        children: dict[str, nn.Module | None] = vars(module)["_modules"]  # with all duplicates
+        for key, child in children.items():
+            if child is not None:
+                places.setdefault(id(child), []).append(_join(name, key))
+        for parameter in module.parameters(recurse=False):
+            if parameter.ndim > 1:
+                places.setdefault(id(parameter), []).append(name)
+    shared = [list(dict.fromkeys(names)) for names in places.values()]
+    return {n: names[n == names[0]] for names in shared if len(names) > 1 for n in names}
+
+
+# Masks.
+
+_MASKED = re.compile(
+    r"(bert|roberta|xlm_roberta|electra|distilbert|t5|gpt2|opt|llama|mistral|qwen2|qwen3|mixtral"
+    r"|qwen2_moe|qwen3_moe)\.modeling_\1"
+)
+"""Where a mask was seen to mark the rows without a gradient: modules of transformers.models."""
+
+
+def _masks(modules: Mapping[str, nn.Module], blocks: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Yield block and batch field; a decoder beside an encoder has its own."""
+    for block in blocks:
+        home = type(modules[block]).__module__.removeprefix("transformers.models.")
+        if _MASKED.fullmatch(home):
+            # All of OPT is called a decoder, though it reads one sequence.
+            is_decoder = "decoder" in block.split(".") and not home.startswith("opt.")
+            yield block, "decoder_attention_mask" if is_decoder else "attention_mask"
+
+
+# From names to modules.
+
+
+def _block_sites(modules: Mapping[str, nn.Module], layout: Layout) -> Iterator[Site]:
+    for name in layout.blocks:
+        if name in modules:
+            mask = layout.masks.get(name)
+            yield Site(name, "block", modules[name], block=name, mask_field=mask)
+
+
+def _part_sites(modules: Mapping[str, nn.Module], layout: Layout) -> Iterator[Site]:
+    """Yield attentions, FFNs and the activations of FFNs."""
+    for part in layout.parts:
+        if part.entry not in modules:
+            continue
+        names = {key: name for key, name in part.modules.items() if name in modules}
+        children = {key: Child(name, modules[name]) for key, name in names.items()}
+        mask = layout.masks.get(part.block)
+        yield Site(
+            part.entry,
             part.role,
-            self.modules[entry],
+            modules[part.entry],
             children,
-            tuple(f"{block}.{path}" for path in part.also_replaced),
-            block=block,
+            part.also_replaced,
+            block=part.block,
+            tied_to=next((layout.ties[n] for n in names.values() if n in layout.ties), None),
             mask_field=mask,
             is_cross=part.is_cross,
         )
-        self.sites.append(site)
         if part.role == "mlp" and "activation" in children:
             name, module = children["activation"]
-            self.sites.append(Site(name, "activation", module, block=block, mask_field=mask))
+            yield Site(name, "activation", module, block=part.block, mask_field=mask)
 
-    def _children(self, block: str, paths: Mapping[str, str]) -> dict[str, Child]:
-        found: dict[str, Child] = {}
-        for part, alternatives in paths.items():
-            names = [f"{block}.{path}" for path in alternatives.split("|")]
-            name = next((name for name in names if name in self.modules), None)
-            if name is not None:
-                found[part] = Child(name, self.modules[name])
-        return found
 
-    def add_leaf(self, name: str, module: nn.Module) -> None:
-        """Add a linear or a norm, wherever it lies."""
-        if is_linear(module):
-            role = "linear"
-        elif _is_norm(module):
-            role = "norm"
-        else:
-            return
-        block = next((b for b in self._blocks if name.startswith(b + ".")), None)
-        # A mask is trusted inside a known block only: elsewhere rows may mean anything.
-        base = base_name(name)
-        mask = None if block is None else self._masks.get(base) or self._mask_of(block)
-        self.sites.append(
-            Site(
-                name,
-                role,
-                module,
-                block=block,
-                part=self._parts.get(base),
-                shared_input=self._shared_input(name),
-                mask_field=mask,
-            )
+def _leaf_sites(modules: Mapping[str, nn.Module], layout: Layout) -> Iterator[Site]:
+    """Yield linears and norms, with what the block around them says of them."""
+    blocks = set(layout.blocks)
+    parts = {
+        base_name(name): (part, key) for part in layout.parts for key, name in part.modules.items()
+    }
+    for name, module in modules.items():
+        is_linear = is_called_linear(module)
+        if not (is_linear or _is_norm(module)):
+            continue
+        block, base = _around(name, blocks), base_name(name)
+        part, key = parts.get(base, (None, ""))
+        mask = layout.masks.get(block or "")
+        if part is not None and part.is_cross and key in _reads_together(part) and mask:
+            mask = "attention_mask"
+        yield Site(
+            name,
+            "linear" if is_linear else "norm",
+            module,
+            block=block,
+            part=part and f"{part.role}.{key}",
+            is_head_or_embedding=block is None and _is_head(name, layout),
+            tied_to=None if is_factor(name) else layout.ties.get(base),
+            unusable=refusal(module) if is_linear else None,
+            shared_input=_shared_input(name, part, key),
+            mask_field=mask,
         )
 
-    def _mask_of(self, block: str) -> str:
-        """Name the batch field that marks real rows; a decoder beside an encoder has its own."""
-        is_decoder = "decoder" in block.split(".")
-        if is_decoder and _class_of(self.modules[block]) != _DECODER_ONLY:
-            return "decoder_attention_mask"
-        return "attention_mask"
 
-    def _shared_input(self, name: str) -> str | None:
-        """Return the key of the linears that read one input; a second factor reads its first's."""
-        base = base_name(name)
-        if is_second_factor(name) or base not in self._inputs:
-            return None
-        return f"{self._inputs[base]}:{name[len(base) :]}"
+def _is_head(name: str, layout: Layout) -> bool:
+    return bool(_HEAD.search(name)) or any(n in layout.heads for n in _path(name))
+
+
+def _reads_together(part: Part) -> tuple[str, ...]:
+    if part.role == "mlp":
+        return ("gate", "up")
+    return ("key", "value") if part.is_cross else ("query", "key", "value")
+
+
+def _shared_input(name: str, part: Part | None, key: str) -> str | None:
+    """Return the key of the linears that read one input; a second factor reads its first's."""
+    if part is None or key not in _reads_together(part) or is_second_factor(name):
+        return None
+    return f"{part.entry}:{name[len(base_name(name)) :]}"
 
 
 _NORMS = (nn.LayerNorm, nn.RMSNorm)

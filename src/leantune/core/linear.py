@@ -7,6 +7,7 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from leantune.core.runtime import Runtime
 from leantune.errors import SiteError
@@ -170,12 +171,74 @@ def converted(
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Return whether the module is a plain or converted linear: ``nn.Linear`` or ``Conv1D``.
+    """Return whether the module can be converted: a linear by its class and by its value."""
+    return is_called_linear(module) and refusal(module) is None
 
-    Other subclasses are left alone: quantised or otherwise special linears compute something else.
+
+def is_called_linear(module: nn.Module) -> bool:
+    """Return whether the module is a linear by its class: ``nn.Linear``, its heirs, ``Conv1D``."""
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def refusal(module: nn.Module) -> str | None:
+    """Say why no method can act on what is a linear by its class, or None.
+
+    A converted linear computes ``x W^T + b`` from a plain weight. Quantised and computed weights
+    are none, and a class with a forward of its own must show that it gives the very same numbers.
     """
-    is_ours = isinstance(module, Converted)
-    return is_ours or type(module) is nn.Linear or is_conv1d(module)
+    if isinstance(module, Converted):
+        return None
+    kind, weight = type(module), dict(module.named_parameters(recurse=False)).get("weight")
+    if weight is None:
+        return "weight must be a parameter of the module itself, got one that is computed"
+    if not _is_plain(weight):
+        return f"weight must be a plain tensor, got {type(weight).__name__}"
+    if not weight.is_floating_point():
+        dtype = str(weight.dtype).removeprefix("torch.")
+        way_out = "leave it out with sites=, or train LoRA factors beside it"
+        return f"weight must be floating point, got {dtype}; {way_out}"
+    if "forward" in vars(module):
+        return "forward must be that of its class, got one that was put on the module itself"
+    if kind is NonDynamicallyQuantizableLinear:
+        return (
+            "weight must be read by its own module, got torch's attention, which reads it past it"
+        )
+    if isinstance(module, nn.Linear) and not _computes_linear(module):
+        return f"output must be that of a linear to the bit, got another from {kind.__name__}"
+    return None
+
+
+_PLAIN = ("torch.distributed.", "torch._subclasses.")
+"""Where the tensor classes live that stand for plain ones: sharded, and without data."""
+
+
+def _is_plain(weight: Tensor) -> bool:
+    kind = type(weight)
+    return kind in (nn.Parameter, Tensor) or kind.__module__.startswith(_PLAIN)
+
+
+def _computes_linear(module: nn.Linear) -> bool:
+    """Return whether the forward is torch's own, or gives what ``F.linear`` gives, to the bit."""
+    if type(module).forward is nn.Linear.forward:
+        return True
+    held = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
+    if held - {"weight", "bias"}:
+        return False  # It has a state, which a try might move.
+    weight, was_training = module.weight, module.training
+    x = torch.linspace(-1, 1, 3 * module.in_features, dtype=weight.dtype, device=weight.device)
+    x = x.view(1, 3, -1)
+    try:
+        with torch.no_grad(), torch.random.fork_rng([weight.device] if weight.is_cuda else []):
+            wanted = F.linear(x, weight, module.bias)
+            for module.training in (True, False):
+                output = type(module).forward(module, x)
+                if not isinstance(output, Tensor) or not torch.equal(output, wanted):
+                    return False
+    except Exception:  # whatever a foreign class may raise, it is no linear then
+        return False
+    finally:
+        module.training = was_training
+    return True
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -60,8 +60,12 @@ class Site:
             -> the module that is this part.
         also_replaced: modules that become the identity when ``module`` is replaced by one that
             computes the whole part (an FFN whose linears lie apart in their block).
-        block: name of the enclosing block; None outside every known block.
-        part: for a linear in a known block, one of ``PARTS``.
+        block: name of the enclosing block; None outside every block.
+        part: for a linear of an attention or FFN, one of ``PARTS``.
+        is_head_or_embedding: for a linear outside blocks, whether it is a head or belongs to the
+            embeddings, by its name or place.
+        tied_to: another place of the model that has this very module or its weight, or None.
+        unusable: why no method can act on what is a linear by its class, or None.
         shared_input: key that linears reading one and the same input share, or None.
         mask_field: batch field that marks the real rows (``attention_mask``), or None where
             unknown.
@@ -75,6 +79,9 @@ class Site:
     also_replaced: tuple[str, ...] = ()
     block: str | None = None
     part: str | None = None
+    is_head_or_embedding: bool = False
+    tied_to: str | None = None
+    unusable: str | None = None
     shared_input: str | None = None
     mask_field: str | None = None
     is_cross: bool = False
@@ -83,17 +90,6 @@ class Site:
     def is_trainable(self) -> bool:
         """Whether any parameter held directly by the module trains."""
         return any(p.requires_grad for p in self.module.parameters(recurse=False))
-
-    @property
-    def is_head_or_embedding(self) -> bool:
-        """Whether the name says head, classifier, pooler or embedding (outside known blocks)."""
-        return self.block is None and bool(_HEAD.search(self.name))
-
-
-_HEAD = re.compile(
-    r"(^|[._])(\w*head|classifier|score|pooler|pre_classifier|qa_outputs|embed\w*|wte|wpe|shared"
-    r"|project_in|project_out|cls|summary)([._]|$)"
-)
 
 
 def is_nested(one: str, other: str) -> bool:

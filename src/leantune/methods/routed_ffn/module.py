@@ -3,10 +3,9 @@
 Legend: n tokens, m = n A routed rows, d_model, F hidden units, G groups, A active groups.
 """
 
-from typing import cast
-
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from leantune.core.ffn import FFN, HiddenUnits, view_ffn
 from leantune.core.runtime import Runtime
@@ -21,8 +20,16 @@ _FRESH_SPREAD = 0.02
 """Root mean square of a fresh router's logits: gates start near 1, yet no two groups tie."""
 
 
-class Router(nn.Linear):
-    """One logit per group; a class of its own, so that no method takes it for an FFN's linear."""
+class Router(nn.Module):
+    """One logit per group; no ``nn.Linear``, so that no method takes it for one of the FFN's."""
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits, (..., G)."""
+        return F.linear(x, self.weight, self.bias)
 
 
 class RoutedMLP(nn.Module):
@@ -65,11 +72,10 @@ class RoutedMLP(nn.Module):
         self._is_hooked = any(m._forward_hooks or m._forward_pre_hooks for m in inner)
         weight = self.ffn.weight("up")
         d_model = weight.shape[1]
-        # Without torch's own initialisation: the global stream of random numbers must not move.
-        router = nn.utils.skip_init(
-            Router, d_model, config.num_groups, device=weight.device, dtype=weight.dtype
+        like = {"device": weight.device, "dtype": weight.dtype}
+        self.router = Router(
+            torch.empty(config.num_groups, d_model, **like), torch.empty(config.num_groups, **like)
         )
-        self.router = cast(Router, router)
         self._stream = stream_of(site.name)
         start = self.uniform(self.router.weight.numel()).view_as(self.router.weight)
         scale = _FRESH_SPREAD * (12 / d_model) ** 0.5
