@@ -82,6 +82,7 @@ class InjectedAdapter(Conversion):
 
 
 _NOTHING = "-"
+"""A target for peft that no module is called by."""
 
 
 def _inject(model: nn.Module, wanted: Any, names: list[str]) -> None:
@@ -110,8 +111,8 @@ def _inject(model: nn.Module, wanted: Any, names: list[str]) -> None:
     if adapted != set(names):
         lost, other = sorted(set(names) - adapted), sorted(adapted - set(names))
         raise UnsupportedError(
-            f"LoRA: sites must be adapted as asked, got peft leaving out {', '.join(lost[:3])} and "
-            f"adapting {', '.join(other[:3])} instead"
+            "LoRA: sites must be adapted as asked, got peft leaving out "
+            f"{', '.join(lost[:3]) or 'none'} and adapting {', '.join(other[:3]) or 'none'} instead"
         )
     wanted.target_modules = set(names)
     if hasattr(model, "_hf_peft_config_loaded"):
