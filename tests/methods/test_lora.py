@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import zoo
 from models import MODELS
 from torch import nn
 
@@ -133,3 +134,45 @@ def test_frozen_parameters_come_back_frozen() -> None:
     assert trained(model) == before
     lt.apply(model, lt.LoRA(rank=2)).merge()
     assert trained(model) == before
+
+
+def test_newer_mixtures_are_adapted_where_it_was_asked_for() -> None:
+    """By itself peft adapts the experts in place of the dense FFN and the shared experts."""
+    model, batch = zoo.build("deepseek_v3")
+    wanted = {s.name for s in lt.find_sites(model) if s.role == "linear" and s.block}
+    assert {n.split(".")[4] for n in wanted if n.startswith("model.layers.1.mlp")} == {
+        "shared_experts"
+    }
+    lt.apply(model, lt.LoRA(rank=2))
+    assert {n for n, m in model.named_modules() if hasattr(m, "lora_A")} == wanted
+    assert {n.split(".lora_")[0] for n in trained(model)} == wanted
+    model(**batch).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_what_peft_refuses_is_an_error_of_ours_and_leaves_nothing_behind() -> None:
+    model, _ = zoo.build("mamba")
+    keys, modules = sorted(vars(model)), list(model.modules())
+    with pytest.raises(
+        UnsupportedError, match="LoRA: sites must be modules that peft can adapt, go"
+    ):
+        lt.apply(model, lt.LoRA())
+    assert sorted(vars(model)) == keys
+    assert all(a is b for a, b in zip(modules, model.modules(), strict=True))
+    lt.apply(model, lt.LoRA(sites="in_proj"))
+
+
+def test_a_linear_that_peft_left_out_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from peft.tuners.lora import LoraModel
+
+    replace = LoraModel._create_and_replace
+
+    def lazy(self, *args, current_key: str, **kwargs) -> None:
+        if not current_key.endswith("key"):
+            replace(self, *args, current_key=current_key, **kwargs)
+
+    monkeypatch.setattr(LoraModel, "_create_and_replace", lazy)
+    model = TINY.build()
+    with pytest.raises(UnsupportedError, match=r"leaving out bert.*0\.attention\.self\.key, bert"):
+        lt.apply(model, lt.LoRA(rank=2))
+    assert not any(hasattr(m, "lora_A") for m in model.modules())

@@ -68,6 +68,11 @@ def linears_along(layer: nn.Module, dim: int) -> Iterator[tuple[str, nn.Module]]
         yield f"{side}.{name}.", factor
 
 
+def saved_name(name: str) -> str:
+    """Return the key under which a saved adapter has the first factor of the linear ``name``."""
+    return f"{name}.lora_A.weight"
+
+
 def is_factor(name: str) -> bool:
     """Return whether a module's name is that of a LoRA layer's first or second factor."""
     return _FACTOR.search(name) is not None

@@ -161,12 +161,14 @@ def _convert(
     every = find_sites(model, layout)
     sites = _chosen(every, config, spec)
     if not sites:
+        ours = [s for s in every if s.role in spec.roles]
+        no = [f"{s.name}: {s.unusable}" for s in ours if s.unusable]
         how = "the method's own choice" if config.sites is None else "the predicate"
-        no = [f"{s.name}: {s.unusable}" for s in every if s.role in spec.roles and s.unusable]
         why = f"; {len(no)} cannot be used: {'; '.join(no[:3])}" if no else ""
+        way_out = "name some with sites=" if ours else "the model has none"
         raise SiteError(
             f"{who}: sites must match at least one module, got none by {how} "
-            f"(roles: {', '.join(spec.roles)}); name some with sites={why}"
+            f"(roles: {', '.join(spec.roles)}); {way_out}{why}"
         )
     reasons = [(s, s.unusable or spec.check(s, config)) for s in sites]
     bad = [f"{s.name}: {reason}" for s, reason in reasons if reason is not None]

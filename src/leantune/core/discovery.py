@@ -119,9 +119,6 @@ def _path(name: str) -> Iterator[str]:
     yield name
 
 
-# Blocks.
-
-
 def _blocks(modules: Mapping[str, nn.Module]) -> tuple[str, ...]:
     named = [name for name, module in modules.items() if name and _has_flag(module)]
     return _outermost(named or _repeated(modules, 2) or _repeated(modules, 1))
@@ -132,25 +129,25 @@ def _has_flag(module: nn.Module) -> bool:
 
     Stacks and whole models have it, too, but as instances.
     """
-    return any("gradient_checkpointing" in vars(cls) for cls in type(module).__mro__)
+    return hasattr(type(module), "gradient_checkpointing")
 
 
 def _repeated(modules: Mapping[str, nn.Module], at_least: int) -> list[str]:
-    """Name the entries of lists that hold ``at_least`` modules of one class, with several matrices.
+    """Name the entries of lists whose class comes ``at_least`` times in one list.
 
-    Lists of linears, of experts and of heads are none, nor is a list of lists, which nobody calls.
+    Lists of linears, of experts and of heads are left out, and so is a list of lists, which nobody
+    calls.
     """
-    found: list[str] = []
+    lists: list[dict[str, nn.Module]] = []
+    kinds: set[type[nn.Module]] = set()
     for name, module in modules.items():
-        is_list = isinstance(module, nn.ModuleList) or (
-            isinstance(module, nn.Sequential) and at_least > 1
-        )
-        if not is_list or _NO_BLOCKS.search(name):
-            continue
-        entries = {_join(name, key): m for key, m in module.named_children()}
-        kinds = [type(m) for m in entries.values() if _is_blocklike(m)]
-        found += [n for n, m in entries.items() if kinds.count(type(m)) >= at_least]
-    return found
+        if isinstance(module, nn.ModuleList | nn.Sequential) and not _NO_BLOCKS.search(name):
+            entries = {_join(name, key): m for key, m in module.named_children()}
+            lists.append({key: m for key, m in entries.items() if _is_blocklike(m)})
+            here = [type(m) for m in lists[-1].values()]
+            if at_least > 1 or isinstance(module, nn.ModuleList):
+                kinds.update(kind for kind in here if here.count(kind) >= at_least)
+    return [name for entries in lists for name, m in entries.items() if type(m) in kinds]
 
 
 def _is_blocklike(module: nn.Module) -> bool:
@@ -236,9 +233,6 @@ def _masks(modules: Mapping[str, nn.Module], blocks: Iterable[str]) -> Iterator[
             # All of OPT is called a decoder, though it reads one sequence.
             is_decoder = "decoder" in block.split(".") and not home.startswith("opt.")
             yield block, "decoder_attention_mask" if is_decoder else "attention_mask"
-
-
-# From names to modules.
 
 
 def _block_sites(modules: Mapping[str, nn.Module], layout: Layout) -> Iterator[Site]:

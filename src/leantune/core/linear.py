@@ -228,7 +228,7 @@ def _computes_linear(module: nn.Linear) -> bool:
     x = torch.linspace(-1, 1, 3 * module.in_features, dtype=weight.dtype, device=weight.device)
     x = x.view(1, 3, -1)
     try:
-        with torch.no_grad(), torch.random.fork_rng([weight.device] if weight.is_cuda else []):
+        with torch.no_grad(), torch.random.fork_rng():
             wanted = F.linear(x, weight, module.bias)
             for module.training in (True, False):
                 output = type(module).forward(module, x)

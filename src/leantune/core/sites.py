@@ -91,6 +91,13 @@ class Site:
         """Whether any parameter held directly by the module trains."""
         return any(p.requires_grad for p in self.module.parameters(recurse=False))
 
+    @property
+    def sharing(self) -> str | None:
+        """Why no method may put another weight here, or None: another module has it, too."""
+        if self.tied_to is None:
+            return None
+        return f"weight must not be shared, got one that {self.tied_to} has, too"
+
 
 def is_nested(one: str, other: str) -> bool:
     """Return whether two module names are equal or one lies inside the other."""

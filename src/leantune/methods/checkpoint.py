@@ -4,11 +4,14 @@ Source: Chen, Xu, Zhang and Guestrin, "Training Deep Nets with Sublinear Memory 
 work is done by ``torch.utils.checkpoint`` in its non-reentrant form.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from leantune.core.config import MethodConfig
@@ -16,6 +19,7 @@ from leantune.core.conversion import Conversion
 from leantune.core.registry import MethodSpec, register
 from leantune.core.runtime import Runtime
 from leantune.core.sites import Site
+from leantune.errors import UnsupportedError
 
 _FLAGS = ("gradient_checkpointing", "_gradient_checkpointing_func")
 
@@ -28,36 +32,88 @@ class Checkpoint(MethodConfig):
 
 
 class CheckpointedBlocks(Conversion):
-    """Blocks whose own checkpointing was switched on, and how it stood before."""
+    """Blocks that are recomputed from now on, and how they stood before."""
 
-    def __init__(self, modules: list[nn.Module]) -> None:
-        self._before = [(m, {k: v for k, v in vars(m).items() if k in _FLAGS}) for m in modules]
-        for module in modules:
-            settings: dict[str, Any] = vars(module)
-            settings["_gradient_checkpointing_func"] = partial(checkpoint, use_reentrant=False)
-            settings["gradient_checkpointing"] = True
+    def __init__(self) -> None:
+        self._before: list[tuple[nn.Module, dict[str, Any]]] = []
+        self._forwards: list[tuple[nn.Module, Any, Any]] = []
+
+    def switch_on(self, module: nn.Module) -> None:
+        """Set the flags with which transformers checkpoints a block."""
+        settings: dict[str, Any] = vars(module)
+        self._before.append((module, {k: v for k, v in settings.items() if k in _FLAGS}))
+        settings["_gradient_checkpointing_func"] = partial(checkpoint, use_reentrant=False)
+        settings["gradient_checkpointing"] = True
+
+    def replace_forward(self, name: str, block: nn.Module) -> None:
+        """Make a block of any class follow these flags."""
+        before = vars(block).get("forward")
+        vars(block)["forward"] = ours = partial(_recomputed, name, block, block.forward)
+        self._forwards.append((block, before, ours))
 
     def undo(self) -> None:
-        """Put the flags back as they were."""
+        """Put flags and forwards back as they were; what others wrapped since obeys the flags."""
         for module, before in self._before:
             for name in _FLAGS:
                 vars(module).pop(name, None)
             vars(module).update(before)
+        for block, before, ours in self._forwards:
+            if vars(block).get("forward") is ours:
+                del block.forward
+                vars(block).update({} if before is None else {"forward": before})
 
 
 def _convert(
     model: nn.Module, sites: list[Site], config: Checkpoint, runtime: Runtime
 ) -> CheckpointedBlocks:
-    """Switch on transformers' own per-block checkpointing, block by block."""
-    return CheckpointedBlocks([site.module for site in sites] + _holders(model, sites))
+    """Switch on transformers' own checkpointing block by block, and give others the same."""
+    blocks = CheckpointedBlocks()
+    for module in [*(site.module for site in sites), *_holders(model, sites)]:
+        blocks.switch_on(module)
+    for site in sites:
+        if not _has_flag(site):
+            blocks.replace_forward(site.name, site.module)
+    return blocks
+
+
+def _has_flag(site: Site) -> bool:
+    """Return whether the block's class checkpoints itself where its flag is set."""
+    return hasattr(type(site.module), "gradient_checkpointing")
+
+
+def _recomputed(
+    name: str, block: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    """Run a block's forward, to be run once more in backward while its flag is set."""
+    is_on = getattr(block, "gradient_checkpointing", False)
+    if not (is_on and block.training and torch.is_grad_enabled()):
+        return forward(*args, **kwargs)
+    # A recomputed block would write into a cache twice. One that is empty changes no output.
+    args = tuple(_without_cache(name, value) for value in args)
+    kwargs = {key: _without_cache(name, value) for key, value in kwargs.items()}
+    run: Callable[..., Any] = block._gradient_checkpointing_func  # type: ignore[assignment]
+    return run(partial(forward, **kwargs), *args)
+
+
+def _without_cache(name: str, value: Any) -> Any:
+    """Return an argument as it is, and None for an empty cache of keys and values."""
+    if not hasattr(value, "get_seq_length"):
+        return value
+    length = value.get_seq_length()
+    if length:
+        raise UnsupportedError(
+            f"Checkpoint: block {name} must be called without a cache of keys while it trains, "
+            f"got one that holds {length} tokens; call the model with use_cache=False"
+        )
+    return None
 
 
 def _holders(model: nn.Module, sites: list[Site]) -> list[nn.Module]:
-    """Return the stacks around the blocks: they hand a block no cache if they know.
+    """Return the stacks around transformers' blocks: they hand a block no cache if they know.
 
     A recomputed block would write its keys into the cache a second time.
     """
-    names = [site.name for site in sites]
+    names = [site.name for site in sites if _has_flag(site)]
     return [
         module
         for name, module in model.named_modules()
@@ -67,9 +123,12 @@ def _holders(model: nn.Module, sites: list[Site]) -> list[nn.Module]:
 
 
 def _check(site: Site, config: Checkpoint) -> str | None:
-    if not hasattr(site.module, "gradient_checkpointing"):
-        kind = type(site.module).__name__
-        return f"module must be a transformers checkpointing layer, got {kind}"
+    if _has_flag(site):
+        return None
+    for module in site.module.modules():
+        if isinstance(module, _BatchNorm) and module.track_running_stats:
+            kind = type(module).__name__
+            return f"block must have no running statistics, got {kind}, which would count twice"
     return None
 
 

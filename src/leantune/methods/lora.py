@@ -3,12 +3,14 @@
 Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685.
 """
 
+import warnings
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
+from leantune.core.adapters import saved_name
 from leantune.core.config import MethodConfig, option
 from leantune.core.conversion import Conversion
 from leantune.core.extras import require
@@ -79,11 +81,51 @@ class InjectedAdapter(Conversion):
         self.undo()
 
 
+_NOTHING = "-"
+"""A target for peft that no module is called by."""
+
+
+def _inject(model: nn.Module, wanted: Any, names: list[str]) -> None:
+    """Let peft adapt exactly the modules of these names.
+
+    They are given as the names of a saved adapter, which peft takes as they are. As targets it
+    would turn ``gate_proj`` and the like into parameters of the experts in newer mixtures.
+
+    Raises:
+        UnsupportedError: peft refuses one, or has adapted others.
+    """
+    from peft import inject_adapter_in_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    saved = {saved_name(name): torch.empty(0) for name in names}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="While injecting the PEFT adapters")
+        try:
+            inject_adapter_in_model(wanted, model, state_dict=saved)
+        except ValueError as error:
+            raise UnsupportedError(
+                f"LoRA: sites must be modules that peft can adapt, got {error}; leave them out "
+                "with sites="
+            ) from error
+    adapted = {n for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
+    if adapted != set(names):
+        lost, other = sorted(set(names) - adapted), sorted(adapted - set(names))
+        raise UnsupportedError(
+            "LoRA: sites must be adapted as asked, got peft leaving out "
+            f"{', '.join(lost[:3]) or 'none'} and adapting {', '.join(other[:3]) or 'none'} instead"
+        )
+    wanted.target_modules = set(names)
+    if hasattr(model, "_hf_peft_config_loaded"):
+        # As transformers' own add_adapter does, so that save_pretrained writes the adapter.
+        wanted.base_model_name_or_path = vars(model).get("name_or_path")
+        vars(model)["_hf_peft_config_loaded"] = True
+
+
 def _convert(
     model: nn.Module, sites: list[Site], config: LoRA, runtime: Runtime
 ) -> InjectedAdapter:
     require("peft", extra="train", who="LoRA")
-    from peft import LoraConfig, inject_adapter_in_model
+    from peft import LoraConfig
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import ModulesToSaveWrapper
 
@@ -97,19 +139,17 @@ def _convert(
         r=config.rank,
         lora_alpha=config.alpha,  # type: ignore[arg-type]
         lora_dropout=config.dropout,
-        target_modules=[site.name for site in sites],
+        target_modules=_NOTHING,
         modules_to_save=heads if config.train_head and heads else None,
         fan_in_fan_out=any(is_conv1d(site.module) for site in sites),
     )
     injected = InjectedAdapter(model)
+    names = [site.name for site in sites]
     # The factors' start is the session's choice, and the caller's generators do not move.
     with torch.random.fork_rng():
         torch.manual_seed(runtime.seed)
         try:
-            if hasattr(model, "add_adapter"):
-                model.add_adapter(wanted)  # type: ignore[operator]
-            else:
-                inject_adapter_in_model(wanted, model)
+            _inject(model, wanted, names)
         except BaseException:
             # peft changes one layer after the other: take back those it came to.
             injected.undo()
@@ -133,7 +173,8 @@ register(
         roles=("linear",),
         summary="low-rank factors beside frozen linears, by peft",
         source="Hu et al., arXiv 2106.09685",
-        default_sites=lambda site, config: site.block is not None,
+        default_sites=lambda site, config: site.block is not None and site.tied_to is None,
+        check=lambda site, config: site.sharing,
         convert=_convert,
         test_options={"rank": 4},
     )

@@ -14,13 +14,14 @@ __all__ = ["SparseGrad"]
 
 
 def _is_mlp(site: Site, config: SparseGrad) -> bool:
-    return site.part in ("mlp.up", "mlp.gate", "mlp.down") and not is_factor(site.name)
+    is_mlp = site.part in ("mlp.up", "mlp.gate", "mlp.down")
+    return is_mlp and site.tied_to is None and not is_factor(site.name)
 
 
 def _check(site: Site, config: SparseGrad) -> str | None:
     if getattr(site.module, "subspace", None) is not None:
         return "the weight must be trained directly, got one that another method stands in for"
-    return None
+    return site.sharing
 
 
 register(
