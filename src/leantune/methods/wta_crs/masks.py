@@ -100,16 +100,11 @@ class LearnedMasks:
             masks = [replace(m, real=m.real.to(device), sums=m.sums.to(device)) for m in masks]
         return masks
 
-    def trusted(self, masks: Sequence[RowMask], columns: Sequence[int]) -> RowMask | None:
-        """Return the mask that may be used for a sample that all these linears read, or None."""
-        for mask in masks:
-            if all([self.holds(column, mask.field) for column in columns]):
-                return mask
-        return None
-
-    def holds(self, column: int, field: int | None) -> bool:
-        """Return whether a linear's masked rows were seen to have no gradient; None masks none."""
-        return field is None or self._verdicts[column][field] == _HOLDS
+    def allow(self, mask: RowMask | None, columns: Sequence[int]) -> bool:
+        """Return whether these linears may read a sample that left the masked rows out."""
+        if mask is None:
+            return True
+        return all([self._verdicts[column][mask.field] == _HOLDS for column in columns])
 
     def expect(self, column: int, device: torch.device) -> None:
         """Make room in forward for what backward writes, which a compiler follows."""

@@ -21,6 +21,9 @@ from leantune.ops.linear import flatten
 from leantune.ops.random import RandomKey
 from leantune.ops.rows import KeptRows, OuterProduct, row_norms
 
+_EXTRA_BYTES = torch.int32.itemsize + torch.float32.itemsize
+"""What a sampled row takes besides its features: its number and its weight."""
+
 
 class Note(NamedTuple):
     """What backward needs to know of a forward besides the rows.
@@ -90,7 +93,8 @@ class SampledRows:
         # A compiler sees the same computation in every reader and does it once by itself.
         shares = not is_compiling()
         drawn = self._pool.take(self._column, source, x.dtype) if shares else None
-        if drawn is None or not self._masks.holds(self._column, drawn.field):
+        # Who read late may not have shown what the mask of the sample takes for granted.
+        if drawn is None or not self._masks.allow(drawn.used, (self._column,)):
             drawn = self._draw(x, source, masks, k, key)
             if shares:
                 self._pool.offer(self._column, source, x.dtype, drawn)
@@ -98,23 +102,25 @@ class SampledRows:
             self._norms.expect(self._column, source.shape, x.device)
         if masks:
             self._masks.expect(self._column, x.device)
-        used = next((m for m in masks if m.field == drawn.field), None)
-        return drawn.rows, Note(source.shape, ids, used, masks)
+        return drawn.rows, Note(source.shape, ids, drawn.used, masks)
 
     def _draw(
         self, x: Tensor, source: Tensor, masks: Sequence[RowMask], k: int, key: RandomKey
     ) -> Drawn:
         """Draw for this linear and for those that are known to read the same tensor."""
         readers = self._compiled_readers if is_compiling() else self._pool.readers[self._column]
-        used = self._masks.trusted(masks, readers)
-        rows = flatten(x)
+        used: RowMask | None = None
+        for mask in masks:
+            if used is None and self._masks.allow(mask, readers):
+                used = mask
+        rows = x.reshape(-1, x.shape[-1])
         scores = row_norms(rows)
         if self._norms is not None:
             guess = self._norms.predict(source.shape, readers)
             scores = scores if guess is None else scores * guess.to(scores.device)
         real = None if used is None else used.real
         p = estimators.probabilities(scores, real, self.config.probability_floor)
-        return Drawn(self._sample(rows, p, k, key), None if used is None else used.field)
+        return Drawn(self._sample(rows, p, k, key), used)
 
     def outer_product(self, kept: KeptRows, note: Note | None, grad_output: Tensor) -> OuterProduct:
         """Return the estimate's factors from ``grad_output`` (n, d_out), exact without a note."""
@@ -127,7 +133,8 @@ class SampledRows:
                     real = None if note.used is None else note.used.real
                     self._norms.update(self._column, grad_norms, real, note.shape, note.ids)
                 for mask in note.masks:
-                    self._masks.check(self._column, mask, mask is note.used, grad_norms)
+                    is_used = note.used is not None and note.used.field == mask.field
+                    self._masks.check(self._column, mask, is_used, grad_norms)
             return weighted(kept, grad_output)
         rows = flatten(kept.rows)
         # Exact norms: padding has none, and nothing else needs a floor.
@@ -150,19 +157,15 @@ class SampledRows:
         """Return how many rows are kept of an input, or None where that would keep no less."""
         num_rows, w = shape[:-1].numel(), shape[-1]
         k = estimators.budget(num_rows, self.config.keep_ratio, self.config.min_rows)
-        return k if k * _row_bytes(w, dtype) < num_rows * w * dtype.itemsize else None
+        row_bytes = w * dtype.itemsize
+        return k if k * (row_bytes + _EXTRA_BYTES) < num_rows * row_bytes else None
 
     def nbytes(self, shape: torch.Size, dtype: torch.dtype) -> int:
         """Return the bytes kept of an input of ``shape``; linears of one input share theirs."""
         k = self._num_kept(shape, dtype)
         if k is None or self._draws_in_backward():
             return shape.numel() * dtype.itemsize
-        return k * _row_bytes(shape[-1], dtype)
-
-
-def _row_bytes(w: int, dtype: torch.dtype) -> int:
-    """Return the bytes of one sampled row: its w features, its number and its weight."""
-    return w * dtype.itemsize + torch.int32.itemsize + torch.float32.itemsize
+        return k * (shape[-1] * dtype.itemsize + _EXTRA_BYTES)
 
 
 def weighted(kept: KeptRows, grad_output: Tensor) -> OuterProduct:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from leantune.errors import ConfigError
+from leantune.methods.wta_crs.masks import RowMask
 from leantune.ops.rows import KeptRows
 
 
@@ -16,11 +17,11 @@ class Drawn(NamedTuple):
 
     Args:
         rows: what is kept.
-        field: number of the batch field whose mask left rows out, or None.
+        used: the mask whose rows were left out, or None.
     """
 
     rows: KeptRows
-    field: int | None
+    used: RowMask | None
 
 
 class _Shared(NamedTuple):
