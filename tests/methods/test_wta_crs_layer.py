@@ -2,13 +2,13 @@
 
 import weakref
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from models import MODELS
+from single import samples, saved_by
 from stats import mean_check
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -76,35 +76,11 @@ def draws(model: Single, x: Tensor, grad_output: Tensor, num: int = 250) -> np.n
     return torch.stack(grads).double().numpy()
 
 
-def saved_by(run: Callable[[], Any]) -> list[Tensor]:
-    """Return what autograd saves, in order."""
-    saved: list[Tensor] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        saved.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        run()
-    return saved
-
-
 def saved_bytes(model: nn.Module, run: Callable[[], Any]) -> int:
     """Return the bytes that autograd saves, by storage, parameters left out."""
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in saved_by(run)}
     return sum(s.nbytes() for key, s in storages.items() if key not in own)
-
-
-def samples(run: Callable[[], Any]) -> list[tuple[Tensor, Tensor]]:
-    """Return (indices, weights) of every draw in forward; linears that share one count once."""
-    saved = saved_by(run)
-    pairs = {
-        t.data_ptr(): (t.long(), weights)
-        for t, weights in pairwise(saved)
-        if t.dtype == torch.int32
-    }
-    return list(pairs.values())
 
 
 # Exact parts, shapes, and no sampling where there is nothing to gain.
