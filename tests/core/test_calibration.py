@@ -19,7 +19,7 @@ def test_batches_run_without_a_trace() -> None:
         lambda *_: seen.append(
             (
                 torch.is_grad_enabled(),
-                runtime.batch.row_mask("attention_mask", torch.Size([4, 8, 1])),
+                runtime.batch.real_rows(torch.Size([4, 8, 1])),
             )
         )
     )

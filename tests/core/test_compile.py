@@ -34,7 +34,9 @@ class Small(nn.Module):
         self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(torch.relu(self.up(x)))
+        hidden = self.up(x)
+        hidden *= 0.5  # an output may be written to
+        return self.down(torch.relu(hidden))
 
 
 OPTIONS: list[dict[str, Any]] = [
@@ -97,5 +99,7 @@ def test_a_transformers_model_compiles_without_a_graph_break_of_ours(name: str) 
         for run, m in ((eager, eager), (compiled, model)):
             m.zero_grad()
             run(**MODELS[name].batch(seed)).loss.backward()
+            # Where the whole model is compiled, row masks are learned here.
+            m._leantune_session.on_step()
         torch.testing.assert_close(gradients(model), gradients(eager), rtol=1e-3, atol=1e-6)
     assert sum(counters["graph_break"].values()) <= wanted, counters["graph_break"]

@@ -94,8 +94,8 @@ def test_hooks_end_with_the_session() -> None:
     session.remove()
 
 
-def row_mask(batch: BatchInfo, name: str, shape: tuple[int, ...]) -> Tensor:
-    mask = batch.row_mask(name, torch.Size((*shape, 16)))
+def real_rows(batch: BatchInfo, shape: tuple[int, ...]) -> Tensor:
+    mask = batch.real_rows(torch.Size((*shape, 16)))
     assert mask is not None
     return mask.view(shape)
 
@@ -105,10 +105,15 @@ def test_masks_of_a_classifier() -> None:
     batch = TINY.batch()
     model(**batch)
     wanted = batch["attention_mask"].bool()
-    assert torch.equal(row_mask(session._runtime.batch, "attention_mask", wanted.shape), wanted)
-    assert session._runtime.batch.row_mask("attention_mask", torch.Size((3, 2, 16))) is None
-    assert session._runtime.batch.row_mask(None, torch.Size((*wanted.shape, 16))) is None
-    assert session._runtime.batch.row_mask("decoder_attention_mask", torch.Size((4, 8, 16))) is None
+    assert torch.equal(real_rows(session._runtime.batch, wanted.shape), wanted)
+    assert torch.equal(real_rows(session._runtime.batch, (32,)), wanted.flatten())
+    assert session._runtime.batch.real_rows(torch.Size((3, 2, 16))) is None
+
+
+def test_masks_of_an_encoder_and_a_decoder_of_one_shape() -> None:
+    first, second = torch.tensor([[1, 1, 0, 0]]), torch.tensor([[1, 0, 0, 1]])
+    batch = BatchInfo.of({"attention_mask": first, "decoder_attention_mask": second})
+    assert real_rows(batch, (1, 4)).tolist() == [[True, True, False, True]]
 
 
 def test_padding_with_a_label_is_no_padding() -> None:
@@ -122,7 +127,7 @@ def test_padding_with_a_label_is_no_padding() -> None:
     wanted = batch["attention_mask"].bool()
     # Scored against its own label or, shifted, against the next one.
     wanted[1, 6] = wanted[1, 5] = True
-    assert torch.equal(row_mask(session._runtime.batch, "attention_mask", wanted.shape), wanted)
+    assert torch.equal(real_rows(session._runtime.batch, wanted.shape), wanted)
 
 
 def test_batch_of_an_evaluation_does_not_replace_the_training_batch() -> None:

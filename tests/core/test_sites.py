@@ -154,21 +154,6 @@ def test_linears_share_a_key_exactly_where_they_read_one_tensor(name: str) -> No
         assert len({s.shared_input for s in sites}) == 1 and sites[0].shared_input is not None
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_masks(name: str) -> None:
-    for site in find_sites(MODELS[name].build()):
-        if site.block is None:
-            wanted = None
-        elif site.name.startswith("decoder.") and "EncDecAttention.q" not in site.name:
-            reads_encoder = site.name.endswith(("EncDecAttention.k", "EncDecAttention.v"))
-            wanted = "attention_mask" if reads_encoder else "decoder_attention_mask"
-        elif site.name.startswith("decoder."):
-            wanted = "decoder_attention_mask"
-        else:
-            wanted = "attention_mask"
-        assert site.mask_field == wanted, site.name
-
-
 def test_also_replaced_names_what_a_whole_mlp_replaces() -> None:
     def also_replaced(name: str) -> tuple[str, ...]:
         return next(s.also_replaced for s in find_sites(MODELS[name].build()) if s.role == "mlp")
@@ -204,7 +189,6 @@ def test_factors_of_a_peft_model_are_linears() -> None:
     assert sites[f"{layer}.mlp.down_proj.lora_A.default"].shared_input is None
     second = [s for s in sites.values() if ".lora_B." in s.name]
     assert len(second) == 12 and all(s.shared_input is None for s in second)
-    assert all(s.mask_field == "attention_mask" for s in [*first, *second])
     assert sum(s.role == "attention" for s in sites.values()) == 2
 
 
@@ -231,9 +215,7 @@ def test_any_module_has_its_linears() -> None:
         "score.0",
         "forehead_of_it",
     ]
-    assert all(
-        s.role == "linear" and s.mask_field is None and s.shared_input is None for s in sites
-    )
+    assert all(s.role == "linear" and s.shared_input is None for s in sites)
     heads = [s.name for s in sites if s.is_head_or_embedding]
     assert heads[:3] == ["classifier", "lm_head", "score.0"]
 
@@ -382,26 +364,10 @@ def test_a_users_own_class_transformer_block_is_not_distilberts() -> None:
     sites = find_sites(nn.ModuleDict({"layer": TransformerBlock()}))
     assert {s.role for s in sites} == {"linear"} and len(sites) == 6
     for site in sites:
-        assert (site.block, site.mask_field, site.part, site.shared_input) == (None,) * 4
-    # The control: DistilBERT's own is a block and has a mask.
+        assert (site.block, site.part, site.shared_input) == (None,) * 3
+    # The control: DistilBERT's own is a block.
     theirs = [s for s in find_sites(MODELS["distilbert"].build()) if s.role == "block"]
-    assert theirs and all(s.mask_field == "attention_mask" for s in theirs)
-
-
-def test_an_attention_mask_is_not_trusted_in_a_users_own_transformer_block() -> None:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = TransformerBlock()
-
-        def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
-            return self.layer(x)
-
-    model = Net()
-    lt.apply(model, lt.WTACRS(keep_ratio=0.5, min_rows=2, sites=["lin1", "lin2"]))
-    mask = torch.tensor([[1, 1, 1, 0, 0, 0]] * 2)
-    # What the mask calls padding has a gradient: where it is trusted, backward refuses that.
-    model(torch.randn(2, 6, 4), attention_mask=mask).square().sum().backward()
+    assert theirs
 
 
 @pytest.mark.parametrize(
@@ -410,27 +376,6 @@ def test_an_attention_mask_is_not_trusted_in_a_users_own_transformer_block() -> 
 )
 def test_nested_names(one: str, other: str, expected: bool) -> None:
     assert is_nested(one, other) is is_nested(other, one) is expected
-
-
-def test_decoder_beside_an_encoder_has_its_own_mask() -> None:
-    from transformers import BertConfig, EncoderDecoderConfig, EncoderDecoderModel
-
-    options = {
-        **MODELS["bert"].options,
-        "num_hidden_layers": 1,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-    }
-    config = EncoderDecoderConfig.from_encoder_decoder_configs(
-        BertConfig(**options), BertConfig(**options)
-    )
-    masks = {s.name: s.mask_field for s in find_sites(EncoderDecoderModel(config))}
-    assert masks["encoder.encoder.layer.0.output.dense"] == "attention_mask"
-    assert masks["decoder.bert.encoder.layer.0.output.dense"] == "decoder_attention_mask"
-    cross = "decoder.bert.encoder.layer.0.crossattention.self"
-    assert masks[f"{cross}.query"] == "decoder_attention_mask"
-    assert masks[f"{cross}.key"] == "attention_mask"
 
 
 @pytest.fixture(scope="module")

@@ -291,8 +291,8 @@ def test_samples_are_numbered_for_cached_norms(base: dict[str, Any]) -> None:
     result = lt.train(base, methods=[cached], compare=["baseline"])
     state = load_file(Path(base["output"]) / "session" / STATE_FILE)
     # Every sample was met.
-    assert len(state["0.wta_crs/cache"]) == result.num_train
-    assert state["0.wta_crs/cache"].float().amax((1, 2)).all()
+    assert len(state["0.wta_crs/norms/cache"]) == result.num_train
+    assert state["0.wta_crs/norms/cache"].float().amax((1, 2)).all()
 
 
 def test_a_regression_run_is_judged_by_correlation(base: dict[str, Any], tmp_path: Path) -> None:

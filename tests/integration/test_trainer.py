@@ -158,7 +158,7 @@ def test_cached_norms_know_each_sample_and_resume_with_the_same_bits(tmp_path: P
     }
     method = sampled(norms="cache")
     expected, session = train(tmp_path, method, **options)
-    norms = session.state_dict()["0.wta_crs/cache"]
+    norms = session.state_dict()["0.wta_crs/norms/cache"]
     assert len(norms) == len(rows) and norms.amax((1, 2)).all()
     checkpoint = tmp_path / "checkpoint-4"
     got, _ = train(tmp_path, method, resume=checkpoint, **{**options, "save_strategy": "no"})

@@ -26,7 +26,7 @@ def converted(kind: str = "bert", **options: Any) -> tuple[nn.Module, lt.Session
 
 def cache(session: lt.Session) -> Tensor:
     """Return a copy of the norms on the host, (samples, linears, tokens)."""
-    return session.state_dict()["0.wta_crs/cache"].float().clone()
+    return session.state_dict()["0.wta_crs/norms/cache"].float().clone()
 
 
 def linears(model: nn.Module) -> dict[str, ConvertedLinear]:
@@ -360,7 +360,7 @@ def test_a_resumed_run_ends_with_the_same_bits() -> None:
         model, session = converted()
         model.load_state_dict(weights)
         if not keeps_cache:
-            state["0.wta_crs/cache"].zero_()
+            state["0.wta_crs/norms/cache"].zero_()
         session.load_state_dict(state)
         run(model, 3, 6)
         ends.append(list(model.parameters()))
@@ -411,7 +411,7 @@ def test_two_configs_read_one_batch() -> None:
     session = lt.apply(model, *methods)
     model(**TINY.batch(), sample_id=IDS).loss.backward()
     state = session.state_dict()
-    assert state["0.wta_crs/cache"].any() and state["1.wta_crs/cache"].any()
+    assert state["0.wta_crs/norms/cache"].any() and state["1.wta_crs/norms/cache"].any()
     session.remove()
     assert not model._forward_pre_hooks
 
@@ -449,7 +449,7 @@ def test_state_that_is_not_finite_is_refused(value: float) -> None:
     model, session = converted()
     model(**TINY.batch(), sample_id=IDS).loss.backward()
     state = {k: v.clone() for k, v in session.state_dict().items()}
-    state["0.wta_crs/cache"].view(-1)[0] = value
+    state["0.wta_crs/norms/cache"].view(-1)[0] = value
     with pytest.raises(ConfigError, match="cached norms must be finite, got nan or inf"):
         converted()[1].load_state_dict(state)
 
@@ -457,7 +457,7 @@ def test_state_that_is_not_finite_is_refused(value: float) -> None:
 def test_state_of_another_model_or_recipe_is_refused() -> None:
     _, session = converted()
     state = session.state_dict()
-    wrong = {**state, "0.wta_crs/cache": torch.zeros(3, 5, 2, dtype=torch.bfloat16)}
+    wrong = {**state, "0.wta_crs/norms/cache": torch.zeros(3, 5, 2, dtype=torch.bfloat16)}
     match = r"cached norms must have shape \(samples, 12, tokens\), got \(3, 5, 2\)"
     with pytest.raises(ConfigError, match=match):
         session.load_state_dict(wrong)

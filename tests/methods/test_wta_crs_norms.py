@@ -64,7 +64,7 @@ def test_state_makes_the_round_trip_and_the_run_goes_on() -> None:
         if is_resumed:
             state = {k: v.clone() for k, v in session.state_dict().items()}
             # Twelve linears, by name.
-            assert sum(k.startswith("0.wta_crs/bert.encoder.layer.") for k in state) == 12
+            assert sum(k.startswith("0.wta_crs/norms/bert.encoder.layer.") for k in state) == 12
             model, session = converted()
             session.load_state_dict(state)
         model.zero_grad()
@@ -83,7 +83,7 @@ def test_state_that_is_not_finite_is_refused(bad: float) -> None:
     model, session = converted()
     model(**TINY.batch()).loss.backward()
     state = {k: v.clone() for k, v in session.state_dict().items()}
-    state[next(k for k in state if "/" in k)].view(-1)[0] = bad
+    state[next(k for k in state if "norms/" in k)].view(-1)[0] = bad
     with pytest.raises(ConfigError, match=r"norms.* must be finite, got nan or inf"):
         converted()[1].load_state_dict(state)
 
@@ -92,7 +92,7 @@ def test_state_of_another_model_is_refused() -> None:
     model, session = converted()
     model(**TINY.batch()).loss.backward()
     state = {k: v.clone() for k, v in session.state_dict().items()}
-    first = next(k for k in state if "/" in k)
+    first = next(k for k in state if "norms/" in k)
     state[first.rpartition("/")[0] + "/nonsense"] = state.pop(first)
     with pytest.raises(ConfigError, match="must belong to this model's linears, got 'nonsense'"):
         session.load_state_dict(state)

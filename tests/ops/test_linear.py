@@ -105,6 +105,31 @@ def test_one_dimensional_input() -> None:
     assert y.shape == (D_OUT,) and [g.shape for g in grads] == [(D_IN,), (D_OUT, D_IN), (D_OUT,)]
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(5, D_IN), (3, 4, D_IN), (2, 3, 4, D_IN)])
+@pytest.mark.parametrize("way", ["plain", "autocast", "recomputed"])
+def test_the_output_may_be_written_to_in_place(shape, bias: bool, way: str) -> None:
+    x, weight, b = leaves(shape, bias=bias)
+
+    def scaled(function, x: Tensor) -> Tensor:
+        y = function(x, weight, b)
+        y *= 0.5
+        return y.add_(1.0)
+
+    def written(function) -> Tensor:
+        if way == "recomputed":
+            return checkpoint(scaled, function, x, use_reentrant=False)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=way == "autocast"):
+            return scaled(function, x)
+
+    grad_output = torch.randn(*shape[:-1], D_OUT)
+    y, grads = run(lambda *_: written(ours), x, weight, b, grad_output)
+    y_plain, grads_plain = run(lambda *_: written(F.linear), x, weight, b, grad_output)
+    assert torch.equal(y, y_plain)
+    for got, plain in zip(grads, grads_plain, strict=True):
+        torch.testing.assert_close(got, plain)
+
+
 def test_frozen_weight_keeps_nothing_but_the_weight() -> None:
     x, weight, b = leaves()
     weight.requires_grad_(False)

@@ -24,14 +24,12 @@ class Layout:
         parts: attentions and FFNs of the blocks.
         heads: modules whose linears are heads or embeddings, outside every block.
         ties: module -> another place that has the same module or one of its own parameters.
-        masks: block -> the batch field that marks the real rows, where it is known.
     """
 
     blocks: tuple[str, ...]
     parts: tuple[Part, ...]
     heads: frozenset[str]
     ties: Mapping[str, str]
-    masks: Mapping[str, str]
 
 
 class Unreached(NamedTuple):
@@ -56,7 +54,6 @@ def discover(model: nn.Module) -> Layout:
         parts=tuple(part for block in blocks for part in parts_of(block, modules)),
         heads=frozenset(_heads(modules, blocks, ties)),
         ties=ties,
-        masks=dict(_masks(modules, blocks)),
     )
 
 
@@ -216,30 +213,10 @@ def _ties(modules: Mapping[str, nn.Module]) -> dict[str, str]:
     return {n: names[n == names[0]] for names in shared if len(names) > 1 for n in names}
 
 
-# Masks.
-
-_MASKED = re.compile(
-    r"(bert|roberta|xlm_roberta|electra|distilbert|t5|gpt2|opt|llama|mistral|qwen2|qwen3|mixtral"
-    r"|qwen2_moe|qwen3_moe)\.modeling_\1"
-)
-"""Where a mask was seen to mark the rows without a gradient: modules of transformers.models."""
-
-
-def _masks(modules: Mapping[str, nn.Module], blocks: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Yield block and batch field; a decoder beside an encoder has its own."""
-    for block in blocks:
-        home = type(modules[block]).__module__.removeprefix("transformers.models.")
-        if _MASKED.fullmatch(home):
-            # All of OPT is called a decoder, though it reads one sequence.
-            is_decoder = "decoder" in block.split(".") and not home.startswith("opt.")
-            yield block, "decoder_attention_mask" if is_decoder else "attention_mask"
-
-
 def _block_sites(modules: Mapping[str, nn.Module], layout: Layout) -> Iterator[Site]:
     for name in layout.blocks:
         if name in modules:
-            mask = layout.masks.get(name)
-            yield Site(name, "block", modules[name], block=name, mask_field=mask)
+            yield Site(name, "block", modules[name], block=name)
 
 
 def _part_sites(modules: Mapping[str, nn.Module], layout: Layout) -> Iterator[Site]:
@@ -249,7 +226,6 @@ def _part_sites(modules: Mapping[str, nn.Module], layout: Layout) -> Iterator[Si
             continue
         names = {key: name for key, name in part.modules.items() if name in modules}
         children = {key: Child(name, modules[name]) for key, name in names.items()}
-        mask = layout.masks.get(part.block)
         yield Site(
             part.entry,
             part.role,
@@ -258,12 +234,11 @@ def _part_sites(modules: Mapping[str, nn.Module], layout: Layout) -> Iterator[Si
             part.also_replaced,
             block=part.block,
             tied_to=next((layout.ties[n] for n in names.values() if n in layout.ties), None),
-            mask_field=mask,
             is_cross=part.is_cross,
         )
         if part.role == "mlp" and "activation" in children:
             name, module = children["activation"]
-            yield Site(name, "activation", module, block=part.block, mask_field=mask)
+            yield Site(name, "activation", module, block=part.block)
 
 
 def _leaf_sites(modules: Mapping[str, nn.Module], layout: Layout) -> Iterator[Site]:
@@ -278,9 +253,6 @@ def _leaf_sites(modules: Mapping[str, nn.Module], layout: Layout) -> Iterator[Si
             continue
         block, base = _around(name, blocks), base_name(name)
         part, key = parts.get(base, (None, ""))
-        mask = layout.masks.get(block or "")
-        if part is not None and part.is_cross and key in _reads_together(part) and mask:
-            mask = "attention_mask"
         yield Site(
             name,
             "linear" if is_linear else "norm",
@@ -291,7 +263,6 @@ def _leaf_sites(modules: Mapping[str, nn.Module], layout: Layout) -> Iterator[Si
             tied_to=None if is_factor(name) else layout.ties.get(base),
             unusable=refusal(module) if is_linear else None,
             shared_input=_shared_input(name, part, key),
-            mask_field=mask,
         )
 
 

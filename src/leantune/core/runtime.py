@@ -16,6 +16,9 @@ from leantune.ops.random import RandomKey
 IGNORED_LABEL = -100
 """The label that the field's losses skip."""
 
+ROW_MASKS = ("attention_mask", "decoder_attention_mask")
+"""Batch fields that mark real rows."""
+
 
 @dataclass
 class BatchInfo:
@@ -36,7 +39,7 @@ class BatchInfo:
         """
         masks: dict[str, Tensor] = {}
         labels = fields.get("labels")
-        for name in ("attention_mask", "decoder_attention_mask"):
+        for name in ROW_MASKS:
             mask = fields.get(name)
             if not (isinstance(mask, Tensor) and mask.ndim == 2):
                 continue
@@ -49,15 +52,14 @@ class BatchInfo:
             masks[name] = rows
         return cls(masks)
 
-    def row_mask(self, name: str | None, shape: torch.Size) -> Tensor | None:
-        """Return the (n,) mask of an input of ``shape`` (b, t, d) or flattened, (b * t, d).
+    def real_rows(self, shape: torch.Size) -> Tensor | None:
+        """Return which rows of an input of ``shape`` (b, t, d) are real, (n,) bool.
 
-        None where the batch has no field ``name`` or its mask does not fit.
+        Of an encoder and a decoder with inputs of one shape, what either mask calls real counts.
+        None where no mask of the batch fits; ``shape`` may be flattened, (b * t, d).
         """
-        mask = None if name is None else self.masks.get(name)
-        if mask is None or shape[:-1] not in (mask.shape, (mask.numel(),)):
-            return None
-        return mask.reshape(-1)
+        fitting = [m for m in self.masks.values() if shape[:-1] in (m.shape, (m.numel(),))]
+        return torch.stack(fitting).any(0).flatten() if fitting else None
 
 
 class Runtime:
@@ -70,6 +72,8 @@ class Runtime:
         seed: together with the site and the number of the forward it fixes every random choice.
         step: optimiser steps so far.
         is_exact: nothing is sampled or sparsified now.
+        is_in_forward: a training forward of the model is running; a block that checkpointing
+            recomputes in backward is not inside it.
         batch: facts of the last training forward's batch.
     """
 
@@ -83,7 +87,7 @@ class Runtime:
         self._begins: list[Callable[[], None]] = []
         self._ends: list[Callable[[], None]] = []
         self._auxiliary: list[Tensor] = []
-        self._in_forward = False
+        self.is_in_forward = False
         self._rank = rank()
         self._handles: list[RemovableHandle] = []
 
@@ -102,7 +106,7 @@ class Runtime:
     def _begin_forward(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        self._in_forward = False
+        self.is_in_forward = False
         if model.training and torch.is_grad_enabled():
             _refuse_empty((*args, *kwargs.values()))
             # Out of place: a graph that is still to run backward keeps its own number.
@@ -113,12 +117,12 @@ class Runtime:
             self._rank = rank()
             self._auxiliary.clear()
             self.batch = BatchInfo.of(kwargs)
-            self._in_forward = True
+            self.is_in_forward = True
         for begin in self._begins:
             begin()
 
     def _end_forward(self, model: nn.Module, args: Any, output: Any) -> None:
-        self._in_forward = False
+        self.is_in_forward = False
         for end in self._ends:
             end()
 
@@ -161,7 +165,7 @@ class Runtime:
             UnsupportedError: the term can have no gradient, since reentrant checkpointing runs
                 the block without a graph at first.
         """
-        if not self._in_forward:
+        if not self.is_in_forward:
             return
         if not torch.is_grad_enabled():
             raise UnsupportedError(

@@ -67,8 +67,6 @@ class Site:
         tied_to: another place of the model that has this very module or its weight, or None.
         unusable: why no method can act on what is a linear by its class, or None.
         shared_input: key that linears reading one and the same input share, or None.
-        mask_field: batch field that marks the real rows (``attention_mask``), or None where
-            unknown.
         is_cross: for attention, whether keys come from another sequence than queries.
     """
 
@@ -83,7 +81,6 @@ class Site:
     tied_to: str | None = None
     unusable: str | None = None
     shared_input: str | None = None
-    mask_field: str | None = None
     is_cross: bool = False
 
     @property

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.compiler import is_compiling
 from torch.nn import functional as F
 
 from leantune.ops.autocast import autocast_dtype, autocast_off
@@ -186,9 +187,14 @@ class _MatMul(torch.autograd.Function):
         dtype: torch.dtype | None,
     ) -> Tensor:
         if dtype is None:
-            return F.linear(xc, weight, bias)
-        with autocast_off(xc):
-            return F.linear(xc, weight.to(dtype), None if bias is None else bias.to(dtype))
+            y = F.linear(xc, weight, bias)
+        else:
+            with autocast_off(xc):
+                y = F.linear(xc, weight.to(dtype), None if bias is None else bias.to(dtype))
+        # A view that an autograd Function returns may not be written to, as in ``y *= 0.5``.
+        # A compiler cannot ask whether it is one, and gets the same for nothing.
+        is_view = is_compiling() or y._is_view()
+        return torch.ops.aten._unsafe_view(y, y.shape) if is_view else y
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor):  # type: ignore[override]

@@ -55,7 +55,6 @@ class RoutedMLP(nn.Module):
         self.runtime = runtime
         self.recorded: list[tuple[Tensor, Tensor]] | None = None
         self._is_dense = config.is_dense
-        self._mask_field = site.mask_field
         self._names: dict[str, str] = {}
         self._view: FFN | None = None
         order = {id(module): i for i, module in enumerate(model.modules())}
@@ -97,7 +96,9 @@ class RoutedMLP(nn.Module):
         if x.numel() == 0 or self._is_dense or self.runtime.is_exact:
             hidden = ffn.hidden(x)
             if self.recorded is not None:
-                rows = maths.evenly_spaced_rows(x, self._row_mask(x), _TOKENS_PER_BATCH)
+                rows = maths.evenly_spaced_rows(
+                    x, self.runtime.batch.real_rows(x.shape), _TOKENS_PER_BATCH
+                )
                 self.recorded.append((x.flatten(0, -2)[rows], hidden.flatten(0, -2)[rows]))
             return ffn.output(hidden)
         logits = self.router(x).flatten(0, -2)  # (n, G)
@@ -106,7 +107,7 @@ class RoutedMLP(nn.Module):
         c = 2.0 * p.gather(1, chosen) if config.gate == "output" else None  # (n, A)
         is_partial = config.num_active < config.num_groups
         if is_partial and config.balance_weight and self.training:
-            loss = maths.balance_loss(p, chosen, self._row_mask(x))
+            loss = maths.balance_loss(p, chosen, self.runtime.batch.real_rows(x.shape))
             self.runtime.add_auxiliary_loss(config.balance_weight * loss)
         if is_partial and ffn.is_divisible and not self._is_hooked:
             return self._routed(ffn, x, chosen, c)
@@ -117,9 +118,6 @@ class RoutedMLP(nn.Module):
     def num_recorded(self) -> int:
         """How many tokens were recorded so far."""
         return sum(len(x) for x, _ in self.recorded or ())
-
-    def _row_mask(self, x: Tensor) -> Tensor | None:
-        return self.runtime.batch.row_mask(self._mask_field, x.shape)
 
     def uniform(self, n: int) -> Tensor:
         """Return n numbers in [0, 1) that depend on the session's seed and the site alone."""

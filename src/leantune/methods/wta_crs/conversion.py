@@ -1,7 +1,8 @@
-"""A model under WTA-CRS: its linears converted, and the running norms that they share."""
+"""A model under WTA-CRS: its linears converted, and what they learn together."""
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -11,32 +12,51 @@ from leantune.core.runtime import Runtime
 from leantune.core.sites import Site, group_by_input
 from leantune.methods.wta_crs.cache import CachedNorms
 from leantune.methods.wta_crs.config import WTACRS
+from leantune.methods.wta_crs.masks import LearnedMasks
 from leantune.methods.wta_crs.norms import RunningNorms
-from leantune.methods.wta_crs.policy import SampledRows, SharedInput
+from leantune.methods.wta_crs.policy import SampledRows
+from leantune.methods.wta_crs.sharing import SamplePool
+from leantune.ops.random import stream_of
 
 _DECAY = 0.9
 """Weight of the past in the running norms."""
 
+_NORMS = "norms/"
+
 
 class SampledLinears(SwapConversion):
-    """Linears with sampled rows keep one state between them: what they know of gradient norms.
+    """Linears with sampled rows keep one state between them: what they learned while training.
 
     Args:
         swaps: of the linears.
-        norms: what they share; None where nothing is guessed.
+        pool: who read with whom.
+        masks: which row masks are trusted.
+        norms: what is known of gradient norms; None where nothing is guessed.
         handles: of the hooks that take sample ids out of the batch, where ``norms`` wants them.
     """
 
     def __init__(
         self,
         swaps: Sequence[Swap],
+        pool: SamplePool,
+        masks: LearnedMasks,
         norms: RunningNorms | CachedNorms | None,
         handles: Sequence[RemovableHandle] = (),
     ) -> None:
         super().__init__(swaps)
         self.needs_sample_ids = bool(handles)
+        self._pool = pool
+        self._masks = masks
         self._norms = norms
         self._handles = handles
+
+    def on_step(self, step: int) -> None:
+        """Refuse a loss that counted padding which was left out.
+
+        Raises:
+            UnsupportedError: such a loss.
+        """
+        self._masks.judge()
 
     def undo(self) -> None:
         """Put the plain linears back."""
@@ -45,19 +65,29 @@ class SampledLinears(SwapConversion):
         super().undo()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return what is known of gradient norms."""
-        return {} if self._norms is None else self._norms.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take saved norms on.
+        """Return who read with whom, verdicts on row masks, and gradient norms.
 
         Raises:
-            ConfigError: they are of another model, or not finite.
+            UnsupportedError: a loss counted padding that was left out.
         """
-        if self._norms is None:
-            super().load_state_dict(state)
-        else:
-            self._norms.load_state_dict(state)
+        norms = {} if self._norms is None else self._norms.state_dict()
+        named = {f"{_NORMS}{name}": value for name, value in norms.items()}
+        return self._pool.state_dict() | self._masks.state_dict() | named
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take a saved state on; what it lacks is learned anew.
+
+        Raises:
+            ConfigError: it is of another model or recipe, or not finite.
+        """
+        rest = {key: value for key, value in state.items() if key not in ("readers", "masks")}
+        if self._norms is None or not all(key.startswith(_NORMS) for key in rest):
+            super().load_state_dict(rest)
+        if self._norms is not None:
+            norms = {key.removeprefix(_NORMS): value for key, value in rest.items()}
+            self._norms.load_state_dict(norms)
+        self._pool.load_state_dict(state)
+        self._masks.load_state_dict(state)
 
 
 def convert(
@@ -65,28 +95,40 @@ def convert(
 ) -> SampledLinears:
     """Give each linear a row policy; linears that read one input share their sample."""
     groups = group_by_input(sites)
-    linears = [site for group in groups for site in group]
-    norms = _norm_source(linears, config)
+    names = [site.name for group in groups for site in group]
+    devices = [site.module.get_parameter("weight").device for group in groups for site in group]
+    norms = _norm_source(names, devices, config)
+    pool, masks = SamplePool(len(names)), LearnedMasks(names, devices, runtime)
+    runtime.at_forward_end(pool.forget)
+    if config.draw_at != "backward":
+        runtime.at_forward_begin(masks.begin)
     twins: list[tuple[str, nn.Module]] = []
     for group in groups:
         columns = range(len(twins), len(twins) + len(group))
-        shared = SharedInput([site.name for site in group], columns)
-        runtime.at_forward_end(shared.forget)
         for column, site in zip(columns, group, strict=True):
-            block = None if site.block is None else model.get_submodule(site.block)
-            rows = SampledRows(site, column, shared, norms, config, runtime, block)
+            rows = SampledRows(
+                column,
+                compiled_readers=columns,
+                stream=stream_of(group[0].name),
+                norms=norms,
+                pool=pool,
+                masks=masks,
+                config=config,
+                runtime=runtime,
+                block=None if site.block is None else model.get_submodule(site.block),
+            )
             twins.append((site.name, converted(site.module, runtime, rows=rows)))
     swaps = swap_all(model, twins)
     handles = norms.install(model) if isinstance(norms, CachedNorms) else []
-    return SampledLinears(swaps, norms, handles)
+    return SampledLinears(swaps, pool, masks, norms, handles)
 
 
-def _norm_source(sites: list[Site], config: WTACRS) -> RunningNorms | CachedNorms | None:
+def _norm_source(
+    names: Sequence[str], devices: Sequence[torch.device], config: WTACRS
+) -> RunningNorms | CachedNorms | None:
     # In backward the norms are exact.
     if config.norms == "activation" or config.draw_at == "backward":
         return None
-    names = [site.name for site in sites]
     if config.norms == "cache":
         return CachedNorms(names, config.cache_gib)
-    devices = [site.module.get_parameter("weight").device for site in sites]
     return RunningNorms(names, _DECAY, devices)

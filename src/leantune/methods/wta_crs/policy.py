@@ -3,7 +3,6 @@
 Legend: n rows (all leading dimensions flattened), k kept rows, w features of each row, d_out.
 """
 
-import weakref
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -11,78 +10,48 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from leantune.core.runtime import BatchInfo, Runtime
-from leantune.core.sites import Site
-from leantune.errors import UnsupportedError
+from leantune.core.runtime import Runtime
 from leantune.methods.wta_crs import estimators
 from leantune.methods.wta_crs.cache import CachedNorms
 from leantune.methods.wta_crs.config import WTACRS
+from leantune.methods.wta_crs.masks import LearnedMasks, RowMask
 from leantune.methods.wta_crs.norms import RunningNorms
+from leantune.methods.wta_crs.sharing import Drawn, SamplePool
 from leantune.ops.linear import flatten
-from leantune.ops.random import RandomKey, stream_of
+from leantune.ops.random import RandomKey
 from leantune.ops.rows import KeptRows, OuterProduct, row_norms
+
+_EXTRA_BYTES = torch.int32.itemsize + torch.float32.itemsize
+"""What a sampled row takes besides its features: its number and its weight."""
 
 
 class Note(NamedTuple):
-    """What backward needs to know of a forward besides the rows: input shape, batch, samples."""
-
-    shape: torch.Size
-    batch: BatchInfo
-    ids: Tensor | None
-
-
-class SharedInput:
-    """A shared input is what several linears read: they share one sample, so that it is released.
+    """What backward needs to know of a forward besides the rows.
 
     Args:
-        names: of the linears.
-        columns: their numbers in the running norms.
+        shape: of the input.
+        ids: (b,) the samples, or None.
+        used: the mask whose rows were left out of the draw, or None.
+        masks: those to check.
     """
 
-    def __init__(self, names: Sequence[str], columns: Sequence[int]) -> None:
-        self.columns = columns
-        self.stream = stream_of(names[0])
-        self._num_readers = len(names)
-        self.has_several_readers = len(names) > 1
-        # Weak, so that an input whose readers turn out not to share it is released all the same.
-        self._source: weakref.ref[Tensor] | None = None
-        self._version = 0
-        self._sample: KeptRows | None = None
-        self._num_served = 0
-
-    def sample_of(self, source: Tensor) -> KeptRows | None:
-        """Return the sample that another reader made of this very tensor, or None.
-
-        A tensor that was written to since is another one: its old rows would give a wrong gradient.
-        """
-        if self._source is None or self._source() is not source:
-            return None
-        if self._version != source._version:
-            return None
-        sample = self._sample
-        self._num_served += 1
-        if self._num_served >= self._num_readers:
-            self.forget()
-        return sample
-
-    def share(self, source: Tensor, sample: KeptRows) -> None:
-        """Offer a sample to the other readers of its source."""
-        self._source, self._version = weakref.ref(source), source._version
-        self._sample, self._num_served = sample, 1
-
-    def forget(self) -> None:
-        """Drop the sample: the graph alone holds it from now on."""
-        self._source = self._sample = None
+    shape: torch.Size
+    ids: Tensor | None = None
+    used: RowMask | None = None
+    masks: Sequence[RowMask] = ()
 
 
 class SampledRows:
     """Sampled rows keep ``keep_ratio`` of one linear's input; see :class:`leantune.WTACRS`.
 
     Args:
-        site: the linear.
-        column: its number in ``norms``.
-        shared: with the linears that read the same input.
+        column: the linear's number in ``norms``, ``pool`` and ``masks``.
+        compiled_readers: columns of the linears that read the same input as far as that is known
+            beforehand; they count inside compiled regions, where tensors have no identity.
+        stream: of random numbers; the same for all of those.
         norms: what guesses gradient norms in forward; None for no guess.
+        pool: where linears that read one tensor find its sample.
+        masks: which rows of padding may be left out.
         config: the options.
         runtime: of the session.
         block: the module around the linear whose flag says that it is checkpointed, or None.
@@ -90,65 +59,82 @@ class SampledRows:
 
     def __init__(
         self,
-        site: Site,
         column: int,
-        shared: SharedInput,
+        *,
+        compiled_readers: Sequence[int],
+        stream: int,
         norms: RunningNorms | CachedNorms | None,
+        pool: SamplePool,
+        masks: LearnedMasks,
         config: WTACRS,
         runtime: Runtime,
         block: nn.Module | None,
     ) -> None:
         self.config = config
         self._column = column
-        self._shared = shared
+        self._compiled_readers = compiled_readers
+        self._stream = stream
         self._norms = norms
+        self._pool = pool
+        self._masks = masks
         self._runtime = runtime
-        self._mask_field = site.mask_field
-        self._is_checked = False
         # Transformers sets this flag on the block itself, also after we were applied.
         self._block = block
 
     def keep(self, x: Tensor, source: Tensor, key: RandomKey) -> tuple[KeptRows, Note | None]:
         """Return the sampled rows, or all of them where they are drawn in backward."""
-        num_rows = x.shape[:-1].numel()
-        k = estimators.budget(num_rows, self.config.keep_ratio, self.config.min_rows)
-        if k >= num_rows:
+        k = self._num_kept(x.shape, x.dtype)
+        if k is None:
             return KeptRows(x), None
         ids = None if self._norms is None else self._norms.ids
-        note = Note(source.shape, self._runtime.batch, ids)
         if self._draws_in_backward():
-            return KeptRows(x), note
+            return KeptRows(x), Note(source.shape, ids)
+        masks = self._masks.fitting(source.shape, x.device)
         # A compiler sees the same computation in every reader and does it once by itself.
-        shares = self._shared.has_several_readers and not is_compiling()
-        sample = self._shared.sample_of(source) if shares else None
-        if sample is None:
-            rows = x.reshape(-1, x.shape[-1])
-            mask = note.batch.row_mask(self._mask_field, note.shape)
-            scores = row_norms(rows)
-            if self._norms is not None:
-                guess = self._norms.predict(note.shape, self._shared.columns)
-                scores = scores if guess is None else scores * guess.to(scores.device)
-            p = estimators.probabilities(scores, mask, self.config.probability_floor)
-            sample = self._sample(rows, p, k, key)
+        shares = not is_compiling()
+        drawn = self._pool.take(self._column, source, x.dtype) if shares else None
+        # Who read late may not have shown what the mask of the sample takes for granted.
+        if drawn is None or not self._masks.allow(drawn.used, (self._column,)):
+            drawn = self._draw(x, source, masks, k, key)
             if shares:
-                self._shared.share(source, sample)
+                self._pool.offer(self._column, source, x.dtype, drawn)
         if self._norms is not None:
-            self._norms.expect(self._column, note.shape, x.device)
-        return sample, note
+            self._norms.expect(self._column, source.shape, x.device)
+        if masks:
+            self._masks.expect(self._column, x.device)
+        return drawn.rows, Note(source.shape, ids, drawn.used, masks)
+
+    def _draw(
+        self, x: Tensor, source: Tensor, masks: Sequence[RowMask], k: int, key: RandomKey
+    ) -> Drawn:
+        """Draw for this linear and for those that are known to read the same tensor."""
+        readers = self._compiled_readers if is_compiling() else self._pool.readers[self._column]
+        used: RowMask | None = None
+        for mask in masks:
+            if used is None and self._masks.allow(mask, readers):
+                used = mask
+        rows = x.reshape(-1, x.shape[-1])
+        scores = row_norms(rows)
+        if self._norms is not None:
+            guess = self._norms.predict(source.shape, readers)
+            scores = scores if guess is None else scores * guess.to(scores.device)
+        real = None if used is None else used.real
+        p = estimators.probabilities(scores, real, self.config.probability_floor)
+        return Drawn(self._sample(rows, p, k, key), used)
 
     def outer_product(self, kept: KeptRows, note: Note | None, grad_output: Tensor) -> OuterProduct:
         """Return the estimate's factors from ``grad_output`` (n, d_out), exact without a note."""
         if note is None:
             return OuterProduct(grad_output, flatten(kept.rows))
         if kept.indices is not None:
-            wants_check = not (self._is_checked or is_compiling())
-            if self._norms is not None or wants_check:
+            if self._norms is not None or note.masks:
                 grad_norms = row_norms(grad_output)
-                mask = note.batch.row_mask(self._mask_field, note.shape)
                 if self._norms is not None:
-                    self._norms.update(self._column, grad_norms, mask, note.shape, note.ids)
-                if wants_check:
-                    self._check(grad_norms, mask)
+                    real = None if note.used is None else note.used.real
+                    self._norms.update(self._column, grad_norms, real, note.shape, note.ids)
+                for mask in note.masks:
+                    is_used = note.used is not None and note.used.field == mask.field
+                    self._masks.check(self._column, mask, is_used, grad_norms)
             return weighted(kept, grad_output)
         rows = flatten(kept.rows)
         # Exact norms: padding has none, and nothing else needs a floor.
@@ -158,35 +144,28 @@ class SampledRows:
         return weighted(self._sample(rows, p, k, key), grad_output)
 
     def _sample(self, rows: Tensor, p: Tensor, k: int, key: RandomKey) -> KeptRows:
-        key = key._replace(stream=self._shared.stream)
+        key = key._replace(stream=self._stream)
         indices, weights = estimators.sample(p, k, self.config.estimator, key)
         return KeptRows(rows.index_select(0, indices), indices, weights)
-
-    def _check(self, grad_norms: Tensor, mask: Tensor | None) -> None:
-        """Check, once, that what is called padding has no gradient.
-
-        Rows of padding are never drawn. A loss that counts them would make the estimate biased.
-        """
-        self._is_checked = True
-        if mask is not None and bool((grad_norms.masked_fill(mask, 0.0) > 0).any()):
-            raise UnsupportedError(
-                f"WTACRS: {self._mask_field} must be 0 only on rows without a gradient, got a loss "
-                "that counts padding, which would bias the weight gradient; give the labels to the "
-                "model with -100 on padding, or draw_at='backward', which needs no mask"
-            )
 
     def _draws_in_backward(self) -> bool:
         if self.config.draw_at == "auto":
             return bool(getattr(self._block, "gradient_checkpointing", False))
         return self.config.draw_at == "backward"
 
-    def nbytes(self, shape: torch.Size, dtype: torch.dtype) -> int:
-        """Return the bytes kept of an input of ``shape``; linears of one input share theirs."""
+    def _num_kept(self, shape: torch.Size, dtype: torch.dtype) -> int | None:
+        """Return how many rows are kept of an input, or None where that would keep no less."""
         num_rows, w = shape[:-1].numel(), shape[-1]
         k = estimators.budget(num_rows, self.config.keep_ratio, self.config.min_rows)
-        if k >= num_rows or self._draws_in_backward():
-            return num_rows * w * dtype.itemsize
-        return k * (w * dtype.itemsize + torch.int32.itemsize + torch.float32.itemsize)
+        row_bytes = w * dtype.itemsize
+        return k if k * (row_bytes + _EXTRA_BYTES) < num_rows * row_bytes else None
+
+    def nbytes(self, shape: torch.Size, dtype: torch.dtype) -> int:
+        """Return the bytes kept of an input of ``shape``; linears of one input share theirs."""
+        k = self._num_kept(shape, dtype)
+        if k is None or self._draws_in_backward():
+            return shape.numel() * dtype.itemsize
+        return k * (shape[-1] * dtype.itemsize + _EXTRA_BYTES)
 
 
 def weighted(kept: KeptRows, grad_output: Tensor) -> OuterProduct:

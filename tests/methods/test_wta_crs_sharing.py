@@ -1,0 +1,217 @@
+"""One sample for all who read one tensor: found by identity, dropped in time, noted, and saved."""
+
+import copy
+import gc
+import pickle
+import weakref
+
+import pytest
+import torch
+import zoo
+from models import MODELS
+from single import samples, saved_by
+from stats import mean_check
+from torch import Tensor, nn
+
+import leantune as lt
+from leantune.errors import ConfigError
+from leantune.methods.wta_crs.sharing import SamplePool
+
+D, SHAPE = 6, (4, 10, 6)
+
+
+class Parallel(nn.Module):
+    """A block that no table names: attention and FFN read one normalised input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.fc_in, self.other = (nn.Linear(D, D) for _ in range(3))
+        self.branch = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x + 0.0
+        y = self.query(h) + self.fc_in(h)
+        return y + self.other(h) if self.branch else y
+
+
+def converted(**options) -> tuple[Parallel, lt.Session]:
+    torch.manual_seed(1)
+    model = Parallel()
+    return model, lt.apply(model, lt.WTACRS(**{"min_rows": 2, **options}))
+
+
+def data(seed: int = 0) -> Tensor:
+    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed)) + 0.3
+
+
+def step(model: nn.Module, x: Tensor) -> list[Tensor]:
+    model.zero_grad()
+    model(x).square().sum().backward()
+    return [p.grad.clone() for p in model.parameters() if p.ndim == 2 and p.grad is not None]
+
+
+def readers(session: lt.Session) -> list[list[int]]:
+    return session.state_dict()["0.wta_crs/readers"].tolist()
+
+
+def test_readers_of_one_tensor_share_a_sample_without_being_named() -> None:
+    model, session = converted()
+    assert len(samples(lambda: model(data()))) == 1
+    assert readers(session) == [[0, 0], [0, 1], [0, 2], [1, 1], [2, 2]]
+
+
+def test_decoder_blocks_share_one_sample_of_the_encoders_output() -> None:
+    model = MODELS["t5"].build()
+    lt.apply(model, lt.WTACRS(min_rows=2, sites=["*EncDecAttention.k", "*EncDecAttention.v"]))
+    assert len(samples(lambda: model(**MODELS["t5"].batch()))) == 1
+
+
+def test_a_shared_sample_is_unbiased_for_each_reader_and_counts_all_their_norms() -> None:
+    model, session = converted()
+    x = data()
+    grads = torch.stack([torch.stack(step(model, x)) for _ in range(150)]).double().numpy()
+    with session.exact():
+        wanted = torch.stack(step(model, x)).double().numpy()
+    noise = 1e-4 * abs(wanted).max()
+    assert mean_check(grads, wanted, resolution=noise).ok
+    assert not mean_check(grads * 0.5, wanted, resolution=noise).ok
+
+
+def test_branches_may_change_from_forward_to_forward() -> None:
+    model, session = converted()
+    x = data()
+    for branch in (False, True, False, True):
+        model.branch = branch
+        assert all(torch.isfinite(grad).all() for grad in step(model, x))
+    assert [0, 2] in readers(session)
+    model.branch = False
+    grads = torch.stack([torch.stack(step(model, x)) for _ in range(150)]).double().numpy()
+    with session.exact():
+        wanted = torch.stack(step(model, x)).double().numpy()
+    assert mean_check(grads, wanted, resolution=1e-4 * abs(wanted).max()).ok
+
+
+def test_configs_and_dtypes_never_share() -> None:
+    torch.manual_seed(1)
+    model = Parallel()
+    lt.apply(
+        model,
+        lt.WTACRS(min_rows=2, sites=["query"]),
+        lt.WTACRS(min_rows=2, keep_ratio=0.5, sites=["fc_in", "other"]),
+    )
+    assert sorted(len(rows) for rows, _ in samples(lambda: model(data()))) == [12, 20]
+    model, _ = converted()
+
+    def forward(x: Tensor) -> Tensor:
+        h = x + 0.0
+        y = model.query(h) + model.other(h)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return y + model.fc_in(h)
+
+    model.forward = forward
+    assert len(samples(lambda: model(data()))) == 2
+    assert all(torch.isfinite(grad).all() for grad in step(model, data()))
+
+
+def test_no_sample_outlives_its_tensor_or_the_forward() -> None:
+    model, _ = converted()
+    pool = model.query.rows._pool
+    held: list[int] = []
+    model.other.register_forward_hook(lambda *_: held.append(len(pool._shared)))
+    output = model(data())
+    assert held == [1] and not pool._shared
+    # Outside the model's forward the tensor's own end is the sample's.
+    h = data()
+    model.query(h)
+    rows = weakref.ref(next(iter(pool._shared.values())).drawn.rows.rows)
+    del h, output
+    gc.collect()
+    assert not pool._shared and rows() is None
+
+
+def test_a_copy_of_the_model_shares_on_its_own() -> None:
+    model, _ = converted()
+    h = data()
+    model.query(h)  # a sample lies in the pool
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        pool = twin.query.rows._pool
+        assert pool is twin.fc_in.rows._pool and pool is not model.query.rows._pool
+        assert not pool._shared and len(samples(lambda twin=twin: twin(data()))) == 1
+    assert model.query.rows._pool._shared
+
+
+def test_a_resumed_run_knows_who_reads_with_whom() -> None:
+    runs = []
+    for kind in ("whole", "resumed", "without readers"):
+        model, session = converted()
+        for seed in range(2):
+            step(model, data(seed))
+        if kind != "whole":
+            state = {k: v.clone() for k, v in session.state_dict().items()}
+            if kind == "without readers":
+                state.pop("0.wta_crs/readers")
+            model, session = converted()
+            session.load_state_dict(state)
+        runs.append([g for seed in range(2, 4) for g in step(model, data(seed))])
+    whole, resumed, without = runs
+    assert all(torch.equal(a, b) for a, b in zip(whole, resumed, strict=True))
+    # The control: the first draw after it counts the first reader's norms alone.
+    assert not all(torch.equal(a, b) for a, b in zip(whole, without, strict=True))
+
+
+@pytest.mark.parametrize("wrong", [torch.tensor([[0, 3]]), torch.tensor([0]), torch.zeros(1, 2)])
+def test_readers_of_another_model_are_refused(wrong: Tensor) -> None:
+    _, session = converted()
+    with pytest.raises(ConfigError, match="readers must be pairs of this model's 3 linears, got"):
+        session.load_state_dict({**session.state_dict(), "0.wta_crs/readers": wrong})
+
+
+def test_a_sample_that_is_no_smaller_is_not_drawn() -> None:
+    """Of narrow rows, numbers and weights take more than sampling spares."""
+    for keep_ratio, is_sampled in ((0.7, True), (0.8, False)):
+        model, _ = converted(keep_ratio=keep_ratio)
+        assert bool(samples(lambda model=model: model(data()))) == is_sampled
+        size = model.query.rows.nbytes(torch.Size(SHAPE), torch.float32)
+        assert size == (int(40 * keep_ratio) * (24 + 8) if is_sampled else 40 * 24)
+
+
+# Parallel blocks, in-place writes to outputs, cross attention, experts, norms that keep outputs.
+POPULAR = ("gptj", "cohere", "deberta", "longformer", "bart", "qwen3_moe", "gemma2")
+
+
+def saved_bytes(model: nn.Module, batch: zoo.Batch) -> int:
+    """Return the bytes that autograd saves in one forward, parameters left out."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    storages = [t.untyped_storage() for t in saved_by(lambda: model(**batch))]
+    return sum({s.data_ptr(): s.nbytes() for s in storages if s.data_ptr() not in own}.values())
+
+
+@pytest.mark.parametrize("name", POPULAR)
+def test_popular_models_keep_less_and_share_what_hooks_see(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batch = zoo.build(name)
+    exact = saved_bytes(model, batch)
+    lt.apply(model, lt.WTACRS())
+    linears = {m for m in model.modules() if getattr(m, "rows", None) is not None}
+    read: list[Tensor] = []
+    num_draws = 0
+    offer = SamplePool.offer
+
+    def see(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if module.rows.nbytes(args[0].shape, torch.float32) < args[0].nbytes:
+            read.append(args[0])
+
+    def count(*args) -> None:
+        nonlocal num_draws
+        num_draws += 1
+        offer(*args)
+
+    hooks = [module.register_forward_pre_hook(see) for module in linears]
+    monkeypatch.setattr(SamplePool, "offer", count)
+    model(**batch).loss.backward()
+    for hook in hooks:
+        hook.remove()
+    # All are alive, so that no two of them have one id.
+    assert num_draws == len({(id(x), x._version) for x in read}) < len(read)
+    assert saved_bytes(model, batch) < exact
