@@ -4,7 +4,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -90,17 +90,19 @@ def hide_loading_bars(model: str) -> None:
 
 def print_json(document: Mapping[str, Any] | Sequence[Any]) -> None:
     """Print one strict JSON document on stdout; numbers that JSON lacks (NaN) become null."""
-    sys.stdout.write(json.dumps(_strict(document), indent=2) + "\n")
+    print(json.dumps(_strict(document), indent=2))
 
 
-def print_text(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print a table of words: the first column stays whole, the others wrap."""
-    table = _table(title)
-    for position, name in enumerate(header):
-        table.add_column(escape(name), no_wrap=position == 0, overflow="fold")
+def print_text(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table of words, which wrap; the first column keeps its width, up to half of all."""
+    console, table = out(), _table(title)
+    widest = max(_width(row[0]) for row in [header, *rows])
+    table.add_column(header[0], width=min(widest, console.width // 2), overflow="fold")
+    for name in header[1:]:
+        table.add_column(name, overflow="fold")
     for row in rows:
         table.add_row(*row)
-    out().print(table)
+    console.print(table)
 
 
 def print_figures(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

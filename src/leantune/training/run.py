@@ -126,6 +126,9 @@ class _Experiment:
             compute_metrics=metrics_of_logits(self.task),
             callbacks=[*([TrainerCallback(session)] if session else []), *self.callbacks],
         )
+        # A head's loss is the mean over the batch, whatever keywords its model takes; where it is
+        # taken for a share of the step's, it counts once more per process and micro-batch.
+        trainer.model_accepts_loss_kwargs &= is_text
         if not has_screen():
             trainer.remove_callback(transformers.PrinterCallback)
             trainer.add_callback(ProgressLines(name))
