@@ -59,16 +59,9 @@ def print_survey(survey: "Survey") -> None:
         for c in survey.choices
     ]
     print_text("By their own choice", ("method", "sites", "weights", "why not"), rows)
-    rows = [
-        (
-            escape(left.name),
-            _percent(left.share),
-            _with_shape(escape(left.kind), left.shape)
-            + (" (sites= takes it)" if left.is_site else ""),
-        )
-        for left in sorted(survey.left, key=lambda left: -left.share)
-    ]
-    print_text("Taken by none", ("parameter", "weights", "of"), rows)
+    left = sorted(survey.left, key=lambda left: -left.share)
+    rows = [(escape(item.name), _percent(item.share), escape(item.why)) for item in left]
+    print_text("Taken by none", ("parameter", "weights", "what it is"), rows)
 
 
 def _print_block(block: str | None, found: "Iterable[Found]") -> None:
@@ -80,13 +73,10 @@ def _print_block(block: str | None, found: "Iterable[Found]") -> None:
             name = name.removeprefix(block).removeprefix(".") or "(block)"
             if row.role == "block":
                 title = f"{block}: {row.count} x {row.kind}"
-        what = _with_shape(row.part or row.role, row.shape)
+        shape = " x ".join(map(str, row.shape))
+        what = f"{row.part or row.role}{', ' * bool(shape)}{shape}"
         rows.append((escape(name), what, ", ".join(row.methods) or "-"))
     print_text(escape(title), ("module", "what", "taken by"), rows)
-
-
-def _with_shape(what: str, shape: tuple[int, ...]) -> str:
-    return f"{what}, {' x '.join(map(str, shape))}" if shape else what
 
 
 def _percent(share: float) -> str:

@@ -1,14 +1,13 @@
 """A survey says what a model is made of, what each method takes of it, and what none does."""
 
-import math
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from leantune.core.apply import choose
-from leantune.core.discovery import find_sites
+from leantune.core.discovery import Layout, discover, find_sites, unreached
 from leantune.core.registry import list_methods
 from leantune.core.sites import Site
 
@@ -63,17 +62,13 @@ class Left:
 
     Args:
         name: of the parameter, in the form of ``Found``.
-        kind: class of the module that holds it.
-        shape: of one.
         share: of the model's parameters, all together.
-        is_site: whether a method can be told to take it, with ``sites=``.
+        why: what it is, and why none takes it.
     """
 
     name: str
-    kind: str
-    shape: tuple[int, ...]
     share: float
-    is_site: bool
+    why: str
 
 
 @dataclass(frozen=True)
@@ -97,7 +92,8 @@ def survey(model: nn.Module) -> Survey:
 
     Nothing is changed and no weight is read: a model on the meta device will do.
     """
-    sites = find_sites(model)
+    layout = discover(model)
+    sites = find_sites(model, layout)
     sizes = {id(p): p.numel() for p in model.parameters()}
     total = max(1, sum(sizes.values()))
     takers: dict[tuple[str, str], list[str]] = {}
@@ -117,13 +113,15 @@ def survey(model: nn.Module) -> Survey:
             if site.role == "linear":
                 held |= {id(p) for p in site.module.parameters(recurse=False)}
         taken |= held
-        choices.append(Choice(method, len(chosen), sum(map(sizes.get, held)) / total, why_not))
+        choices.append(
+            Choice(method, len(chosen), sum(sizes[key] for key in held) / total, why_not)
+        )
     return Survey(
         model=type(model).__name__,
         num_parameters=sum(sizes.values()),
         found=tuple(_found(sites, takers)),
         choices=tuple(choices),
-        left=tuple(_left(model, sites, taken, total)),
+        left=tuple(_left(model, layout, sites, taken)),
     )
 
 
@@ -136,24 +134,31 @@ def _found(
         depth = 0 if site.block is None else len(site.block.split("."))
         kind, shape = type(site.module).__name__, _shape(getattr(site.module, "weight", None))
         marks.append((site.name, (depth, site.role, kind, site.part, shape, methods)))
-    for name, (depth, *rest), count in _in_ranges(marks):
+    for name, (depth, role, kind, part, shape, methods), count in _in_ranges(marks):
         block = ".".join(name.split(".")[:depth]) or None
-        yield Found(name, block, *rest, count)
+        yield Found(name, block, role, kind, part, shape, methods, count)
 
 
-def _left(model: nn.Module, sites: Sequence[Site], taken: Set[int], total: int) -> Iterator[Left]:
-    linears = {site.name for site in sites if site.role == "linear"}
-    marks: list[tuple[str, Any]] = []
+def _left(
+    model: nn.Module, layout: Layout, sites: Iterable[Site], taken: Iterable[int]
+) -> Iterator[Left]:
+    linears = {site.name: site for site in sites if site.role == "linear"}
+    reasons = {matrix.name: matrix.why for matrix in unreached(model, layout)}
+    marks: list[tuple[str, tuple[int, str]]] = []
     seen = set(taken)
     for owner, module in model.named_modules():
         for key, parameter in module.named_parameters(recurse=False):
             if parameter.ndim > 1 and id(parameter) not in seen:
                 seen.add(id(parameter))
-                name = f"{owner}.{key}" if owner else key
-                kind, shape = type(module).__name__, _shape(parameter)
-                marks.append((name, (kind, shape, owner in linears)))
-    for name, (kind, shape, is_site), count in _in_ranges(marks):
-        yield Left(name, kind, shape, count * math.prod(shape) / total, is_site)
+                name, shape = f"{owner}.{key}" if owner else key, _shape(parameter)
+                why = f"{type(module).__name__}, {' x '.join(map(str, shape))}"
+                if owner in linears:
+                    site = linears[owner]
+                    why += f"; {site.unusable or 'sites= takes it'}"
+                marks.append((name, (parameter.numel(), reasons.get(name, why))))
+    total = sum(p.numel() for p in model.parameters())
+    for name, (size, why), count in _in_ranges(marks):
+        yield Left(name, count * size / total, why)
 
 
 def _shape(weight: Any) -> tuple[int, ...]:

@@ -100,8 +100,8 @@ def build_model(name: str) -> Any:
         ConfigError: there is no configuration, or it is of no model in transformers.
     """
     config = _load(transformers.AutoConfig, name, "a config")
-    kind = getattr(transformers, (config.architectures or ["none"])[0], transformers.AutoModel)
-    build = kind.from_config if kind is transformers.AutoModel else kind
+    kind = getattr(transformers, (config.architectures or ["none"])[0], None)
+    build: Any = kind or transformers.AutoModel.from_config
     try:
         with torch.device("meta"):
             model = build(config)
