@@ -112,7 +112,7 @@ def print_figures(title: str, header: Sequence[str], rows: Sequence[Sequence[str
     """
     console, header = out(), [escape(name) for name in header]
     widths = [max(map(_width, column)) + 2 for column in zip(header, *rows, strict=True)]
-    names = min(widths[0], console.width // 3)
+    names = min(widths[0], console.width // 2)
     groups: list[list[int]] = [[]]
     for column in range(1, len(header)):
         if groups[-1] and names + sum(widths[c] for c in [*groups[-1], column]) > console.width - 2:
