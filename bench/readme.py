@@ -1,14 +1,22 @@
 """Fill the tables of the pages from the committed rows, between markers."""
 
+import io
+import os
 import re
+import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from bench import rows
 from bench.cases import sparse_grad_quality, spt_language, spt_quality, wta_crs_quality
+from leantune.cli.sites import print_survey
 from leantune.core.files import write_atomic
+from leantune.core.survey import survey
+from leantune.training.models import build_model
 
 ROOT = Path(__file__).parents[1]
 
@@ -188,6 +196,19 @@ def _escape(text: str) -> str:
     return re.sub(r"([|<>*_`\[\]\\{}])", r"\\\1", text)
 
 
+def sites(name: str) -> str:
+    """Return what ``leantune sites`` prints of the demo model, or of a tiny one of a model type."""
+    sys.path.append(str(ROOT / "tests"))
+    import zoo
+
+    os.environ["COLUMNS"] = "80"
+    with redirect_stdout(io.StringIO()) as printed:
+        print_survey(survey(build_model(name) if name == "demo" else zoo.build(name)[0]))
+    lines = [line.rstrip() for line in printed.getvalue().splitlines()]
+    return "\n".join(["```text", *lines, "```"])
+
+
+SURVEYED = ("demo", "llama", "gpt2", "t5", "mixtral")
 _TABLES: dict[str, Callable[[], Any]] = {
     "speed": speed,
     "variance": variance,
@@ -202,4 +223,5 @@ _TABLES: dict[str, Callable[[], Any]] = {
     "attention": attention,
     "recall": recall,
     "hostile": hostile,
+    **{f"sites-{name}": partial(sites, name) for name in SURVEYED},
 }

@@ -15,6 +15,9 @@ import numpy as np
 import pytest
 import torch
 
+# Tests that put their own methods into the registry start from a full one.
+import leantune.methods  # noqa: F401
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(

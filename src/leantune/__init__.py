@@ -4,44 +4,70 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from leantune._version import __version__
-from leantune.core.apply import apply, load
-from leantune.core.discovery import find_sites
-from leantune.core.extras import require
-from leantune.core.registry import list_methods
-from leantune.core.session import Session
-from leantune.errors import ConfigError, LeantuneError, SiteError, UnsupportedError
-from leantune.measure.fidelity import fidelity
-from leantune.measure.ledger import ledger
-from leantune.measure.still_held import still_held
-from leantune.methods import (
-    WTACRS,
-    Checkpoint,
-    LoRA,
-    MeProp,
-    RoutedFFN,
-    SparseGrad,
-    SPTAttention,
-)
 
 if TYPE_CHECKING:
+    from leantune.core.apply import apply, load
+    from leantune.core.discovery import find_sites
+    from leantune.core.registry import list_methods
+    from leantune.core.session import Session
+    from leantune.errors import ConfigError, LeantuneError, SiteError, UnsupportedError
     from leantune.integrations.trainer import TrainerCallback
+    from leantune.measure.fidelity import fidelity
+    from leantune.measure.ledger import ledger
+    from leantune.measure.still_held import still_held
+    from leantune.methods import (
+        WTACRS,
+        Checkpoint,
+        LoRA,
+        MeProp,
+        RoutedFFN,
+        SparseGrad,
+        SPTAttention,
+    )
     from leantune.training.models import merge_checkpoint
     from leantune.training.run import train
 
-# They need the extra packages, and are imported when they are asked for.
-_LAZY = {
-    "TrainerCallback": "leantune.integrations.trainer",
-    "merge_checkpoint": "leantune.training.models",
-    "train": "leantune.training.run",
+# Module -> its public names. Imported when first asked for: the command's help waits for no torch.
+_HOMES = {
+    "core.apply": ("apply", "load"),
+    "core.discovery": ("find_sites",),
+    "core.registry": ("list_methods",),
+    "core.session": ("Session",),
+    "errors": ("ConfigError", "LeantuneError", "SiteError", "UnsupportedError"),
+    "integrations.trainer": ("TrainerCallback",),
+    "measure.fidelity": ("fidelity",),
+    "measure.ledger": ("ledger",),
+    "measure.still_held": ("still_held",),
+    "methods": (
+        "WTACRS",
+        "Checkpoint",
+        "LoRA",
+        "MeProp",
+        "RoutedFFN",
+        "SPTAttention",
+        "SparseGrad",
+    ),
+    "training.models": ("merge_checkpoint",),
+    "training.run": ("train",),
 }
+_NEED_EXTRA = ("integrations.trainer", "training.models", "training.run")
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
+    home = next((home for home, names in _HOMES.items() if name in names), None)
+    if home is None:
         raise AttributeError(f"module 'leantune' has no attribute {name!r}")
-    for package in ("transformers", "datasets", "accelerate", "sklearn", "scipy"):
-        require(package, extra="train", who=f"leantune.{name}")
-    return getattr(importlib.import_module(_LAZY[name]), name)
+    if home in _NEED_EXTRA:
+        from leantune.core.extras import require
+
+        for package in ("transformers", "datasets", "accelerate", "sklearn", "scipy"):
+            require(package, extra="train", who=f"leantune.{name}")
+    value = globals()[name] = getattr(importlib.import_module(f"leantune.{home}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 __all__ = [

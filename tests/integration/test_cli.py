@@ -21,14 +21,15 @@ import leantune as lt
 from leantune.cli.app import app
 from leantune.cli.recipe import build_recipe
 from leantune.training.recipe import MeasureRecipe, RunRecipe
+from leantune.training.results import RunResult
 
-HEAVY = ("transformers", "datasets", "peft", "accelerate", "matplotlib", "jinja2")
+HEAVY = ("torch", "numpy", "transformers", "datasets", "peft", "matplotlib", "jinja2")
 MINIMAL = ("model=m", "task=text", "data=d", "output=o")
 WTA = ("--method", "wta_crs")
 
 
-def invoke(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "200"})
+def invoke(*arguments: object, columns: int = 200) -> Result:
+    return CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": str(columns)})
 
 
 def plain(text: str) -> str:
@@ -91,7 +92,8 @@ def test_methods_and_env_show_what_there_is() -> None:
     for row in rows:
         described = lt.list_methods()[row["name"]].config.describe()
         assert [option["name"] for option in row["options"]] == [d["name"] for d in described]
-    assert "keep_ratio 0.3 number > 0 and <= 1" in plain(invoke("methods", "wta-crs").stdout)
+    shown = plain(invoke("methods", "wta-crs").stdout)
+    assert re.search(r"keep_ratio 0\.3 share of .* is kept; number > 0 and <= 1", shown)
     unknown = invoke("methods", "wta_csr")
     assert unknown.exit_code == 2 and unknown.stdout == ""
     assert "got 'wta_csr'; did you mean 'wta_crs'?" in plain(unknown.stderr)
@@ -174,21 +176,56 @@ class TestTrain:
         assert document["runs"][1]["saved_bytes"] < document["runs"][0]["saved_bytes"]
         assert Path(document["report"]) == folder / "report.html"
         assert "wta_crs" in (folder / "report.html").read_text()
-        assert "training baseline, wta_crs" in result.stderr
-        assert len(re.findall(r"'eval_accuracy': '?\d\.?\d*'?", result.stderr)) >= 2
+        for run in document["runs"]:
+            held = run["ledger"]
+            assert held["saved activations"] == run["saved_bytes"]
+            assert sum(list(held.values())[:3]) == held["held in all"]
 
-    def test_the_table_of_a_finished_run_is_shown_again(self, trained: tuple[Path, Result]) -> None:
+    def test_a_log_has_plain_lines_for_all_that_happens(self, trained: tuple[Path, Result]) -> None:
+        _, result = trained
+        lines = result.stderr.splitlines()
+        assert lines[0] == "loading torch"
+        begun = ["reading", "measuring baseline: ", "measuring wta_crs: "]
+        assert all(any(line.startswith(start) for line in lines) for start in begun)
+        for name in ("baseline", "wta_crs"):
+            own = [line.removeprefix(f"{name}: ") for line in lines if line.startswith(f"{name}: ")]
+            assert own[0] == "step 0/4: training starts" and own[-1] == "step 4/4: training ends"
+            assert all(re.match(r"step \d/4: ", line) for line in own)
+            assert [line for line in own if "loss 0." in line and "evaluation" not in line]
+            found = [re.fullmatch(r"step (\d)/4: evaluation: (.*)", line) for line in own]
+            assert [m[1] for m in found if m] == ["2", "4"]
+            assert all("loss 0." in m[2] and "accuracy 0." in m[2] for m in found if m)
+            assert [line for line in own if re.search(r"4/4: checkpoint .*/checkpoint-4$", line)]
+
+    @pytest.mark.parametrize("columns", [60, 80, 200])
+    def test_the_table_of_a_finished_run_is_shown_whole(
+        self, trained: tuple[Path, Result], columns: int
+    ) -> None:
         folder, _ = trained
-        result = invoke("train", folder / "recipe.json", "resume=true")
+        result = invoke("train", folder / "recipe.json", "resume=true", columns=columns)
         assert result.exit_code == 0, result.stderr
-        runs = json.loads((folder / "metrics.json").read_text())["runs"]
+        assert max(map(len, result.stdout.split("Without learning")[0].splitlines())) <= columns
+        runs = RunResult.read(folder).runs
+        shown = plain(result.stdout)
+        for what, size in runs[0].held_bytes.items():
+            row = re.search(rf"{re.escape(what)} (\S+ [KM]iB) (\S+ [KM]iB)? ", shown)
+            assert row is not None, what
+            assert f"{runs[1].held_bytes[what] / size:.3f} of baseline" in shown
         for figure in (
-            f"{runs[0]['metrics']['accuracy']:.4f}",
-            f"{runs[1]['saved_bytes'] / runs[0]['saved_bytes']:.3f} of baseline",
+            f"{runs[0].metrics['accuracy']:.4f}",
+            f"{runs[1].step_time_ratio:.3f} of baseline",
             "Without learning (majority): accuracy 0.5000",
             str(folder / "report.html"),
         ):
-            assert figure in plain(result.stdout), figure
+            assert figure in shown, figure
+
+    def test_the_recipe_of_a_run_holds_every_option(self, trained: tuple[Path, Result]) -> None:
+        written = json.loads((trained[0] / "recipe.json").read_text())
+        options = {row["name"] for row in RunRecipe.describe()} - set(RunRecipe.not_saved)
+        assert written.keys() == options | {"format"}
+        of_method = {row["name"] for row in lt.WTACRS.describe()} | {"method", "version"}
+        assert written["methods"][0].keys() == of_method
+        assert RunRecipe.from_dict(written).to_dict() == written
 
     def test_interrupt_keeps_a_checkpoint_and_says_how_to_resume(
         self, tmp_path: Path, recipe: Path
@@ -205,7 +242,7 @@ class TestTrain:
             assert process.stderr is not None
             seen = ""
             for line in process.stderr:
-                if "eval_loss" in line and "eval_loss" not in seen:
+                if "evaluation" in line and "evaluation" not in seen:
                     process.send_signal(signal.SIGINT)
                 seen += line
         assert process.returncode == 130, seen
@@ -213,7 +250,7 @@ class TestTrain:
         assert kept is not None, seen
         assert (Path(kept[1]) / "trainer_state.json").is_file()
         assert f"resume with: leantune train {folder / 'recipe.json'} resume=true" in plain(seen)
-        assert "Traceback" not in seen and not (folder / "metrics.json").exists()
+        assert not re.search(r"Traceback|\r|\x1b", seen) and not (folder / "metrics.json").exists()
 
 
 class TestMeasure:
@@ -263,6 +300,37 @@ class TestMeasure:
     def test_bad_requests_are_named(self, model: Path) -> None:
         result = invoke("measure", f"model={model}", "max_length=33")
         assert result.exit_code == 2 and "max_length must be at most 32" in plain(result.stderr)
+
+
+class TestSites:
+    def test_a_configuration_is_enough(self, tmp_path: Path, model: Path) -> None:
+        shutil.copy(model / "config.json", tmp_path)
+        document = json.loads(invoke("sites", tmp_path, "--json").stdout)
+        assert document["model"] == "BertForSequenceClassification"
+        found = {row["name"]: row for row in document["found"]}
+        down = found["bert.encoder.layer.0-1.output.dense"]
+        assert (down["part"], down["shape"], down["count"]) == ("mlp.down", [16, 32], 2)
+        assert {"lora", "sparse_grad", "wta_crs"} <= set(down["methods"])
+        assert [choice["method"] for choice in document["choices"]] == list(lt.list_methods())
+
+    @pytest.mark.parametrize("columns", [60, 80])
+    def test_a_narrow_screen_keeps_names_and_methods(self, model: Path, columns: int) -> None:
+        result = invoke("sites", model, columns=columns)
+        assert result.exit_code == 0, result.stderr
+        assert max(map(len, result.stdout.splitlines())) <= columns
+        shown = plain(result.stdout)
+        assert "bert.encoder.layer.0-1: 2 x BertLayer" in shown
+        for word in (" attention.self.query ", " mlp.up, ", " lora, ", " checkpoint ", " wta_crs "):
+            assert word in shown, word
+        assert re.search(r" classifier linear, 2 x 16 - ", shown)
+        assert re.search(r" classifier\.weight [\d.]+% Linear, 2 x 16;", shown)
+
+    def test_what_is_no_model_is_named(self, tmp_path: Path) -> None:
+        (tmp_path / "config.json").write_text('{"model_type": "bert", "hidden_size": 15}')
+        for name, said in ((tmp_path, "that transformers builds"), (tmp_path / "no", "a config")):
+            result = invoke("sites", name)
+            assert (result.exit_code, result.stdout) == (2, "")
+            assert said in plain(result.stderr) and "Traceback" not in result.stderr
 
 
 def loads_like(folder: Path, reference: Path) -> bool:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import leantune as lt
+from bench import readme
 from leantune.core import registry
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -71,3 +72,11 @@ def test_it_saves_what_it_predicts_and_comes_off_again(method: Any) -> None:
 def test_python_on_the_pages_compiles(page: Path) -> None:
     for block in re.findall(r"```python[^\n]*\n(.*?)```", page.read_text("utf-8"), re.DOTALL):
         compile(block, str(page), "exec")
+
+
+@pytest.mark.parametrize("name", readme.SURVEYED)
+def test_the_page_shows_what_the_command_prints(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it fails, discovery or a method's choice has changed: ``python -m bench readme``."""
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = f"<!-- sites-{name} -->\n{readme.sites(name)}\n<!-- /sites-{name} -->"
+    assert shown in (DOCS / "sites.md").read_text("utf-8")

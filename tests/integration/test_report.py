@@ -16,7 +16,7 @@ import torch
 from integration.tiny import bert
 
 import leantune as lt
-from leantune.report.page import headline, write_report
+from leantune.report.page import _cards, _recipe_rows, headline, write_report
 from leantune.report.plots import BARS, block_of, place_in_block, saved_table
 from leantune.training.results import RunResult
 
@@ -153,6 +153,56 @@ def test_page_shows_the_numbers_of_both_runs(written: Path, metrics: dict[str, A
         assert figure in text, figure
 
 
+def test_page_shows_every_ledger_with_its_ratio(folder: Path, metrics: dict[str, Any]) -> None:
+    """A method that saves no activations shows what it saves."""
+    lean = copy.deepcopy(metrics)
+    plain, own = lean["runs"]
+    plain["peak_bytes"], own["peak_bytes"] = 4 << 30, 3 << 30
+    own["ledger"]["optimizer"] = own["ledger"]["gradients"] = plain["ledger"]["gradients"] // 100
+    (folder / "metrics.json").write_text(json.dumps(lean))
+    result = RunResult.read(folder)
+    _, rows = headline(result)
+    notes = {row[0].text: row[2].note for row in rows}
+    small = 2 * own["ledger"]["optimizer"]
+    large = plain["ledger"]["gradients"] + plain["ledger"]["optimizer"]
+    assert notes["gradients + optimizer"] == f"{small / large:.3f} of baseline"
+    assert notes["weights"] == "1.000 of baseline" and notes["peak"] == "0.750 of baseline"
+    assert notes["step time"] == "0.800 of baseline\n0.780 to 0.830"
+    cards = {label: value for label, value, _ in _cards(result)}
+    assert cards["gradients + optimizer"] == f"{small / large:.2f}\u00d7"
+    assert (cards["peak"], cards["step time"]) == ("0.75\u00d7", "0.80\u00d7")
+
+
+def test_every_option_of_the_recipe_is_on_the_page() -> None:
+    recipe = {"format": 2, "compare": [], "max_steps": None, "seed": 0, "methods": []}
+    assert dict(_recipe_rows(recipe)) == {
+        "format": "2",
+        "compare": "none",
+        "max_steps": "none",
+        "seed": "0",
+    }
+
+
+def test_one_evaluation_makes_no_curve(metrics: dict[str, Any], folder: Path) -> None:
+    once = copy.deepcopy(metrics)
+    for run in once["runs"]:
+        run["evaluations"], run["train_loss"] = run["evaluations"][-1:], run["train_loss"][:1]
+    (folder / "metrics.json").write_text(json.dumps(once))
+    text = write_report(folder).read_text()
+    assert {path.stem for path in (folder / "plots").iterdir()} == PLOTS - {"loss", "evaluation"}
+    assert "0.8312" in text and "Validation accuracy" not in text and "Training loss" not in text
+
+
+def test_tables_scroll_beside_their_first_column(written: Path) -> None:
+    """A phone shows 360 pixels: names stay in sight while the figures scroll."""
+    text = (written / "report.html").read_text()
+    assert len(re.findall(r'<div class="scroll">\s*<table>', text)) == text.count("<table>") > 1
+    first = re.search(r"th:first-child, td:first-child \{([^}]*)\}", text)
+    assert first is not None and "position: sticky; left: 0" in first[1]
+    narrow = text.partition("@media (max-width: 36rem)")[2].partition("@media print")[0]
+    assert re.search(r"td:first-child \{ white-space: normal", narrow)
+
+
 def test_second_report_replaces_the_first_with_the_same(folder: Path) -> None:
     rc, had_pyplot = dict(matplotlib.rcParams), "matplotlib.pyplot" in sys.modules
     first = write_report(folder).read_text()
@@ -192,7 +242,7 @@ def test_a_run_alone_has_no_ratio(folder: Path, metrics: dict[str, Any]) -> None
     alone = {**metrics, "runs": [metrics["runs"][0] | none], "floor": None}
     (folder / "metrics.json").write_text(json.dumps(alone))
     header, rows = headline(RunResult.read(folder))
-    assert "time of baseline" not in header and len(rows) == 1
+    assert header == ["", "baseline"] and not any(cell.note for row in rows for cell in row)
     assert "of baseline" not in _Page(write_report(folder).read_text()).text
 
 

@@ -1,5 +1,6 @@
 """The command ``leantune``; each command's machinery is imported when it runs."""
 
+import io
 import os
 import sys
 
@@ -14,6 +15,10 @@ def main() -> None:
             require(package, extra="cli", who="leantune")
     except UnsupportedError as error:
         sys.exit(f"error {error}")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A name that the screen has no letters for is no reason to fail.
+            stream.reconfigure(errors="backslashreplace")
     # A new head, which every fine-tuning has, is no news; the user's own setting wins.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")

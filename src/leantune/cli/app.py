@@ -9,6 +9,7 @@ from leantune.cli.environment import env
 from leantune.cli.measure import measure
 from leantune.cli.merge import merge
 from leantune.cli.methods import methods
+from leantune.cli.sites import sites
 from leantune.cli.train import train
 
 app = typer.Typer(
@@ -17,7 +18,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_show_locals=False,
 )
-for _command in (train, measure, methods, merge, env):
+for _command in (train, measure, sites, methods, merge, env):
     app.command()(_command)
 
 

@@ -4,8 +4,11 @@ import platform
 from importlib import metadata
 from typing import Any
 
+from rich.markup import escape
+
 from leantune._version import __version__
-from leantune.cli.output import DebugFlag, JsonFlag, make_table, out, print_json, reported_errors
+from leantune.cli.options import DebugFlag, JsonFlag
+from leantune.cli.output import print_json, print_text, reported_errors
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "triton")
 
@@ -17,16 +20,16 @@ def env(json: JsonFlag = False, debug: DebugFlag = False) -> None:
         if json:
             print_json(facts)
             return
-        table = make_table("Environment", ("", ""), left=2)
-        table.show_header = False
-        for name, value in facts.items():
-            if name == "gpus":
-                for number, gpu in enumerate(value):
-                    size = f"{gpu['memory_bytes'] / 2**30:.1f} GiB"
-                    table.add_row(f"gpu {number}", f"{gpu['name']}, {size}")
-            else:
-                table.add_row(name.replace("_", " "), "none" if value is None else str(value))
-        out().print(table)
+        rows = [
+            (name.replace("_", " "), "none" if value is None else escape(str(value)))
+            for name, value in facts.items()
+            if name != "gpus"
+        ]
+        rows += [
+            (f"gpu {number}", f"{escape(gpu['name'])}, {gpu['memory_bytes'] / 2**30:.1f} GiB")
+            for number, gpu in enumerate(facts["gpus"])
+        ]
+        print_text("Environment", ("", ""), rows)
 
 
 def describe_environment() -> dict[str, Any]:

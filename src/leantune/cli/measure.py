@@ -3,25 +3,27 @@
 import contextlib
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
 
+from leantune.cli.options import ArgumentsOption, DebugFlag, JsonFlag, MethodOption
 from leantune.cli.output import (
-    DebugFlag,
-    JsonFlag,
     hide_loading_bars,
-    make_table,
+    note,
     out,
+    print_figures,
     print_json,
+    print_text,
     reported_errors,
 )
-from leantune.cli.recipe import ArgumentsOption, MethodOption, build_recipe
-from leantune.measure.ledger import Ledger, ledger
-from leantune.measure.still_held import StillHeld, find_still_held, sampled_linears
 from leantune.measure.text import format_bytes
-from leantune.training.recipe import BASELINE, MeasureRecipe
+
+if TYPE_CHECKING:
+    from leantune.measure.ledger import Ledger
+    from leantune.measure.still_held import StillHeld
+    from leantune.training.recipe import MeasureRecipe
 
 _LEDGER_ROWS = ("weights", "gradients", "optimizer", "activations", "total")
 
@@ -40,8 +42,13 @@ def measure(
     The batch is taken from the training data; without data it is max_length random token ids.
     """
     with reported_errors(debug):
+        note("loading torch")
+        from leantune.cli.recipe import build_recipe
+        from leantune.training.recipe import MeasureRecipe
+
         recipe = build_recipe(MeasureRecipe, arguments or [], method or [])
         hide_loading_bars(recipe.model)
+        note(f"measuring a step of {recipe.model}: loading transformers")
         with contextlib.redirect_stdout(sys.stderr):
             batch, ledgers, held = measure_step(recipe)
         document = _document(batch, ledgers, held, by_module)
@@ -52,8 +59,8 @@ def measure(
 
 
 def measure_step(
-    recipe: MeasureRecipe,
-) -> tuple[dict[str, Any], dict[str, Ledger], list[StillHeld]]:
+    recipe: "MeasureRecipe",
+) -> "tuple[dict[str, Any], dict[str, Ledger], list[StillHeld]]":
     """Measure one training step of a recipe's model on one batch.
 
     Returns:
@@ -67,8 +74,11 @@ def measure_step(
 
     import leantune
     from leantune.core.conversion import SAMPLE_ID
+    from leantune.measure.ledger import ledger
+    from leantune.measure.still_held import find_still_held, sampled_linears
     from leantune.training.data import get_task, load_task, tokenize
     from leantune.training.models import load_model, load_tokenizer
+    from leantune.training.recipe import BASELINE
     from leantune.training.run import autocast, checkpoint_blocks
 
     task, tokenizer = get_task(recipe.task), load_tokenizer(recipe.model)
@@ -107,7 +117,9 @@ def measure_step(
     return batch, ledgers, held
 
 
-def _random_batch(recipe: MeasureRecipe, kind: str, model: Any, num_labels: int) -> dict[str, Any]:
+def _random_batch(
+    recipe: "MeasureRecipe", kind: str, model: Any, num_labels: int
+) -> dict[str, Any]:
     """Return random ids without padding."""
     import torch
 
@@ -127,8 +139,8 @@ def _random_batch(recipe: MeasureRecipe, kind: str, model: Any, num_labels: int)
 
 def _document(
     batch: Mapping[str, Any],
-    ledgers: Mapping[str, Ledger],
-    held: Sequence[StillHeld],
+    ledgers: "Mapping[str, Ledger]",
+    held: "Sequence[StillHeld]",
     by_module: bool,
 ) -> dict[str, Any]:
     rows, tokens = batch["input_ids"].shape
@@ -159,12 +171,15 @@ def _print(document: Mapping[str, Any], by_module: bool) -> None:
     if not held and len(runs) > 1:
         console.print("Every input of a sampled linear is freed.")
     if held:
-        table = make_table("Not freed", ("input of", "still held by", "tensors", "size"), left=2)
-        for item in held:
-            holders = [f"{module or '(model)'} ({how})" for module, how in item["holders"]]
-            names = (escape("\n".join(item["linears"])), escape("\n".join(holders)))
-            table.add_row(*names, str(item["num_tensors"]), format_bytes(item["num_bytes"]))
-        console.print(table)
+        rows = [
+            (
+                f"{item['num_tensors']} tensors, {format_bytes(item['num_bytes'])}",
+                escape("\n".join(item["linears"])),
+                escape("\n".join(f"{name or '(model)'} ({how})" for name, how in item["holders"])),
+            )
+            for item in held
+        ]
+        print_text("Not freed", ("size", "input of", "still held by"), rows)
 
 
 def _print_sizes(
@@ -173,11 +188,12 @@ def _print_sizes(
     runs: Sequence[Mapping[str, Any]],
     columns: Sequence[Mapping[str, int]],
 ) -> None:
-    table = make_table(title, [what, *(run["name"] for run in runs), *["ratio"] * (len(runs) > 1)])
+    rows: list[list[str]] = []
     for name in columns[0]:
         sizes = [column[name] for column in columns]
         cells = [format_bytes(size) for size in sizes]
         if len(sizes) > 1:
             cells.append(f"{sizes[1] / sizes[0]:.3f}" if sizes[0] else "-")
-        table.add_row(escape(name or "(model)"), *cells)
-    out().print(table)
+        rows.append([escape(name or "(model)"), *cells])
+    header = [what, *(run["name"] for run in runs), *["ratio"] * (len(runs) > 1)]
+    print_figures(title, header, rows)

@@ -6,14 +6,8 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from leantune.cli.output import (
-    DebugFlag,
-    JsonFlag,
-    hide_loading_bars,
-    out,
-    print_json,
-    reported_errors,
-)
+from leantune.cli.options import DebugFlag, JsonFlag
+from leantune.cli.output import hide_loading_bars, out, print_json, reported_errors
 
 
 def merge(

@@ -5,7 +5,8 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from leantune.cli.output import DebugFlag, JsonFlag, make_table, out, print_json, reported_errors
+from leantune.cli.options import DebugFlag, JsonFlag
+from leantune.cli.output import out, print_json, print_text, reported_errors
 
 
 def methods(
@@ -15,7 +16,6 @@ def methods(
 ) -> None:
     """List the methods; with NAME its options, their ranges, defaults and meaning."""
     with reported_errors(debug):
-        # The package's own import registers the methods.
         from leantune.core import registry
 
         if name is not None:
@@ -26,12 +26,15 @@ def methods(
         if json:
             print_json(rows)
             return
-        table = make_table("Methods", ("name", "axis", "acts on", "summary", "source"), left=5)
-        for row in rows:
-            table.add_row(
-                row["name"], row["axis"], ", ".join(row["roles"]), row["summary"], row["source"]
+        cells = [
+            (
+                row["name"],
+                f"{row['axis']} of {', '.join(row['roles'])}",
+                f"{escape(row['summary'])} [dim]({escape(row['source'])})[/]",
             )
-        out().print(table)
+            for row in rows
+        ]
+        print_text("Methods", ("name", "axis of site", "what it does"), cells)
         out().print("Options of one: leantune methods NAME")
 
 
@@ -57,8 +60,12 @@ def _show(method: dict[str, Any], json: bool) -> None:
     console.print(
         f"axis {method['axis']}, acts on {', '.join(method['roles'])}; {escape(method['source'])}"
     )
-    table = make_table("Options", ("option", "default", "must be", "meaning"), left=4)
-    for row in method["options"]:
-        default = "none" if row["default"] is None else str(row["default"])
-        table.add_row(row["name"], default, escape(row["rule"]), escape(row["help"]))
-    console.print(table)
+    rows = [
+        (
+            row["name"],
+            "none" if row["default"] is None else escape(str(row["default"])),
+            escape(f"{row['help']}; {row['rule']}"),
+        )
+        for row in method["options"]
+    ]
+    print_text("Options", ("option", "default", "meaning; what it must be"), rows)

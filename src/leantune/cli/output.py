@@ -7,23 +7,20 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console
-from rich.markup import escape
+from rich.markup import escape, render
 from rich.table import Table
 
-from leantune.errors import LeantuneError
+from leantune.errors import ConfigError, LeantuneError
 
+FAILED = 1
 BAD_INPUT = 2
 INTERRUPTED = 130
-
-JsonFlag = Annotated[
-    bool, typer.Option("--json", help="print one JSON document on stdout and nothing else there")
-]
-DebugFlag = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
 
 
 def out() -> Console:
@@ -38,14 +35,28 @@ def err() -> Console:
 
 def _console(stream: Any) -> Console:
     console = Console(file=stream, highlight=False)
-    if not console.is_terminal:
+    if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = max(console.width, 140)
     return console
 
 
+def note(text: str) -> None:
+    """Say on stderr what is going on; of several processes the launcher's first one alone does."""
+    if _process() == "0":
+        err().print(escape(text), soft_wrap=True)
+
+
+def _process() -> str:
+    # Asking torch would take the seconds that a note is to explain.
+    return os.environ.get("RANK", "0")
+
+
 @contextmanager
 def reported_errors(debug: bool) -> Iterator[None]:
-    """Turn what a user can cause into one message on stderr and exit code 2 (130 for Ctrl-C).
+    """Turn what a user can cause into one message on stderr and an exit code.
+
+    The code is 2 for what was asked for (an option, a recipe, data, a model), 1 for everything else
+    that has a name, 130 for Ctrl-C.
 
     Args:
         debug: let the exception through instead.
@@ -57,39 +68,72 @@ def reported_errors(debug: bool) -> Iterator[None]:
             raise
         err().print("[yellow]interrupted[/]")
         raise typer.Exit(INTERRUPTED) from None
+    except BrokenPipeError:
+        # Whoever read the output has seen enough; Typer ends without a word.
+        raise
     except (LeantuneError, OSError) as error:
         if debug:
             raise
-        err().print(f"[bold red]error[/] {escape(str(error))}", soft_wrap=True)
-        raise typer.Exit(BAD_INPUT) from None
+        where = "" if _process() == "0" else f"(process {_process()}) "
+        err().print(f"[bold red]error[/] {where}{escape(str(error))}", soft_wrap=True)
+        raise typer.Exit(BAD_INPUT if isinstance(error, ConfigError) else FAILED) from None
 
 
 def hide_loading_bars(model: str) -> None:
-    """Keep the libraries' own bars off the screen, unless a model may have to be downloaded.
+    """Keep the libraries' own bars out of logs, and off the screen unless a model is downloaded.
 
     Has an effect before transformers is imported; a setting of the user's wins.
     """
-    if model == "demo" or Path(model).exists():
+    if model == "demo" or Path(model).exists() or not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 def print_json(document: Mapping[str, Any] | Sequence[Any]) -> None:
     """Print one strict JSON document on stdout; numbers that JSON lacks (NaN) become null."""
-    sys.stdout.write(json.dumps(_strict(document), indent=2) + "\n")
+    print(json.dumps(_strict(document), indent=2))
 
 
-def make_table(title: str, header: Sequence[str], *, left: int = 1) -> Table:
-    """Return an empty table: the first ``left`` columns to the left, numbers to the right."""
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
-    for position, name in enumerate(header):
-        is_text = position < left
-        table.add_column(
-            escape(name),
-            justify="left" if is_text else "right",
-            no_wrap=not is_text,
-            overflow="fold" if is_text else "ellipsis",
-        )
-    return table
+def print_text(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table of words, which wrap; the first column keeps its width, up to half of all."""
+    console, table = out(), _table(title)
+    widest = max(_width(row[0]) for row in [header, *rows])
+    table.add_column(header[0], width=min(widest, console.width // 2), overflow="fold")
+    for name in header[1:]:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def print_figures(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table of numbers, none of which is cut, with names in its first column.
+
+    Columns for which a narrow screen has no room come in further tables below, with those names.
+    """
+    console, header = out(), [escape(name) for name in header]
+    widths = [max(map(_width, column)) + 2 for column in zip(header, *rows, strict=True)]
+    names = min(widths[0], console.width // 2)
+    groups: list[list[int]] = [[]]
+    for column in range(1, len(header)):
+        if groups[-1] and names + sum(widths[c] for c in [*groups[-1], column]) > console.width - 2:
+            groups.append([])
+        groups[-1].append(column)
+    for group in groups:
+        table = _table(title if group is groups[0] else None)
+        table.add_column(header[0], overflow="fold", min_width=names - 2)
+        for column in group:
+            table.add_column(header[column], justify="right", no_wrap=True)
+        for row in rows:
+            table.add_row(row[0], *(row[column] for column in group))
+        console.print(table)
+
+
+def _table(title: str | None) -> Table:
+    return Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+
+
+def _width(cell: str) -> int:
+    return max(cell_len(line) for line in render(cell).plain.split("\n"))
 
 
 def _strict(value: Any) -> Any:

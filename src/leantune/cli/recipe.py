@@ -3,35 +3,14 @@
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
-import typer
 import yaml
 
 from leantune.core import registry
 from leantune.core.config import Options, unknown_key
 from leantune.errors import ConfigError
 from leantune.training.recipe import MeasureRecipe, RunRecipe, read_recipe_file
-
-ArgumentsOption = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="[RECIPE.yaml] [KEY=VALUE]...",
-        help="a recipe file, and options that win over it: batch_size=16, keep_ratio=0.3, or in "
-        "full wta_crs.keep_ratio=0.3",
-        show_default=False,
-    ),
-]
-MethodOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--method",
-        metavar="NAME",
-        help="train with this method (repeatable); replaces the recipe's list of methods and keeps "
-        "the options given there",
-        show_default=False,
-    ),
-]
 
 R = TypeVar("R", bound=MeasureRecipe)
 _PAIR = re.compile(r"([A-Za-z_][\w-]*(?:\.[A-Za-z_][\w-]*)?)=(.*)", re.DOTALL)

@@ -7,23 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
+from leantune.cli.options import ArgumentsOption, DebugFlag, JsonFlag, MethodOption
 from leantune.cli.output import (
     INTERRUPTED,
-    DebugFlag,
-    JsonFlag,
     err,
     hide_loading_bars,
-    make_table,
+    note,
     out,
+    print_figures,
     print_json,
     reported_errors,
 )
-from leantune.cli.recipe import ArgumentsOption, MethodOption, build_recipe
-from leantune.core.extras import require
-from leantune.training.recipe import RunRecipe
 
 
 def train(
@@ -37,52 +33,59 @@ def train(
     leantune train task=text data=DATA model=demo output=runs/one --method wta_crs compare=baseline
     """
     with reported_errors(debug):
+        note("loading torch")
+        from leantune.cli.recipe import build_recipe
+        from leantune.core.extras import require
+        from leantune.training.recipe import RunRecipe
+
         recipe = build_recipe(RunRecipe, arguments or [], method or [])
         for package in ("matplotlib", "jinja2"):
             require(package, extra="report", who="leantune train")
         folder = Path(recipe.output)
+        hide_loading_bars(recipe.model)
+        note(f"training {', '.join(recipe.variants())}: loading transformers")
+        import leantune
+        from leantune.core.distributed import is_first_process
+
         try:
-            result = _train(recipe, err())
+            # Stdout belongs to the result: what the libraries print goes elsewhere.
+            with contextlib.redirect_stdout(sys.stderr):
+                result = leantune.train(recipe)
         except KeyboardInterrupt:
-            err().print(_interrupted(folder), soft_wrap=True)
+            if is_first_process():
+                err().print(_interrupted(folder), soft_wrap=True)
             raise typer.Exit(INTERRUPTED) from None
+        if not is_first_process():
+            return
         from leantune.report.page import write_report
 
         report = write_report(folder)
         if json:
-            document = result.to_dict()
+            document = {**result.to_dict(), "output": str(folder), "report": str(report)}
             # The ledgers' entries, one for each tensor, are in metrics.json.
-            runs = [{k: v for k, v in run.items() if k != "ledger"} for run in document["runs"]]
-            print_json({**document, "runs": runs, "output": str(folder), "report": str(report)})
+            runs = [{**vars(run), "ledger": run.held_bytes} for run in result.runs]
+            print_json({**document, "runs": runs})
         else:
-            _print_results(out(), result, folder, report)
+            _print_results(result, folder, report)
 
 
-def _train(recipe: RunRecipe, console: Console) -> Any:
-    hide_loading_bars(recipe.model)
-    import leantune
-
-    console.print(f"training {escape(', '.join(recipe.variants()))}")
-    # Stdout belongs to the result: the trainer's progress and its log go elsewhere.
-    with contextlib.redirect_stdout(sys.stderr):
-        return leantune.train(recipe)
-
-
-def _print_results(console: Console, result: Any, folder: Path, report: Path) -> None:
+def _print_results(result: Any, folder: Path, report: Path) -> None:
     from leantune.report.page import floor_line, headline
 
     header, rows = headline(result)
-    table = make_table(f"{result.task} on {result.model}", header)
-    for row in rows:
-        cells = [(escape(cell.text or "-"), escape(cell.note)) for cell in row]
-        table.add_row(*(text + (f"\n[dim]{note}[/]" if note else "") for text, note in cells))
-    console.print(table)
+    cells = [[_cell(cell.text or "-", cell.note) for cell in row] for row in rows]
+    print_figures(escape(f"{result.task} on {result.model}"), header, cells)
+    console = out()
     if floor := floor_line(result):
-        console.print(escape(floor))
+        console.print(escape(floor), soft_wrap=True)
     # Without a dense equivalent there is no plain model; the session goes onto the base.
     kept = "model" if (folder / "model").is_dir() else "session"
     console.print(f"{kept:7} {escape(str(folder / kept))}", soft_wrap=True)
     console.print(f"report  {escape(str(report))}", soft_wrap=True)
+
+
+def _cell(text: str, note: str) -> str:
+    return escape(text) + (f"\n[dim]{escape(note)}[/]" if note else "")
 
 
 def _interrupted(folder: Path) -> str:

@@ -152,6 +152,15 @@ def _check_conflicts(sites: list[Site], methods: tuple[MethodConfig, ...]) -> No
         )
 
 
+def choose(
+    sites: list[Site], config: MethodConfig, spec: MethodSpec
+) -> tuple[list[Site], dict[str, str]]:
+    """Return the sites that a config means, and why the method cannot act on some: name -> why."""
+    chosen = _chosen(sites, config, spec)
+    reasons = {s.name: s.unusable or spec.check(s, config) for s in chosen}
+    return chosen, {name: reason for name, reason in reasons.items() if reason is not None}
+
+
 def _convert(
     model: nn.Module, layout: Layout, config: MethodConfig, runtime: Runtime
 ) -> Conversion:
@@ -159,7 +168,7 @@ def _convert(
     spec = registry.get(config.method)
     who = type(config).__name__
     every = find_sites(model, layout)
-    sites = _chosen(every, config, spec)
+    sites, bad = choose(every, config, spec)
     if not sites:
         ours = [s for s in every if s.role in spec.roles]
         no = [f"{s.name}: {s.unusable}" for s in ours if s.unusable]
@@ -170,8 +179,7 @@ def _convert(
             f"{who}: sites must match at least one module, got none by {how} "
             f"(roles: {', '.join(spec.roles)}); {way_out}{why}"
         )
-    reasons = [(s, s.unusable or spec.check(s, config)) for s in sites]
-    bad = [f"{s.name}: {reason}" for s, reason in reasons if reason is not None]
     if bad:
-        raise SiteError(f"{who}: {len(bad)} of {len(sites)} sites cannot be used: {'; '.join(bad)}")
+        listed = "; ".join(f"{name}: {reason}" for name, reason in bad.items())
+        raise SiteError(f"{who}: {len(bad)} of {len(sites)} sites cannot be used: {listed}")
     return spec.convert(model, sites, config, runtime)

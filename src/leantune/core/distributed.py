@@ -1,5 +1,7 @@
 """Several processes that train one model: which one this is, what all agree on, and shards."""
 
+import os
+
 from torch import Tensor
 from torch import distributed as dist
 
@@ -7,6 +9,14 @@ from torch import distributed as dist
 def rank() -> int:
     """Return this process's number in the default group, 0 in a lone process."""
     return dist.get_rank() if _is_grouped() else 0
+
+
+def is_first_process() -> bool:
+    """Return whether this process prints and writes for all: the first of them, or a lone one.
+
+    Before there is a group, its number is the one that the launcher gave it (``RANK``).
+    """
+    return (rank() if _is_grouped() else int(os.environ.get("RANK", "0"))) == 0
 
 
 def is_distributed() -> bool:

@@ -1,5 +1,6 @@
 """The registry: the static facts that every method declares, so that shared code needs no names."""
 
+import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -75,13 +76,16 @@ def get(name: str) -> MethodSpec:
     Raises:
         ConfigError: no such method; the message lists those there are.
     """
-    if name not in _METHODS:
-        raise ConfigError(unknown_key("leantune", "method", name, list(_METHODS)))
-    return _METHODS[name]
+    methods = list_methods()
+    if name not in methods:
+        raise ConfigError(unknown_key("leantune", "method", name, list(methods)))
+    return methods[name]
 
 
 def list_methods() -> dict[str, MethodSpec]:
     """Return every method that can be applied: name -> spec, in order of name."""
+    # Whoever asks first, the library's own are there; by name, since core depends on no method.
+    importlib.import_module("leantune.methods")
     return dict(sorted(_METHODS.items()))
 
 
@@ -94,7 +98,7 @@ def config_from_dict(data: Any) -> MethodConfig:
     if not isinstance(data, Mapping) or "method" not in data:
         raise ConfigError(
             f"recipe: each entry of methods must have a 'method' name, got {data!r}; "
-            f"methods: {', '.join(_METHODS)}"
+            f"methods: {', '.join(list_methods())}"
         )
     entry = cast(Mapping[str, Any], data)
     return get(str(entry["method"])).config.from_dict(entry)

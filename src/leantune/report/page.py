@@ -22,7 +22,7 @@ class Cell:
 
     Args:
         text: the figure with its unit.
-        note: small print beside it: a spread or a difference.
+        note: small print below it, in lines: a difference, a ratio or a spread.
     """
 
     text: str
@@ -50,23 +50,23 @@ def write_report(folder: Path) -> Path:
 
 
 def headline(result: RunResult) -> tuple[list[str], list[list[Cell]]]:
-    """Return the header and one row for each run: metrics, memory and time.
+    """Return the header, a run in each column, and a row for each figure, named in its first cell.
 
-    A column that no run has a figure for is left out.
+    Metrics, what one step holds by ledger, the peak, and times; a row that no run has a figure for
+    is left out.
     """
-    names = dict.fromkeys([result.main_metric, *(n for run in result.runs for n in run.metrics)])
-    columns = [("run", [Cell(run.name) for run in result.runs])]
-    columns += [(name, [_metric(result, run, name) for run in result.runs]) for name in names]
-    columns += [
-        ("saved activations", [_saved(result, run) for run in result.runs]),
-        ("peak", [Cell(_bytes(run.peak_bytes)) for run in result.runs]),
-        ("step time", [Cell(f"{run.step_ms:.1f} ms") for run in result.runs]),
-        (f"time of {result.reference.name}", [_time_ratio(result, run) for run in result.runs]),
-        ("training", [Cell(_duration(run.train_seconds)) for run in result.runs]),
+    runs, reference = result.runs, result.reference
+    names = dict.fromkeys([result.main_metric, *(n for run in runs for n in run.metrics)])
+    rows = {name: [_metric(result, run, name) for run in runs] for name in names}
+    for name, size in reference.held_bytes.items():
+        rows[name] = [_size(result, run, run.held_bytes[name], size) for run in runs]
+    rows["peak"] = [_size(result, run, run.peak_bytes, reference.peak_bytes) for run in runs]
+    rows["step time"] = [_time(result, run) for run in runs]
+    rows["training"] = [Cell(_duration(run.train_seconds)) for run in runs]
+    header = ["", *(run.name for run in runs)]
+    return header, [
+        [Cell(name), *cells] for name, cells in rows.items() if any(cell.text for cell in cells)
     ]
-    shown = [(title, cells) for title, cells in columns if any(cell.text for cell in cells)]
-    rows = [[cells[i] for _, cells in shown] for i in range(len(result.runs))]
-    return [title for title, _ in shown], rows
 
 
 def floor_line(result: RunResult) -> str:
@@ -86,19 +86,20 @@ def _metric(result: RunResult, run: VariantResult, name: str) -> Cell:
     return Cell(f"{value:.4f}", f"{value - reference:+.4f}")
 
 
-def _saved(result: RunResult, run: VariantResult) -> Cell:
-    reference = result.reference
-    if run is reference or not reference.saved_bytes:
-        return Cell(_bytes(run.saved_bytes))
-    ratio = run.saved_bytes / reference.saved_bytes
-    return Cell(_bytes(run.saved_bytes), f"{ratio:.3f} of {reference.name}")
+def _size(
+    result: RunResult, run: VariantResult, num_bytes: int | None, reference: int | None
+) -> Cell:
+    if run is result.reference or num_bytes is None or not reference:
+        return Cell(_bytes(num_bytes))
+    return Cell(_bytes(num_bytes), f"{num_bytes / reference:.3f} of {result.reference.name}")
 
 
-def _time_ratio(result: RunResult, run: VariantResult) -> Cell:
-    spread = run.step_time_ratio_spread
+def _time(result: RunResult, run: VariantResult) -> Cell:
+    text, spread = f"{run.step_ms:.1f} ms", run.step_time_ratio_spread
     if run.step_time_ratio is None or spread is None or run is result.reference:
-        return Cell("")
-    return Cell(f"{run.step_time_ratio:.3f}", f"{spread[0]:.3f} to {spread[1]:.3f}")
+        return Cell(text)
+    of = f"{run.step_time_ratio:.3f} of {result.reference.name}"
+    return Cell(text, f"{of}\n{spread[0]:.3f} to {spread[1]:.3f}")
 
 
 def _bytes(num_bytes: int | None) -> str:
@@ -116,26 +117,33 @@ def _duration(seconds: float) -> str:
 def _cards(result: RunResult) -> list[tuple[str, str, str]]:
     """Return what a reader looks for first, of the recipe's own run: (label, value, note)."""
     run, reference = result.runs[-1], result.reference
-    score, time = _metric(result, run, result.main_metric), _time_ratio(result, run)
     notes = []
     if run is not reference:
         notes.append(f"{reference.name} {_metric(result, reference, result.main_metric).text}")
     if result.floor is not None:
         notes.append(f"{result.floor['name']} {result.floor['value']:.4f}")
+    score = _metric(result, run, result.main_metric)
     cards = [(result.main_metric, score.text, ", ".join(notes))]
-    if run is reference:
-        cards.append(("saved activations", _bytes(run.saved_bytes), "one step"))
-    else:
-        ratio = f"{run.saved_bytes / max(1, reference.saved_bytes):.2f}\u00d7"
-        note = f"{_bytes(run.saved_bytes)} instead of {_bytes(reference.saved_bytes)}"
-        cards.append(("saved activations", ratio, note))
-    if time.text:
-        cards.append(
-            ("step time", f"{run.step_time_ratio:.2f}\u00d7", f"{time.note} of {reference.name}")
-        )
+    for name, size in reference.held_bytes.items():
+        cards.append(_size_card(result, name, run.held_bytes[name], size))
     if run.peak_bytes is not None:
-        cards.append(("peak", _bytes(run.peak_bytes), "CUDA allocator"))
+        cards.append(_size_card(result, "peak", run.peak_bytes, reference.peak_bytes))
+    spread = run.step_time_ratio_spread
+    if run is reference or run.step_time_ratio is None or spread is None:
+        cards.append(("step time", f"{run.step_ms:.1f} ms", ""))
+    else:
+        note = f"{spread[0]:.2f} to {spread[1]:.2f} of {reference.name}"
+        cards.append(("step time", f"{run.step_time_ratio:.2f}\u00d7", note))
     return [card for card in cards if card[1]]
+
+
+def _size_card(
+    result: RunResult, name: str, num_bytes: int, reference: int | None
+) -> tuple[str, str, str]:
+    if result.runs[-1] is result.reference or not reference:
+        return name, _bytes(num_bytes), ""
+    note = f"{_bytes(num_bytes)} instead of {_bytes(reference)}"
+    return name, f"{num_bytes / reference:.2f}\u00d7", note
 
 
 def _render(result: RunResult, recipe: Mapping[str, Any], plots: Mapping[str, str]) -> str:
@@ -171,9 +179,9 @@ def _render(result: RunResult, recipe: Mapping[str, Any], plots: Mapping[str, st
 def _recipe_rows(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return (option, value) of a recipe; a method is one row with its options."""
     rows = [
-        (key, str(value))
+        (key, "none" if value in (None, []) else str(value))
         for key, value in recipe.items()
-        if key != "methods" and value not in (None, [])
+        if key != "methods"
     ]
     for entry in recipe.get("methods", ()):
         options = [f"{k}={v}" for k, v in entry.items() if k not in ("method", "version")]

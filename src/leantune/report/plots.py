@@ -2,7 +2,7 @@
 
 import io
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -103,32 +103,37 @@ def _colour(result: RunResult, run: VariantResult) -> str:
 
 def _plot_loss(result: RunResult) -> Figure | None:
     """Draw the training loss by step."""
-    if not any(run.train_loss for run in result.runs):
-        return None
-    figure, axes = _canvas(_CURVE_INCHES)
-    for run in result.runs:
-        steps, losses = [step for step, _ in run.train_loss], [loss for _, loss in run.train_loss]
-        colour = _colour(result, run)
-        marker = "o" if len(losses) == 1 else None
-        axes.plot(steps, losses, color=colour, linewidth=1.8, label=run.name, marker=marker)
-    return _finish_curves(figure, axes, "training loss")
+    return _plot_curves(result, "training loss", [run.train_loss for run in result.runs])
 
 
 def _plot_evaluations(result: RunResult) -> Figure | None:
     """Draw the main metric on the validation split by step, with the floor's line."""
     name = result.main_metric
-    if not any(name in values for run in result.runs for _, values in run.evaluations):
+    points = [[(at, v[name]) for at, v in run.evaluations if name in v] for run in result.runs]
+    figure = _plot_curves(result, f"validation {name}", points, marker="o", markersize=4.5)
+    if figure is not None and result.floor is not None:
+        style: dict[str, Any] = {"color": MUTED, "linewidth": 1.2, "linestyle": (0, (4, 3))}
+        figure.axes[0].axhline(result.floor["value"], label=result.floor["name"], **style)
+    return figure
+
+
+def _plot_curves(
+    result: RunResult, title: str, curves: Sequence[Sequence[Sequence[float]]], **style: Any
+) -> Figure | None:
+    """Draw a curve for each run; one point makes no curve, and its number is in the table."""
+    if max(map(len, curves)) < 2:
         return None
     figure, axes = _canvas(_CURVE_INCHES)
-    for run in result.runs:
-        points = [(step, values[name]) for step, values in run.evaluations if name in values]
-        style: dict[str, Any] = {"linewidth": 1.8, "marker": "o", "markersize": 4.5}
+    for run, points in zip(result.runs, curves, strict=True):
         steps, values = [step for step, _ in points], [value for _, value in points]
-        axes.plot(steps, values, color=_colour(result, run), label=run.name, **style)
-    if result.floor is not None:
-        style = {"color": MUTED, "linewidth": 1.2, "linestyle": (0, (4, 3))}
-        axes.axhline(result.floor["value"], label=result.floor["name"], **style)
-    return _finish_curves(figure, axes, f"validation {name}")
+        colour = _colour(result, run)
+        axes.plot(steps, values, color=colour, linewidth=1.8, label=run.name, **style)
+    axes.set_ylabel(title, color=MUTED)
+    axes.set_xlabel("step", color=MUTED)
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
+    axes.grid(axis="y", color=GRID, linewidth=0.8)
+    return figure
 
 
 def _plot_bars(result: RunResult, name: str) -> Figure | None:
@@ -178,15 +183,6 @@ def _canvas(inches: tuple[float, float]) -> tuple[Figure, Axes]:
         spine.set_color(GRID)
     axes.tick_params(colors=MUTED, labelsize=9, length=3)
     return figure, axes
-
-
-def _finish_curves(figure: Figure, axes: Axes, title: str) -> Figure:
-    axes.set_ylabel(title, color=MUTED)
-    axes.set_xlabel("step", color=MUTED)
-    axes.set_xlim(left=0)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
-    axes.grid(axis="y", color=GRID, linewidth=0.8)
-    return figure
 
 
 def _svg(figure: Figure) -> str:

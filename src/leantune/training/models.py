@@ -91,6 +91,32 @@ def load_model(
     return model
 
 
+def build_model(name: str) -> Any:
+    """Build a model from its configuration alone: random weights, none of which is read.
+
+    Above two billion parameters it lies on the meta device and takes no memory.
+
+    Raises:
+        ConfigError: there is no configuration, or it is of no model in transformers.
+    """
+    config = _load(transformers.AutoConfig, name, "a config")
+    kind = getattr(transformers, (config.architectures or ["none"])[0], None)
+    build: Any = kind or transformers.AutoModel.from_config
+    try:
+        with torch.device("meta"):
+            model = build(config)
+        if sum(p.numel() for p in model.parameters()) <= 2e9:
+            with torch.random.fork_rng(devices=[]):
+                model = build(config)
+    # What a configuration can say that no model is built of.
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
+        raise ConfigError(
+            f"build_model: model must have a configuration that transformers builds, got {name!r} "
+            f"({type(error).__name__}: {error}); correct its config.json"
+        ) from error
+    return model
+
+
 def merge_checkpoint(
     source: str | Path, output: str | Path, model: str | None = None, *, overwrite: bool = False
 ) -> list[str]:

@@ -47,6 +47,17 @@ class VariantResult:
     train_seconds: float = 0.0
     peak_bytes: int | None = None
 
+    @property
+    def held_bytes(self) -> dict[str, int]:
+        """What one training step holds, by ledger: weights, gradients with state, activations."""
+        found = self.ledger
+        return {
+            "weights": found["weights"],
+            "gradients + optimizer": found["gradients"] + found["optimizer"],
+            "saved activations": found["activations"],
+            "held in all": found["total"],
+        }
+
     def saved(self, key: Callable[[Mapping[str, Any]], str]) -> dict[str, int]:
         """Return bytes of activations summed by ``key(entry)``, in the order of the forward."""
         sums: dict[str, int] = {}

@@ -22,6 +22,7 @@ import transformers
 from leantune._version import __version__
 from leantune.core.apply import apply
 from leantune.core.conversion import SAMPLE_ID
+from leantune.core.distributed import is_first_process
 from leantune.core.files import atomic_folder, write_atomic
 from leantune.core.session import Session
 from leantune.errors import ConfigError
@@ -33,12 +34,12 @@ from leantune.training.folder import check_folder, last_checkpoint, make_folder
 from leantune.training.interrupt import StopOnInterrupt
 from leantune.training.metrics import floor_score, metrics_of_logits
 from leantune.training.models import load_model, load_tokenizer
+from leantune.training.progress import ProgressLines, has_screen, say, scores
 from leantune.training.recipe import RunRecipe
 from leantune.training.results import METRICS_FILE, RunResult, VariantResult
 
 MEASURED_ROUNDS = 5
 _RESULT_FILE = "result.json"
-_TIMINGS = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
 
 
 def train(
@@ -67,11 +68,13 @@ def train(
         return RunResult.read(output)
     experiment = _Experiment(recipe, callbacks)
     drafts = experiment.measure()
-    if not recipe.resume:
+    # Making the first trainer was the meeting point: every process has checked the folder by now.
+    if not recipe.resume and is_first_process():
         make_folder(recipe)
     runs = tuple(experiment.train(draft, draft is drafts[-1]) for draft in drafts)
     result = experiment.result(runs)
-    write_atomic(output / METRICS_FILE, json.dumps(result.to_dict(), indent=1) + "\n")
+    if is_first_process():
+        write_atomic(output / METRICS_FILE, json.dumps(result.to_dict(), indent=1) + "\n")
     return result
 
 
@@ -84,6 +87,7 @@ class _Experiment:
         self.recipe, self.callbacks = recipe, callbacks
         self.variants = recipe.variants()
         self.task = get_task(recipe.task)
+        say(f"reading {recipe.data}")
         self.data = load_task(
             recipe.task,
             recipe.data,
@@ -122,6 +126,12 @@ class _Experiment:
             compute_metrics=metrics_of_logits(self.task),
             callbacks=[*([TrainerCallback(session)] if session else []), *self.callbacks],
         )
+        # A head's loss is the mean over the batch, whatever keywords its model takes; where it is
+        # taken for a share of the step's, it counts once more per process and micro-batch.
+        trainer.model_accepts_loss_kwargs &= is_text
+        if not has_screen():
+            trainer.remove_callback(transformers.PrinterCallback)
+            trainer.add_callback(ProgressLines(name))
         return trainer, session
 
     def measure(self) -> list[VariantResult]:
@@ -129,9 +139,11 @@ class _Experiment:
         steps: dict[str, Callable[[], None]] = {}
         ledgers: dict[str, dict[str, Any]] = {}
         for name in self.variants:
+            say(f"measuring {name}: the bytes of a step")
             steps[name], ledgers[name] = self._first_step(name)
         plain = (name for name, methods in self.variants.items() if not methods)
         reference = next(plain, next(iter(steps)))
+        say(f"measuring {', '.join(steps)}: the time of a step, {MEASURED_ROUNDS} rounds")
         stats = compare_steps(steps, reference=reference, rounds=MEASURED_ROUNDS)
         # A trainer is full of cycles; its model would count towards the peak of the training.
         steps.clear()
@@ -211,8 +223,11 @@ class _Experiment:
             train_seconds=seconds,
             peak_bytes=peak,
         )
+        if not is_first_process():
+            return result
         write_atomic(kept, json.dumps(vars(result)) + "\n")
         if is_last:
+            say(f"writing {output}")
             self._save(trainer.model, session, output)
         return result
 
@@ -233,8 +248,7 @@ class _Experiment:
             self.tokenizer.save_pretrained(fresh)
 
     def _metrics(self, entry: Mapping[str, Any]) -> dict[str, float]:
-        names = [name for name in entry if name.startswith("eval_") and name not in _TIMINGS]
-        found = {name.removeprefix("eval_"): float(entry[name]) for name in names}
+        found = scores(entry)
         if self.task.kind == "causal_lm":
             text = "\n".join(self.data["validation"]["text"])
             tokens: Any = self.tokenizer(text, add_special_tokens=False, verbose=False)
@@ -320,7 +334,7 @@ def training_arguments(
         dataloader_pin_memory=on_gpu,
         use_cpu=not on_gpu,
         report_to="none",
-        disable_tqdm=False,
+        disable_tqdm=not has_screen(),
         **{option: getattr(recipe, option) for option in same},
         **options,
     )

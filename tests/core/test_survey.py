@@ -1,0 +1,68 @@
+"""What a survey says: equal places once, each method's choice, and every matrix that is left."""
+
+import pytest
+import torch
+import zoo
+from torch import nn
+
+import leantune as lt
+from leantune.core.survey import Survey, survey
+
+
+def found(result: Survey, name: str, role: str = "linear") -> tuple[object, ...]:
+    (row,) = [row for row in result.found if (row.name, row.role) == (name, role)]
+    return row.block, row.part, row.shape, row.count
+
+
+def test_equal_places_are_shown_once() -> None:
+    model, _ = zoo.build("t5")
+    result = survey(model)
+    block = "encoder.block.0-1"
+    up = found(result, f"{block}.layer.1.DenseReluDense.wi")
+    assert up == (block, "mlp.up", (96, 64), 2)
+    norms = found(result, "decoder.block.0-1.layer.0-2.layer_norm", "norm")
+    assert norms == ("decoder.block.0-1", None, (64,), 6)
+    assert sum(row.count for row in result.found) == len(lt.find_sites(model))
+    assert result.num_parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_numbers_of_unlike_places_stay_apart() -> None:
+    model = nn.ModuleDict({"layers": nn.ModuleList(nn.Linear(8, 4 + i // 3) for i in range(5))})
+    names = {row.name: row.count for row in survey(model).found}
+    assert names == {"layers.0-2": 3, "layers.3-4": 2}
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "mixtral"])
+def test_a_survey_says_what_apply_does(name: str) -> None:
+    model, _ = zoo.build(name)
+    choices = {choice.method: choice for choice in survey(model).choices}
+    assert list(choices) == list(lt.list_methods())
+    for method, spec in lt.list_methods().items():
+        if choices[method].why_not is None:
+            lt.apply(model, spec.config()).remove()
+        else:
+            assert choices[method].num_sites == 0
+            with pytest.raises(lt.SiteError):
+                lt.apply(model, spec.config())
+    rows = [row for row in survey(model).found if "wta_crs" in row.methods]
+    assert sum(row.count for row in rows) == choices["wta_crs"].num_sites > 0
+
+
+def test_every_weight_is_taken_or_named() -> None:
+    model, _ = zoo.build("mixtral")
+    result = survey(model)
+    left = {item.name: item for item in result.left}
+    experts = left["model.layers.0-1.mlp.experts.gate_up_proj"]
+    assert experts.share == 2 * 4 * 192 * 64 / result.num_parameters and "no linear" in experts.why
+    assert left["lm_head.weight"].why == "Linear, 128 x 64; sites= takes it"
+    assert "model.embed_tokens.weight" in left
+    taken = max(choice.share for choice in result.choices)
+    vectors = sum(p.numel() for p in model.parameters() if p.ndim < 2) / result.num_parameters
+    assert taken + vectors + sum(item.share for item in left.values()) == pytest.approx(1.0)
+
+
+def test_no_weight_is_read() -> None:
+    real, _ = zoo.build("bert")
+    with torch.device("meta"):
+        model = type(real)(real.config)
+    assert survey(model) == survey(real)
