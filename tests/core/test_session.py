@@ -247,12 +247,12 @@ def test_two_configs_of_one_method_calibrate_step_and_undo_once_each(noting) -> 
         "key",
         "key",
     ]
-    session.calibrate(iter(["a", "b"]))
+    session.calibrate(iter([("a",), ("b",)]))
     session.on_step()
     session.on_step()
     session.load_state_dict(session.state_dict())
     session.remove()
-    calibrated = ("calibrate", ["a", "b"])
+    calibrated = ("calibrate", [("a",), ("b",)])
     for conversion in (first, second):
         assert conversion.calls == [
             calibrated,

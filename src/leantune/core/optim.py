@@ -7,6 +7,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer, SparseAdam
 
+from leantune.errors import ConfigError
+
 OF_SPARSE = ("lr", "betas", "eps")
 """Options that the sparse Adam takes from those of the other optimiser."""
 
@@ -74,11 +76,24 @@ def paired(
         sparse: those with sparse gradients; ones that do not train are left out.
         options: of ``kind``; the sparse Adam takes ``lr``, ``betas`` and ``eps`` of them. Weight
             decay is not applied to sparse gradients.
+
+    Raises:
+        ConfigError: ``kind`` is no optimiser class, or refuses the options.
     """
+    if not (isinstance(kind, type) and issubclass(kind, Optimizer)):
+        raise ConfigError(
+            f"session.optimizer: kind must be a class of torch.optim, got {kind!r}; for example "
+            "torch.optim.AdamW"
+        )
     is_sparse = set(sparse)
     dense = [p for p in params if p not in is_sparse]
     chosen = [p for p in params if p in is_sparse]
-    if not chosen:
-        return kind(dense, **options)
-    adam = SparseAdam(chosen, **{k: options[k] for k in OF_SPARSE if k in options})
-    return PairedOptimizer(adam, kind(dense, **options)) if dense else adam
+    try:
+        if not chosen:
+            return kind(dense, **options)
+        adam = SparseAdam(chosen, **{k: options[k] for k in OF_SPARSE if k in options})
+        return PairedOptimizer(adam, kind(dense, **options)) if dense else adam
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"session.optimizer: options must suit {kind.__name__}, got {dict(options)}: {error}"
+        ) from error

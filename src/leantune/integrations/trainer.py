@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
-from transformers.utils import SAFE_WEIGHTS_NAME
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
 from leantune.core.conversion import SAMPLE_ID
 from leantune.core.files import load_tensors, save_tensors, trained_weights
@@ -22,6 +22,7 @@ from leantune.errors import ConfigError, UnsupportedError
 from leantune.ops.backend import on_gpu
 
 SESSION_FILE = "leantune_session.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 class TrainerCallback(transformers.TrainerCallback):
@@ -48,6 +49,12 @@ class TrainerCallback(transformers.TrainerCallback):
     """
 
     def __init__(self, session: Session, resume_from: str | Path | None = None) -> None:
+        if not isinstance(session, Session):
+            raise ConfigError(
+                f"TrainerCallback: session must be what leantune.apply returned, got {session!r}; "
+                "call session = leantune.apply(model, ...)"
+            )
+        session.check_open("TrainerCallback")
         self.session = session
         self.resume_from = resume_from
         self._hook: Any = None
@@ -75,6 +82,9 @@ class TrainerCallback(transformers.TrainerCallback):
             )
         else:
             self._calibrate(args, train_dataloader)
+        assert args.output_dir is not None
+        prefix = str(_checkpoint(args.output_dir, "").resolve())
+        self.session.allow_checkpoints(prefix)
         self._drop_hook()
         self._hook = self.session.model.register_forward_hook(self._add_loss, with_kwargs=True)
 
@@ -120,17 +130,18 @@ class TrainerCallback(transformers.TrainerCallback):
             weights = trained_weights(model)
             if state.is_world_process_zero:
                 save_tensors(folder / SAFE_WEIGHTS_NAME, weights)
+        if not self.session.can_merge and args.should_save:
+            # Without these nothing but a resumed run reads it: plain modules compute another model.
+            for name in (CONFIG_NAME, ADAPTER_CONFIG):
+                (folder / name).unlink(missing_ok=True)
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         self._drop_hook()
 
     def _check(self, args: TrainingArguments, model: nn.Module | None) -> None:
+        self.session.check_open("TrainerCallback")
+        self.session.check_in_use()
         own = self.session.model
-        if getattr(own, "_leantune_session", None) is not self.session:
-            raise ConfigError(
-                "TrainerCallback: session must be open, got one after merge() or remove(); apply "
-                "the recipe again and give the new session to TrainerCallback"
-            )
         if model is not None and all(module is not own for module in model.modules()):
             raise ConfigError(
                 "TrainerCallback: model must be the session's, got another "
@@ -225,7 +236,7 @@ def _unused_loss(session: Session) -> UnsupportedError:
     )
 
 
-def _checkpoint(output_dir: str | Path, step: int) -> Path:
+def _checkpoint(output_dir: str | Path, step: int | str) -> Path:
     return Path(output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
 
 

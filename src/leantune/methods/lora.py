@@ -4,21 +4,22 @@ Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from leantune.core.config import MethodConfig, option
-from leantune.core.conversion import Conversion
+from leantune.core.conversion import SwapConversion
 from leantune.core.extras import require
-from leantune.core.linear import is_conv1d, trained_in_place_of_weight
+from leantune.core.linear import Ownership, Swap, is_conv1d, trained_in_place_of_weight
 from leantune.core.registry import MethodSpec, register
 from leantune.core.runtime import Runtime
 from leantune.core.sites import Site
 from leantune.errors import UnsupportedError
 
 _HEADS = ("classifier", "score", "qa_outputs")
+_ADAPTER = "default"
 _FLAGS = ("peft_config", "_hf_peft_config_loaded")
 
 
@@ -40,25 +41,48 @@ class LoRA(MethodConfig):
     )
 
 
-class InjectedAdapter(Conversion):
-    """An injected adapter knows what the model looked like before."""
+class InjectedAdapter(SwapConversion):
+    """An injected adapter knows its layers, and what the model looked like before."""
 
     def __init__(self, model: nn.Module) -> None:
+        super().__init__([])
         self.model = model
         self.requires_grad = [(p, p.requires_grad) for p in model.parameters()]
+        self.trained: dict[str, nn.Module | None] = {}
         self.flags = {name: model.__dict__[name] for name in _FLAGS if name in model.__dict__}
 
-    def undo(self) -> None:
-        """Take the adapter's layers out, and put flags back as they were."""
+    def find_layers(self) -> None:
+        """Note which layers peft has put into the model, each as a swap."""
         from peft.tuners.tuners_utils import BaseTunerLayer
         from peft.utils import ModulesToSaveWrapper
 
-        for name, module in list(self.model.named_modules()):
-            parent_name, _, attribute = name.rpartition(".")
-            if isinstance(module, BaseTunerLayer):
-                setattr(self.model.get_submodule(parent_name), attribute, module.get_base_layer())
-            elif isinstance(module, ModulesToSaveWrapper):
-                setattr(self.model.get_submodule(parent_name), attribute, module.original_module)
+        for name, module in self.model.named_modules():
+            layer: Any = module
+            if isinstance(module, ModulesToSaveWrapper):
+                old = layer.original_module
+            elif isinstance(module, BaseTunerLayer):
+                old = layer.get_base_layer()
+            else:
+                continue
+            # New modules are in training mode, whatever the model is in.
+            layer.train(old.training)
+            parent = self.model.get_submodule(name.rpartition(".")[0])
+            self.swaps.append(Swap(self.model, name, parent, old, layer))
+            self.trained[name] = _adapters(layer).get(_ADAPTER)
+
+    def not_ours(self, owned: Ownership) -> list[str]:
+        """Return the names of layers that were replaced, or hold another adapter than ours."""
+        lost = [
+            swap.name
+            for swap in self.swaps
+            for name, module in _adapters(swap.new).items()
+            if name != _ADAPTER or owned.undone(module) is not self.trained[swap.name]
+        ]
+        return super().not_ours(owned) + lost
+
+    def undo(self) -> None:
+        """Take the adapter's layers out, and put flags back as they were."""
+        super().undo()
         for parameter, flag in self.requires_grad:
             parameter.requires_grad_(flag)
         for name in _FLAGS:
@@ -67,16 +91,17 @@ class InjectedAdapter(Conversion):
 
     def merge(self) -> None:
         """Fold the factors into the weights, copy trained heads, and take the layers out."""
-        from peft.tuners.lora import LoraLayer
-        from peft.utils import ModulesToSaveWrapper
-
-        for module in self.model.modules():
-            if isinstance(module, LoraLayer):
-                module.merge()  # type: ignore[operator]
-            elif isinstance(module, ModulesToSaveWrapper):
-                trained = module.modules_to_save[module.active_adapter].state_dict()  # type: ignore
-                module.original_module.load_state_dict(trained)
+        for swap in self.swaps:
+            if hasattr(swap.new, "modules_to_save"):
+                swap.old.load_state_dict(swap.new.modules_to_save[_ADAPTER].state_dict())  # type: ignore
+            else:
+                swap.new.merge(adapter_names=[_ADAPTER])  # type: ignore[operator]
         self.undo()
+
+
+def _adapters(layer: Any) -> dict[str, nn.Module]:
+    """Return what a layer trains, its first factor or a copied head, by the adapter's name."""
+    return dict(layer.modules_to_save if hasattr(layer, "modules_to_save") else layer.lora_A)
 
 
 def _convert(
@@ -85,9 +110,9 @@ def _convert(
     require("peft", extra="train", who="LoRA")
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils import ModulesToSaveWrapper
 
-    if hasattr(model, "peft_config"):
+    has_layers = any(isinstance(module, BaseTunerLayer) for module in model.modules())
+    if has_layers or hasattr(model, "peft_config"):
         raise UnsupportedError(
             "LoRA: model must carry no PEFT adapter yet, got one; leave LoRA out of the recipe: "
             "the other methods act on the adapter that is there"
@@ -112,17 +137,13 @@ def _convert(
                 inject_adapter_in_model(wanted, model)
         except BaseException:
             # peft changes one layer after the other: take back those it came to.
+            injected.find_layers()
             injected.undo()
             raise
+    injected.find_layers()
     # peft freezes all but its own; what another method trains beside it goes on training.
     for parameter in trained_in_place_of_weight(model):
         parameter.requires_grad_(True)
-    for module in model.modules():
-        # New modules are in training mode, whatever the model is in.
-        if isinstance(module, BaseTunerLayer):
-            module.train(module.get_base_layer().training)
-        elif isinstance(module, ModulesToSaveWrapper):
-            module.train(module.original_module.training)
     return injected
 
 

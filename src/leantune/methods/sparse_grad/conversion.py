@@ -85,10 +85,11 @@ class SparseGradConversion(SwapConversion):
         super().undo()
         for rule, was_trained in zip(self.rules, self.was_trained, strict=True):
             module = rule.module
+            # Whoever froze what trains in its stead (peft does) wants it frozen.
+            module.weight.requires_grad_(was_trained and rule.parameter.requires_grad)
             # The plain linear has the same dictionary of parameters.
             for name in (PARAMETER[self.config.selection], "merged_delta"):
                 module._parameters.pop(name, None)
-            module.weight.requires_grad_(was_trained)
 
     def before_forward(self) -> None:
         """Bring dense weights up to date before a forward; check that training may begin."""
@@ -241,6 +242,8 @@ class SparseGradConversion(SwapConversion):
             ConfigError: the state belongs to another model or recipe, or is damaged.
         """
         if not state:
+            for rule in self.rules:
+                rule.bases = rule.indices = None
             return
         wanted = self._shapes()
         if wanted.keys() != state.keys():
