@@ -88,6 +88,25 @@ class Conversion(ABC):
             )
 
 
+def split_state(state: Mapping[str, Tensor], names: Iterable[str]) -> list[dict[str, Tensor]]:
+    """Split a session's state into those of its conversions, whose keys begin with ``name/``.
+
+    Raises:
+        ConfigError: an entry of another conversion.
+    """
+    parts: dict[str, dict[str, Tensor]] = {name: {} for name in names}
+    for key, value in state.items():
+        name, slash, rest = key.partition("/")
+        if slash and name not in parts:
+            raise ConfigError(
+                f"session: state must belong to this recipe, got an entry {key!r} that no "
+                "method here keeps; apply the recipe that the state was saved with"
+            )
+        if slash:
+            parts[name][rest] = value
+    return list(parts.values())
+
+
 class SwapConversion(Conversion):
     """A conversion that only put modules into others' places takes them out again.
 

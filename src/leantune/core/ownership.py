@@ -1,6 +1,6 @@
 """What is still a session's own: nobody else's module is touched, and none of ours is idle."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import nn
 
@@ -39,16 +39,11 @@ def refuse_not_ours(
         )
 
 
-def check_in_use(model: nn.Module, conversions: Sequence[Conversion], runtime: Runtime) -> None:
-    """Raise where a method has nothing to do, since its modules were frozen or copied.
-
-    Args:
-        model: the converted model.
-        conversions: in the order in which they were made.
-        runtime: of their session.
+def refuse_idle(conversions: Iterable[Conversion]) -> None:
+    """Raise where all weights that a method would act on are frozen.
 
     Raises:
-        SiteError: the weights of all sites of a method are frozen, or copies of them would train.
+        SiteError: there is such a method.
     """
     for conversion in conversions:
         if registry.get(conversion.config.method).acts_on_weight and conversion.is_idle:
@@ -57,6 +52,14 @@ def check_in_use(model: nn.Module, conversions: Sequence[Conversion], runtime: R
                 f"{len(conversion.sites)} whose weights are all frozen "
                 f"({conversion.sites[0].name}, ...); unfreeze some, or {_ORDER}"
             )
+
+
+def refuse_copies(model: nn.Module, runtime: Runtime) -> None:
+    """Raise where a copy of a converted module would train in the model.
+
+    Raises:
+        SiteError: there is a copy, as of what peft trains as a whole.
+    """
     copies = _copies(model, runtime)
     if copies:
         raise SiteError(

@@ -98,7 +98,10 @@ class Runtime:
         Raises:
             ConfigError: one is missing or no whole number, or something is no tensor.
         """
-        if not (isinstance(state, Mapping) and all(isinstance(v, Tensor) for v in state.values())):
+        is_state = isinstance(state, Mapping) and all(
+            isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
+        )
+        if not is_state:
             raise ConfigError(
                 f"session: state must map names to tensors, got {type(state).__name__}; give what "
                 "session.state_dict() returned"

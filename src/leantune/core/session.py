@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from leantune.core.calibration import checked_batches, seeded_generators
 from leantune.core.config import MethodConfig
-from leantune.core.conversion import Conversion
+from leantune.core.conversion import Conversion, split_state
 from leantune.core.files import as_folder, write_session
 from leantune.core.optim import paired
-from leantune.core.ownership import check_in_use, refuse_not_ours
+from leantune.core.ownership import refuse_copies, refuse_idle, refuse_not_ours
 from leantune.core.recipe import Recipe
 from leantune.core.runtime import Runtime
 from leantune.core.saving import RefusedSaving
@@ -42,26 +42,27 @@ class Session:
         self.conversions = list(conversions.values())
         self._names = list(conversions)
         self._runtime = runtime
-        made = {int(name.partition(".")[0]): c for name, c in conversions.items()}
-        self._num_sites = [len(made[number].sites) for number in sorted(made)]
+        num_sites = {id(c.config): len(c.sites) for c in self.conversions}
+        self._num_sites = [num_sites[id(config)] for config in methods]
         self._saving: RefusedSaving | None = None
         if not self.can_merge and hasattr(model, "save_pretrained"):
             self._saving = RefusedSaving(model)
         self._first = model.register_forward_pre_hook(self._check_first_forward)
         runtime.install_hooks(model)
         model._leantune_session = self  # type: ignore[assignment]
-        _sessions.add(self)
+        SESSIONS.add(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        _sessions.add(self)
+        SESSIONS.add(self)
 
     def __repr__(self) -> str:
-        state = "open" if self.is_open else "closed"
+        state = "open" if self.conversions else "closed"
         title = f"Session of {type(self.model).__name__}: {state}, step {self.step}"
-        made = zip(self.methods, self._num_sites, strict=True)
-        lines = [f"{config!r} at {num} site{'s' if num != 1 else ''}" for config, num in made]
-        return "<" + "\n  ".join([title, *lines]) + ">"
+        pairs = zip(self.methods, self._num_sites, strict=True)
+        return (
+            "\n  ".join([f"<{title}", *(f"{config!r} at {n} sites" for config, n in pairs)]) + ">"
+        )
 
     @property
     def seed(self) -> int:
@@ -74,18 +75,13 @@ class Session:
         return self._runtime.step
 
     @property
-    def is_open(self) -> bool:
-        """Whether the model is converted: neither ``merge`` nor ``remove`` has been called."""
-        return bool(self.conversions)
-
-    @property
     def can_merge(self) -> bool:
         """Whether plain modules can compute what every method here computes."""
         return all(conversion.can_merge for conversion in self.conversions)
 
     def exact(self) -> AbstractContextManager[None]:
         """Run the plain computation inside: nothing sampled, exact gradients."""
-        self.check_open("session.exact")
+        check_open(self, "session.exact")
         return self._runtime.exact()
 
     def auxiliary_loss(self) -> Tensor:
@@ -94,12 +90,12 @@ class Session:
         Zero where no method has one. Add it to the task's loss before ``backward``; the trainer
         callback does so by itself.
         """
-        self.check_open("session.auxiliary_loss")
+        check_open(self, "session.auxiliary_loss")
         return self._runtime.auxiliary_loss()
 
     def on_step(self) -> None:
         """Count one optimiser step and let methods act on it; the trainer callback calls this."""
-        self.check_open("session.on_step")
+        check_open(self, "session.on_step")
         self._runtime.step += 1
         for conversion in self.conversions:
             conversion.on_step(self.step)
@@ -116,7 +112,7 @@ class Session:
         Raises:
             ConfigError: no list of batches.
         """
-        self.check_open("session.calibrate")
+        check_open(self, "session.calibrate")
         batches = checked_batches(batches)
         wanted = [c for c in self.conversions if c.num_calibration_batches]
         with seeded_generators(self.model, self.seed):
@@ -139,15 +135,9 @@ class Session:
         Raises:
             ConfigError: no parameter trains, or ``kind`` is no optimiser or refuses its options.
         """
-        self.check_open("session.optimizer")
-        params = [p for p in self.model.parameters() if p.requires_grad]
-        if not params:
-            raise ConfigError(
-                "session.optimizer: the model must have a trainable parameter, got none; set "
-                "requires_grad on what should train"
-            )
+        check_open(self, "session.optimizer")
         sparse = [p for c in self.conversions for p in c.sparse_parameters]
-        return paired(kind, params, sparse, options)
+        return paired(kind, self.model.parameters(), sparse, options)
 
     def remove(self) -> None:
         """Put the original module objects back; weights stay as they are now.
@@ -158,7 +148,7 @@ class Session:
         Raises:
             UnsupportedError: others have replaced or copied a converted module; nothing is changed.
         """
-        if self.is_open:
+        if self.conversions:
             self._close("session.remove", lambda conversion: conversion.undo())
 
     def merge(self) -> None:
@@ -168,7 +158,7 @@ class Session:
             UnsupportedError: plain modules cannot compute what a method here computes, or others
                 have replaced or copied a converted module; nothing is folded.
         """
-        self.check_open("session.merge")
+        check_open(self, "session.merge")
         lacking = [conversion for conversion in self.conversions if not conversion.can_merge]
         if lacking:
             raise UnsupportedError(
@@ -191,53 +181,18 @@ class Session:
             self._saving.lift()
         if getattr(self.model, "_leantune_session", None) is self:
             del self.model._leantune_session
-        _sessions.discard(self)
-
-    def check_open(self, who: str) -> None:
-        """Raise where the session has ended.
-
-        Args:
-            who: what was called; the first words of the error.
-
-        Raises:
-            ConfigError: ``merge`` or ``remove`` has been called.
-        """
-        if not self.is_open:
-            raise ConfigError(
-                f"{who}: session must be open, got one after merge() or remove(); apply the recipe "
-                "again, and use the new session"
-            )
-
-    def check_in_use(self) -> None:
-        """Raise where a method has nothing to do, since its modules were frozen or copied.
-
-        The first training forward calls this, unless it is compiled.
-
-        Raises:
-            SiteError: the weights of all its sites are frozen, or copies of them would train.
-        """
-        check_in_use(self.model, self.conversions, self._runtime)
+        SESSIONS.discard(self)
 
     def _check_first_forward(self, model: nn.Module, args: Any) -> None:
         if model.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            self.check_in_use()
-            # Calibration, which is exact, may come before others are done with the model.
-            if not self._runtime.is_exact:
+            refuse_idle(self.conversions)
+            refuse_copies(self.model, self._runtime)
+            if not self._runtime.is_exact:  # as in calibration, before others are done
                 self._first.remove()
-
-    def allow_checkpoints(self, prefix: str) -> None:
-        """Let the model's ``save_pretrained`` write a run's checkpoints, whatever the methods.
-
-        Args:
-            prefix: how their absolute paths begin. Whoever calls this sees to it that only a
-                resumed run can read them.
-        """
-        if self._saving is not None:
-            self._saving.checkpoints = prefix
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return what a resumed run needs besides weights and optimiser, as flat tensors."""
-        self.check_open("session.state_dict")
+        check_open(self, "session.state_dict")
         out = self._runtime.state_dict()
         for name, conversion in zip(self._names, self.conversions, strict=True):
             out.update({f"{name}/{k}": v for k, v in conversion.state_dict().items()})
@@ -249,7 +204,7 @@ class Session:
         Raises:
             ConfigError: the state belongs to another recipe, or is damaged.
         """
-        self.check_open("session.load_state_dict")
+        check_open(self, "session.load_state_dict")
         before = {name: value.clone() for name, value in self.state_dict().items()}
         try:
             self._load(state)
@@ -259,17 +214,8 @@ class Session:
 
     def _load(self, state: Mapping[str, Tensor]) -> None:
         self._runtime.load_state_dict(state)
-        parts: dict[str, dict[str, Tensor]] = {name: {} for name in self._names}
-        for key, value in state.items():
-            name, slash, rest = key.partition("/")
-            if slash and name not in parts:
-                raise ConfigError(
-                    f"session: state must belong to this recipe, got an entry {key!r} that no "
-                    "method here keeps; apply the recipe that the state was saved with"
-                )
-            if slash:
-                parts[name][rest] = value
-        for conversion, part in zip(self.conversions, parts.values(), strict=True):
+        parts = split_state(state, self._names)
+        for conversion, part in zip(self.conversions, parts, strict=True):
             conversion.load_state_dict(part)
 
     def save(self, folder: str | Path) -> None:
@@ -280,21 +226,27 @@ class Session:
             UnsupportedError: parameters are sharded.
             OSError: the disk is full; what was there before survives.
         """
-        self.check_open("session.save")
-        recipe = Recipe(methods=self.methods, seed=self.seed)
-        path = as_folder("session.save", folder)
-        write_session(path, recipe.to_dict(), self.model, self.state_dict)
+        check_open(self, "session.save")
+        recipe = Recipe(methods=self.methods, seed=self.seed).to_dict()
+        write_session(as_folder("session.save", folder), recipe, self.model, self.state_dict)
 
 
-_sessions: WeakSet[Session] = WeakSet()
+def check_open(session: Session, who: str) -> None:
+    """Raise where the session has ended.
+
+    Args:
+        session: the session.
+        who: what was called; the first words of the error.
+
+    Raises:
+        ConfigError: ``merge`` or ``remove`` has been called.
+    """
+    if not session.conversions:
+        raise ConfigError(
+            f"{who}: session must be open, got one after merge() or remove(); apply the recipe "
+            "again, and use the new session"
+        )
 
 
-def sessions_around(model: nn.Module) -> list[Session]:
-    """Return the open sessions of a model, of one inside it, and of one that it is inside."""
-    inside = {id(module) for module in model.modules()}
-    return [
-        session
-        for session in _sessions
-        if session.is_open
-        and (id(session.model) in inside or any(m is model for m in session.model.modules()))
-    ]
+SESSIONS: WeakSet[Session] = WeakSet()
+"""All sessions of this process, so that no model is converted inside another or around one."""

@@ -1,5 +1,6 @@
 """The Trainer callback that carries a session through a run, and the batches it calibrates on."""
 
+import json
 import math
 from collections.abc import Iterator, Mapping
 from itertools import islice
@@ -16,8 +17,16 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
 from leantune.core.conversion import SAMPLE_ID
-from leantune.core.files import load_tensors, save_tensors, trained_weights
-from leantune.core.session import Session
+from leantune.core.files import (
+    load_tensors,
+    read_json,
+    save_tensors,
+    trained_weights,
+    write_atomic,
+)
+from leantune.core.ownership import refuse_idle
+from leantune.core.saving import allow_checkpoints
+from leantune.core.session import Session, check_open
 from leantune.errors import ConfigError, UnsupportedError
 from leantune.ops.backend import on_gpu
 
@@ -54,7 +63,7 @@ class TrainerCallback(transformers.TrainerCallback):
                 f"TrainerCallback: session must be what leantune.apply returned, got {session!r}; "
                 "call session = leantune.apply(model, ...)"
             )
-        session.check_open("TrainerCallback")
+        check_open(session, "TrainerCallback")
         self.session = session
         self.resume_from = resume_from
         self._hook: Any = None
@@ -83,8 +92,7 @@ class TrainerCallback(transformers.TrainerCallback):
         else:
             self._calibrate(args, train_dataloader)
         assert args.output_dir is not None
-        prefix = str(_checkpoint(args.output_dir, "").resolve())
-        self.session.allow_checkpoints(prefix)
+        allow_checkpoints(self.session.model, str(_checkpoint(args.output_dir, "").resolve()))
         self._drop_hook()
         self._hook = self.session.model.register_forward_hook(self._add_loss, with_kwargs=True)
 
@@ -131,16 +139,14 @@ class TrainerCallback(transformers.TrainerCallback):
             if state.is_world_process_zero:
                 save_tensors(folder / SAFE_WEIGHTS_NAME, weights)
         if not self.session.can_merge and args.should_save:
-            # Without these nothing but a resumed run reads it: plain modules compute another model.
-            for name in (CONFIG_NAME, ADAPTER_CONFIG):
-                (folder / name).unlink(missing_ok=True)
+            _let_no_plain_model_load(folder)
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         self._drop_hook()
 
     def _check(self, args: TrainingArguments, model: nn.Module | None) -> None:
-        self.session.check_open("TrainerCallback")
-        self.session.check_in_use()
+        check_open(self.session, "TrainerCallback")
+        refuse_idle(self.session.conversions)
         own = self.session.model
         if model is not None and all(module is not own for module in model.modules()):
             raise ConfigError(
@@ -238,6 +244,16 @@ def _unused_loss(session: Session) -> UnsupportedError:
 
 def _checkpoint(output_dir: str | Path, step: int | str) -> Path:
     return Path(output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+
+
+def _let_no_plain_model_load(folder: Path) -> None:
+    """Make of a checkpoint one that a resumed run reads, and nobody else: it needs the session."""
+    (folder / ADAPTER_CONFIG).unlink(missing_ok=True)
+    config = folder / CONFIG_NAME
+    if config.is_file():
+        # A resumed run does not read this; a model that is built from it says what it lacks.
+        needs = {"attn_implementation": "leantune_session"}
+        write_atomic(config, json.dumps(read_json(config) | needs, indent=2) + "\n")
 
 
 def _file_name(args: TrainingArguments) -> str:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from leantune.core.adapters import adapted_layers, trained_by_adapter
 from leantune.core.config import MethodConfig, option
 from leantune.core.conversion import SwapConversion
 from leantune.core.extras import require
@@ -53,29 +54,19 @@ class InjectedAdapter(SwapConversion):
 
     def find_layers(self) -> None:
         """Note which layers peft has put into the model, each as a swap."""
-        from peft.tuners.tuners_utils import BaseTunerLayer
-        from peft.utils import ModulesToSaveWrapper
-
-        for name, module in self.model.named_modules():
-            layer: Any = module
-            if isinstance(module, ModulesToSaveWrapper):
-                old = layer.original_module
-            elif isinstance(module, BaseTunerLayer):
-                old = layer.get_base_layer()
-            else:
-                continue
+        for name, layer, original in adapted_layers(self.model):
             # New modules are in training mode, whatever the model is in.
-            layer.train(old.training)
+            layer.train(original.training)
             parent = self.model.get_submodule(name.rpartition(".")[0])
-            self.swaps.append(Swap(self.model, name, parent, old, layer))
-            self.trained[name] = _adapters(layer).get(_ADAPTER)
+            self.swaps.append(Swap(self.model, name, parent, original, layer))
+            self.trained[name] = trained_by_adapter(layer).get(_ADAPTER)
 
     def not_ours(self, owned: Ownership) -> list[str]:
         """Return the names of layers that were replaced, or hold another adapter than ours."""
         lost = [
             swap.name
             for swap in self.swaps
-            for name, module in _adapters(swap.new).items()
+            for name, module in trained_by_adapter(swap.new).items()
             if name != _ADAPTER or owned.undone(module) is not self.trained[swap.name]
         ]
         return super().not_ours(owned) + lost
@@ -92,16 +83,12 @@ class InjectedAdapter(SwapConversion):
     def merge(self) -> None:
         """Fold the factors into the weights, copy trained heads, and take the layers out."""
         for swap in self.swaps:
-            if hasattr(swap.new, "modules_to_save"):
-                swap.old.load_state_dict(swap.new.modules_to_save[_ADAPTER].state_dict())  # type: ignore
+            layer: Any = swap.new
+            if hasattr(layer, "merge"):
+                layer.merge(adapter_names=[_ADAPTER])
             else:
-                swap.new.merge(adapter_names=[_ADAPTER])  # type: ignore[operator]
+                swap.old.load_state_dict(trained_by_adapter(layer)[_ADAPTER].state_dict())
         self.undo()
-
-
-def _adapters(layer: Any) -> dict[str, nn.Module]:
-    """Return what a layer trains, its first factor or a copied head, by the adapter's name."""
-    return dict(layer.modules_to_save if hasattr(layer, "modules_to_save") else layer.lora_A)
 
 
 def _convert(
@@ -109,10 +96,8 @@ def _convert(
 ) -> InjectedAdapter:
     require("peft", extra="train", who="LoRA")
     from peft import LoraConfig, inject_adapter_in_model
-    from peft.tuners.tuners_utils import BaseTunerLayer
 
-    has_layers = any(isinstance(module, BaseTunerLayer) for module in model.modules())
-    if has_layers or hasattr(model, "peft_config"):
+    if hasattr(model, "peft_config") or any(adapted_layers(model)):
         raise UnsupportedError(
             "LoRA: model must carry no PEFT adapter yet, got one; leave LoRA out of the recipe: "
             "the other methods act on the adapter that is there"

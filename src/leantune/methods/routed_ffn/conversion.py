@@ -81,8 +81,7 @@ class RoutedFFNs(SwapConversion):
         self._layers.append(layer)
         for part, child in site.children.items():
             parent, _, attribute = child.name.rpartition(".")
-            home = self._model.get_submodule(parent)
-            self._parts.append((layer, layer.names[part], home, attribute))
+            self._parts.append((layer, part, self._model.get_submodule(parent), attribute))
         self.swaps.append(swap(self._model, site.name, layer))
         for name in site.also_replaced:
             self.swaps.append(swap(self._model, name, nn.Identity()))
@@ -93,15 +92,12 @@ class RoutedFFNs(SwapConversion):
             layer.units.reorder(_order(layer, layer.ffn.weight(first).detach()))
 
     def undo(self) -> None:
-        """Put the hidden units back into their original order, and the old modules back.
-
-        What others have put in a part's place meanwhile (an adapter around it) goes back with it.
-        """
+        """Put units into their order and old modules back, parts with what others put around."""
         for units in self._units.values():
             units.restore()
         super().undo()
-        for layer, name, home, attribute in self._parts:
-            setattr(home, attribute, layer.get_submodule(name))
+        for layer, part, home, attribute in self._parts:
+            setattr(home, attribute, layer.get_submodule(layer.names[part]))
 
     def calibrate(self, batches: Iterable[Any]) -> None:
         """Run batches through the plain FFNs; then group units and fit the routers.

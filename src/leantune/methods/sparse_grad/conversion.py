@@ -79,13 +79,12 @@ class SparseGradConversion(SwapConversion):
         return [rule.parameter for rule in self.rules] if self.is_step else []
 
     def undo(self) -> None:
-        """Put the plain linears back; their weights hold what has been trained."""
+        """Put the plain linears back, with what was trained; frozen where others froze that."""
         self.update()
         self._hook.remove()
         super().undo()
         for rule, was_trained in zip(self.rules, self.was_trained, strict=True):
             module = rule.module
-            # Whoever froze what trains in its stead (peft does) wants it frozen.
             module.weight.requires_grad_(was_trained and rule.parameter.requires_grad)
             # The plain linear has the same dictionary of parameters.
             for name in (PARAMETER[self.config.selection], "merged_delta"):
