@@ -16,6 +16,7 @@ from leantune.core.files import (
     load_weights,
     read_json,
 )
+from leantune.core.linear import has_own_call
 from leantune.core.ownership import refuse_idle
 from leantune.core.recipe import Recipe
 from leantune.core.registry import MethodSpec
@@ -212,4 +213,6 @@ def _idle(site: Site, spec: MethodSpec, frozen: set[int]) -> str | None:
             "the weight must train, got a frozen one, as all are beside a PEFT adapter; unfreeze "
             "it, or leave it out with sites="
         )
+    if spec.acts_on_weight and has_own_call(site.module):
+        return "forward must be that of its class, got a compiled one; apply the recipe first"
     return None
