@@ -252,12 +252,12 @@ def test_two_configs_of_one_method_calibrate_step_and_undo_once_each(noting) -> 
         "key",
         "key",
     ]
-    session.calibrate(iter(["a", "b"]))
+    session.calibrate(iter([("a",), ("b",)]))
     session.on_step()
     session.on_step()
     session.load_state_dict(session.state_dict())
     session.remove()
-    calibrated = ("calibrate", ["a", "b"])
+    calibrated = ("calibrate", [("a",), ("b",)])
     for conversion in (first, second):
         assert conversion.calls == [
             calibrated,
@@ -330,3 +330,122 @@ def test_calibration_neither_reads_nor_moves_the_callers_generators(noting) -> N
         assert torch.equal(torch.get_rng_state(), before)
         drawn.append(session.conversions[0].drawn)
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+
+
+@pytest.mark.parametrize("batches", [None, 3, "text", {"input_ids": torch.zeros(1)}, torch.ones(2)])
+def test_what_is_no_list_of_batches_is_named(batches: Any) -> None:
+    _, session = make()
+    with pytest.raises(ConfigError, match=r"^session\.calibrate: batches must be a list of"):
+        session.calibrate(batches)
+
+
+@pytest.mark.parametrize("batch", [None, 3, "text", b"text"])
+def test_what_is_no_batch_is_named(batch: Any, noting) -> None:
+    session = lt.apply(TINY.build(), noting())
+    with pytest.raises(ConfigError, match=r"^session\.calibrate: batches must each be what the"):
+        session.calibrate([batch])
+    assert session.conversions[0].calls == []
+
+
+@pytest.mark.parametrize("kind", ["adam", None, nn.Linear, torch.optim, torch.optim.AdamW.step])
+def test_what_is_no_optimiser_is_named(kind: Any) -> None:
+    _, session = make()
+    with pytest.raises(ConfigError, match=r"^session\.optimizer: kind must be a class of torch"):
+        session.optimizer(kind)
+
+
+@pytest.mark.parametrize("options", [{"lr": -1.0}, {"lr": "fast"}, {"no_such": 1}])
+def test_options_that_the_optimiser_refuses_are_named(options: dict[str, Any]) -> None:
+    _, session = make()
+    with pytest.raises(ConfigError, match=r"^session\.optimizer: options must suit AdamW, got"):
+        session.optimizer(torch.optim.AdamW, **options)
+
+
+def test_a_state_is_taken_on_whole_or_not_at_all(noting) -> None:
+    model = TINY.build()
+    session = lt.apply(model, lt.WTACRS(min_rows=2), noting(sites="query"), seed=4)
+    model(**TINY.batch()).loss.backward()
+    session.on_step()
+    good = session.state_dict()
+
+    def refuse(state: Any) -> None:
+        with pytest.raises(ConfigError, match=r"^(session|WTACRS): .* must "):
+            session.load_state_dict(state)
+        now = session.state_dict()
+        assert now.keys() == good.keys() and all(torch.equal(now[k], good[k]) for k in good)
+
+    other = {k: torch.ones_like(v) for k, v in good.items()}
+    for state in (None, [], "state", {"counter": 3}, {3: torch.ones(())}, {}):
+        refuse(state)
+    for name in ("counter", "step", "seed"):
+        refuse({k: v for k, v in other.items() if k != name})
+        for value in (torch.ones(2, dtype=torch.int64), torch.tensor(1.0), torch.tensor(True)):
+            refuse({**other, name: value})
+    refuse({**other, "step": torch.tensor(-1)})
+    refuse({**other, "7.lora/x": torch.ones(1)})
+    norms = next(k for k in good if k.startswith("0.wta_crs/"))
+    refuse({**other, norms: torch.full((3,), torch.nan)})
+    session.load_state_dict({**good, "step": torch.tensor(5)})
+    assert session.step == 5 and session.seed == 4
+
+
+@pytest.mark.parametrize("folder", [None, 3, "", b"x", "a\0b"])
+def test_what_is_no_path_is_named(folder: Any) -> None:
+    _, session = make()
+    with pytest.raises(ConfigError, match=r"^session\.save: folder must be a path, got"):
+        session.save(folder)
+    with pytest.raises(ConfigError, match=r"^load: folder must be a path, got"):
+        lt.load(TINY.build(), folder)
+
+
+def test_a_file_in_the_folders_place_is_named(tmp_path) -> None:
+    _, session = make()
+    (tmp_path / "file").write_text("mine")
+    for call in (session.save, lambda folder: lt.load(TINY.build(), folder)):
+        with pytest.raises(ConfigError, match=r"folder must be a folder, got .*, which is a file"):
+            call(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_format_of_another_version_is_refused(tmp_path) -> None:
+    import json
+
+    _, session = make()
+    session.save(tmp_path / "saved")
+    recipe = tmp_path / "saved" / "recipe.json"
+    data = json.loads(recipe.read_text())
+    for version in (-5, 0, 2.0, True, "2", None, 10**30):
+        recipe.write_text(json.dumps({**data, "format": version}))
+        with pytest.raises(ConfigError, match="format must be 2, got"):
+            lt.load(TINY.build(), tmp_path / "saved")
+
+
+def test_two_linears_that_share_a_weight_save_and_load(tmp_path) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+            self.b.weight = self.a.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(torch.tanh(self.a(x)))
+
+    def trained() -> tuple[nn.Module, lt.Session]:
+        torch.manual_seed(0)
+        model = Tied()
+        return model, lt.apply(model, lt.WTACRS(min_rows=1, sites="linear"))
+
+    model, session = trained()
+    optimizer = session.optimizer(torch.optim.SGD, lr=0.1)
+    model(torch.randn(6, 8)).square().sum().backward()
+    optimizer.step()
+    session.save(tmp_path / "saved")
+    session.merge()
+    other = Tied()
+    lt.load(other, tmp_path / "saved").merge()
+    x = torch.randn(3, 8)
+    assert other.b.weight is other.a.weight and model.b.weight is model.a.weight
+    assert torch.equal(other(x), model(x))
+    with pytest.raises(lt.SiteError, match=r"must not be shared, got one that b has"):
+        lt.apply(model, lt.SparseGrad(sites="linear"))
+    assert all(p.requires_grad for p in model.parameters())

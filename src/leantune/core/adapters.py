@@ -73,6 +73,19 @@ def saved_name(name: str) -> str:
     return f"{name}.lora_A.weight"
 
 
+def adapted_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
+    """Yield name, layer and original of each LoRA layer and each module that trains as a copy."""
+    for name, layer in model.named_modules():
+        for held, original in layer.named_children():
+            if held in ("base_layer", "original_module"):
+                yield name, layer, original
+
+
+def trained_by_adapter(layer: Any) -> dict[str, nn.Module]:
+    """Return what such a layer trains, by adapter: the first of its factors, or the copy."""
+    return dict(layer.modules_to_save if hasattr(layer, "modules_to_save") else layer.lora_A)
+
+
 def is_factor(name: str) -> bool:
     """Return whether a module's name is that of a LoRA layer's first or second factor."""
     return _FACTOR.search(name) is not None

@@ -5,14 +5,23 @@ from pathlib import Path
 from torch import nn
 
 from leantune.core import registry
-from leantune.core.config import MethodConfig
+from leantune.core.config import MethodConfig, shown
 from leantune.core.conversion import Conversion
 from leantune.core.discovery import Layout, discover, find_sites
-from leantune.core.files import RECIPE_FILE, STATE_FILE, load_tensors, load_weights, read_json
+from leantune.core.files import (
+    RECIPE_FILE,
+    STATE_FILE,
+    as_folder,
+    load_tensors,
+    load_weights,
+    read_json,
+)
+from leantune.core.linear import has_own_call
+from leantune.core.ownership import refuse_idle
 from leantune.core.recipe import Recipe
 from leantune.core.registry import MethodSpec
 from leantune.core.runtime import Runtime
-from leantune.core.session import Session
+from leantune.core.session import SESSIONS, Session
 from leantune.core.sites import Site, is_nested, match_sites
 from leantune.errors import ConfigError, SiteError, UnsupportedError
 
@@ -33,14 +42,17 @@ def apply(model: nn.Module, *methods: MethodConfig, seed: int = 0) -> Session:
 
     Raises:
         ConfigError: no method, something that is no method config, or a seed that is no integer.
-        SiteError: sites that match nothing or that a method cannot act on, or two methods of one
-            axis on one site; every failing site is listed and nothing is changed.
+        SiteError: sites that match nothing, that a method cannot act on or whose weights are all
+            frozen, or two methods of one axis on one site; every failing site is listed and nothing
+            is changed.
         UnsupportedError: the model is on the meta device.
     """
     _check_request(model, methods)
     recipe = Recipe(methods=methods, seed=seed)
+    # As the user left them: LoRA freezes weights that another method of the recipe trains.
+    frozen = {id(p) for p in model.parameters() if not p.requires_grad}
     layout = discover(model)
-    _check_conflicts(find_sites(model, layout), methods)
+    _check_conflicts(find_sites(model, layout), methods, frozen)
     runtime = Runtime(model, recipe.seed)
     conversions: dict[str, Conversion] = {}
     try:
@@ -48,15 +60,13 @@ def apply(model: nn.Module, *methods: MethodConfig, seed: int = 0) -> Session:
             for number, config in enumerate(methods):
                 if registry.get(config.method).axis == axis:
                     name = f"{number}.{config.method}"
-                    conversions[name] = _convert(model, layout, config, runtime)
+                    conversions[name] = _convert(model, layout, config, runtime, frozen)
+        refuse_idle(conversions.values())
     except BaseException:
         for conversion in reversed(conversions.values()):
             conversion.undo()
         raise
-    runtime.install_hooks(model)
-    session = Session(model, recipe.methods, runtime, conversions)
-    model._leantune_session = session  # type: ignore[assignment]
-    return session
+    return Session(model, recipe.methods, runtime, conversions)
 
 
 def load(model: nn.Module, folder: str | Path) -> Session:
@@ -70,7 +80,7 @@ def load(model: nn.Module, folder: str | Path) -> Session:
         ConfigError: a missing or truncated file, another format, or weights of another model; the
             model is left as it was.
     """
-    folder = Path(folder)
+    folder = as_folder("load", folder)
     recipe = Recipe.from_dict(read_json(folder / RECIPE_FILE))
     state = load_tensors(folder / STATE_FILE)
     session = apply(model, *recipe.methods, seed=recipe.seed)
@@ -97,14 +107,20 @@ def _check_request(model: nn.Module, methods: tuple[MethodConfig, ...]) -> None:
     for config in methods:
         if not isinstance(config, MethodConfig):
             raise ConfigError(
-                f"apply: methods must be method configs, got {config!r}; for example "
+                f"apply: methods must be method configs, got {shown(config)}; for example "
                 "leantune.WTACRS(keep_ratio=0.3)"
             )
-    if getattr(model, "_leantune_session", None) is not None:
+    inside = set(model.modules())
+    for session in SESSIONS:
+        is_apart = session.model not in inside and model not in set(session.model.modules())
+        if is_apart or not session.conversions:
+            continue
+        names = ", ".join(config.method for config in session.methods)
+        kind = type(session.model).__name__
+        where = f"one with {names}" if session.model is model else f"{kind} with {names}"
         raise ConfigError(
-            "apply: model must not be converted already, got one with "
-            f"{', '.join(m.method for m in model._leantune_session.methods)}; "  # type: ignore
-            "give all methods in one call, or call session.remove() first"
+            "apply: model must not be converted already, nor a model inside it or around it, got "
+            f"{where}; give all methods in one call, or call session.remove() first"
         )
     meta = [n for n, p in model.named_parameters() if p.is_meta]
     if meta:
@@ -114,24 +130,32 @@ def _check_request(model: nn.Module, methods: tuple[MethodConfig, ...]) -> None:
         )
 
 
-def _chosen(sites: list[Site], config: MethodConfig, spec: MethodSpec) -> list[Site]:
-    ours = [s for s in sites if s.role in spec.roles]
-    who = type(config).__name__
-
+def _chosen(
+    sites: list[Site], config: MethodConfig, spec: MethodSpec, frozen: set[int]
+) -> list[Site]:
     def default(site: Site) -> bool:
-        return site.unusable is None and spec.default_sites(site, config)
+        is_lost = site.unusable is not None or (spec.trains_weight and _is_frozen(site, frozen))
+        return not is_lost and spec.default_sites(site, config)
 
-    return match_sites(ours, config.sites, default, who)
+    ours = [s for s in sites if s.role in spec.roles]
+    return match_sites(ours, config.sites, default, type(config).__name__)
 
 
-def _check_conflicts(sites: list[Site], methods: tuple[MethodConfig, ...]) -> None:
+def _is_frozen(site: Site, frozen: set[int]) -> bool:
+    held = dict(site.module.named_parameters(recurse=False))
+    return id(held.get("weight")) in frozen
+
+
+def _check_conflicts(
+    sites: list[Site], methods: tuple[MethodConfig, ...], frozen: set[int]
+) -> None:
     """Refuse two methods of one axis on one site or on nested ones, before anything is swapped."""
     taken: dict[str, list[tuple[Site, MethodConfig]]] = {}
     clashes: list[str] = []
     for config in methods:
         spec = registry.get(config.method)
         try:
-            chosen = _chosen(sites, config, spec)
+            chosen = _chosen(sites, config, spec, frozen)
         except SiteError:
             # It may match what another method adds (LoRA's factors); judged when it is applied.
             continue
@@ -153,28 +177,42 @@ def _check_conflicts(sites: list[Site], methods: tuple[MethodConfig, ...]) -> No
 
 
 def choose(
-    sites: list[Site], config: MethodConfig, spec: MethodSpec
+    sites: list[Site], config: MethodConfig, spec: MethodSpec, frozen: set[int]
 ) -> tuple[list[Site], dict[str, str]]:
-    """Return the sites that a config means, and why the method cannot act on some: name -> why."""
-    chosen = _chosen(sites, config, spec)
-    reasons = {s.name: s.unusable or spec.check(s, config) for s in chosen}
+    """Return the sites that a config means, and why the method cannot act on some: name -> why.
+
+    Args:
+        frozen: ids of the parameters that do not train.
+    """
+    chosen = _chosen(sites, config, spec, frozen)
+    reasons = {
+        s.name: s.unusable or _idle(s, spec, frozen) or spec.check(s, config) for s in chosen
+    }
     return chosen, {name: reason for name, reason in reasons.items() if reason is not None}
 
 
 def _convert(
-    model: nn.Module, layout: Layout, config: MethodConfig, runtime: Runtime
+    model: nn.Module,
+    layout: Layout,
+    config: MethodConfig,
+    runtime: Runtime,
+    frozen: set[int],
 ) -> Conversion:
     """Apply one method; every site is checked before the first is changed."""
     spec = registry.get(config.method)
     who = type(config).__name__
     every = find_sites(model, layout)
-    sites, bad = choose(every, config, spec)
+    sites, bad = choose(every, config, spec, frozen)
     if not sites:
         ours = [s for s in every if s.role in spec.roles]
         no = [f"{s.name}: {s.unusable}" for s in ours if s.unusable]
         how = "the method's own choice" if config.sites is None else "the predicate"
         why = f"; {len(no)} cannot be used: {'; '.join(no[:3])}" if no else ""
-        way_out = "name some with sites=" if ours else "the model has none"
+        way_out = (
+            "name some with sites=; frozen weights, as beside a PEFT adapter, may be left out"
+            if ours
+            else "the model has none"
+        )
         raise SiteError(
             f"{who}: sites must match at least one module, got none by {how} "
             f"(roles: {', '.join(spec.roles)}); {way_out}{why}"
@@ -182,4 +220,18 @@ def _convert(
     if bad:
         listed = "; ".join(f"{name}: {reason}" for name, reason in bad.items())
         raise SiteError(f"{who}: {len(bad)} of {len(sites)} sites cannot be used: {listed}")
-    return spec.convert(model, sites, config, runtime)
+    conversion = spec.convert(model, sites, config, runtime)
+    conversion.config, conversion.sites = config, tuple(sites)
+    return conversion
+
+
+def _idle(site: Site, spec: MethodSpec, frozen: set[int]) -> str | None:
+    """Say why a method would do nothing at a site, or None."""
+    if spec.trains_weight and _is_frozen(site, frozen):
+        return (
+            "the weight must train, got a frozen one, as all are beside a PEFT adapter; unfreeze "
+            "it, or leave it out with sites="
+        )
+    if spec.acts_on_weight and has_own_call(site.module):
+        return "forward must be that of its class, got a compiled one; apply the recipe first"
+    return None

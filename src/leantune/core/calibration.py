@@ -1,12 +1,42 @@
 """A converted model is shown some batches, for methods that start from what they see."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from leantune.core.runtime import BatchInfo, Runtime
+from leantune.errors import ConfigError
+from leantune.ops.backend import on_gpu
+
+
+def checked_batches(batches: Any) -> Iterable[Any]:
+    """Return the batches, each checked when its turn comes.
+
+    Raises:
+        ConfigError: no list of batches: none at all, a single batch, or text.
+    """
+    if isinstance(batches, str | bytes | Mapping | Tensor) or not isinstance(batches, Iterable):
+        raise ConfigError(
+            f"session.calibrate: batches must be a list of batches, got {_kind(batches)}; give "
+            "some of what the model is trained on, as in session.calibrate([batch])"
+        )
+    return map(_checked, batches)
+
+
+def _checked(batch: Any) -> Any:
+    if batch is None or isinstance(batch, str | bytes | int | float):
+        raise ConfigError(
+            "session.calibrate: batches must each be what the model is called with, got "
+            f"{_kind(batch)}; give mappings of tensors, such as what a tokenizer returns"
+        )
+    return batch
+
+
+def _kind(value: Any) -> str:
+    return "None" if value is None else f"a {type(value).__name__}"
 
 
 def run_batches(model: nn.Module, runtime: Runtime, batches: Iterable[Any]) -> Iterator[BatchInfo]:
@@ -36,3 +66,15 @@ def run_batches(model: nn.Module, runtime: Runtime, batches: Iterable[Any]) -> I
         runtime.batch = before
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def seeded_generators(model: nn.Module, seed: int) -> Generator[None]:
+    """Seed the generators of the CPU and of the model's GPUs inside, and put them back after."""
+    # Only these: to touch another GPU would start CUDA on it.
+    used = {p.device for p in model.parameters() if on_gpu(p)}
+    with torch.random.fork_rng(devices=list(used)):
+        torch.default_generator.manual_seed(seed)
+        for device in used:
+            torch.cuda.default_generators[device.index].manual_seed(seed)
+        yield

@@ -67,18 +67,18 @@ class Options:
         if isinstance(value, str) and value in choices:
             return
         if float in kinds and value is not None and (type(value) is int or _is_spelled(value)):
-            # YAML reads 5e-5 as text.
-            value = float(value)
+            # YAML reads 5e-5 as text; what is too large for a float is infinite.
+            value = float(value) if _is_short(value) else math.inf
             object.__setattr__(self, spec.name, value)
         if type(value) not in kinds:
-            raise ConfigError(f"{who} must be {rule}, got {value!r}")
+            raise ConfigError(f"{who} must be {rule}, got {shown(value)}")
         if isinstance(value, int | float) and not isinstance(value, bool):
-            is_number = isinstance(value, int) or math.isfinite(value)
+            is_number = _is_short(value) if isinstance(value, int) else math.isfinite(value)
             inside = is_number and all(
                 limit is None or _COMPARE[name](value, limit) for name, limit in bounds.items()
             )
             if not inside:
-                raise ConfigError(f"{who} must be {rule}, got {value!r}")
+                raise ConfigError(f"{who} must be {rule}, got {shown(value)}")
 
     @classmethod
     def describe(cls) -> list[dict[str, Any]]:
@@ -138,7 +138,7 @@ class MethodConfig(Options):
         if not (is_list or self.sites is None or callable(self.sites)):
             raise ConfigError(
                 f"{type(self).__name__}: sites must be a non-empty list of role names or patterns, "
-                f"or a predicate, got {self.sites!r}; leave it out for the method's own choice"
+                f"or a predicate, got {shown(self.sites)}; leave it out for the method's own choice"
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -173,19 +173,30 @@ class MethodConfig(Options):
         version = data.pop("version", cls.version)
         if type(version) is not int or version != cls.version:
             raise ConfigError(
-                f"{cls.__name__}: version must be {cls.version}, got {version!r}; the recipe was "
-                "written by another version of leantune: install that one, or write it anew"
+                f"{cls.__name__}: version must be {cls.version}, got {shown(version)}; the recipe "
+                "was written by another version of leantune: install that one, or write it anew"
             )
         cls.refuse_unknown(data)
         return cls(**data)
+
+
+def shown(value: Any) -> str:
+    """Return a value as an error shows it: shortened, and whatever it is."""
+    try:
+        text = repr(value)
+    except Exception:
+        text = f"a {type(value).__name__} that cannot be shown"
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def unknown_key(who: str, what: str, got: str, known: Sequence[str]) -> str:
     """Word the error for a name that is not in ``known``, with the nearest match."""
     near = difflib.get_close_matches(str(got), known, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"{who}: {what} must be one of {', '.join(sorted(known))}, got {got!r}; {hint}".rstrip(
-        "; "
+    return (
+        f"{who}: {what} must be one of {', '.join(sorted(known))}, got {shown(got)}; {hint}".rstrip(
+            "; "
+        )
     )
 
 
@@ -212,6 +223,11 @@ def _accepted(hint: Any) -> tuple[set[type], tuple[str, ...], bool]:
         else:
             kinds.add(part)
     return kinds, choices, nullable
+
+
+def _is_short(value: Any) -> bool:
+    """Return whether a value is no whole number of more than 64 bits."""
+    return not isinstance(value, int) or -(2**63) <= value < 2**63
 
 
 def _is_spelled(value: Any) -> bool:

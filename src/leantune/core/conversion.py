@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from leantune.core.linear import Swap
+from leantune.core.linear import Ownership, Swap
+from leantune.core.sites import Site
 from leantune.errors import ConfigError
 
 SAMPLE_ID = "sample_id"
@@ -20,6 +21,8 @@ class Conversion(ABC):
     reverse. Two configs of one method are two conversions that never see each other.
 
     Attributes:
+        config: the method's options.
+        sites: where it acts, as they were before; set together with ``config`` once it is made.
         can_merge: whether plain modules can compute what the converted model computes.
         num_calibration_batches: how many batches :meth:`calibrate` wants; 0 where none is needed.
         sparse_parameters: trained parameters whose gradients are sparse tensors.
@@ -27,6 +30,8 @@ class Conversion(ABC):
             which the conversion takes out before the model sees the batch.
     """
 
+    config: Any
+    sites: Sequence[Site] = ()
     can_merge: bool = True
     num_calibration_batches: int = 0
     sparse_parameters: Sequence[nn.Parameter] = ()
@@ -41,6 +46,22 @@ class Conversion(ABC):
 
     def on_step(self, step: int) -> None:  # noqa: B027 (optional)
         """Act after optimiser step number ``step``, counted from 1; does nothing by default."""
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether the sites' own parameters are all frozen."""
+        held = [p for site in self.sites for p in site.module.parameters(recurse=False)]
+        return bool(held) and not any(p.requires_grad for p in held)
+
+    def not_ours(self, owned: Ownership) -> list[str]:
+        """Return the names of modules that others have since put where :meth:`undo` would act.
+
+        Called before anything is undone, the last conversion first.
+
+        Args:
+            owned: is told what this conversion will put back.
+        """
+        return []
 
     @abstractmethod
     def undo(self) -> None:
@@ -67,6 +88,25 @@ class Conversion(ABC):
             )
 
 
+def split_state(state: Mapping[str, Tensor], names: Iterable[str]) -> list[dict[str, Tensor]]:
+    """Split a session's state into those of its conversions, whose keys begin with ``name/``.
+
+    Raises:
+        ConfigError: an entry of another conversion.
+    """
+    parts: dict[str, dict[str, Tensor]] = {name: {} for name in names}
+    for key, value in state.items():
+        name, slash, rest = key.partition("/")
+        if slash and name not in parts:
+            raise ConfigError(
+                f"session: state must belong to this recipe, got an entry {key!r} that no "
+                "method here keeps; apply the recipe that the state was saved with"
+            )
+        if slash:
+            parts[name][rest] = value
+    return list(parts.values())
+
+
 class SwapConversion(Conversion):
     """A conversion that only put modules into others' places takes them out again.
 
@@ -76,6 +116,10 @@ class SwapConversion(Conversion):
 
     def __init__(self, swaps: Sequence[Swap]) -> None:
         self.swaps = list(swaps)
+
+    def not_ours(self, owned: Ownership) -> list[str]:
+        """Return the names of those that others have replaced."""
+        return [swap.name for swap in reversed(self.swaps) if not owned.undo(swap)]
 
     def undo(self) -> None:
         """Put the old modules back, the last one first."""

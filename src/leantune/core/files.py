@@ -21,6 +21,23 @@ WEIGHTS_FILE = "weights.safetensors"
 STATE_FILE = "session.safetensors"
 
 
+def as_folder(who: str, folder: str | Path) -> Path:
+    """Return a folder's path.
+
+    Args:
+        who: what was called; the first words of the error.
+        folder: as the caller gave it.
+
+    Raises:
+        ConfigError: no path at all, an empty one, or one of a file.
+    """
+    if not isinstance(folder, str | Path) or not str(folder) or "\0" in str(folder):
+        raise ConfigError(f"{who}: folder must be a path, got {folder!r}; give a folder's name")
+    if Path(folder).is_file():
+        raise ConfigError(f"{who}: folder must be a folder, got {str(folder)!r}, which is a file")
+    return Path(folder)
+
+
 @contextmanager
 def atomic_folder(folder: Path) -> Generator[Path]:
     """Yield an empty folder that takes ``folder``'s place when the block ends without error.

@@ -20,17 +20,80 @@ M = TypeVar("M", bound=nn.Module)
 
 @dataclass
 class Swap:
-    """One module stands in another's place; ``undo`` puts the very same object back."""
+    """One module stands in another's place; ``undo`` puts the very same object back.
 
+    Others may wrap the new module meanwhile: the old one then comes back inside the wrapper.
+    """
+
+    root: nn.Module
+    name: str
     parent: nn.Module
-    attribute: str
     old: nn.Module
     new: nn.Module
+
+    @property
+    def attribute(self) -> str:
+        """The new module's name in its parent."""
+        return self.name.rpartition(".")[2]
 
     def undo(self) -> None:
         """Put the old module back, in the training mode that the new one is in."""
         self.old.train(self.new.training)
-        setattr(self.parent, self.attribute, self.old)
+        holders = [(self.parent, self.attribute)]
+        if child(self.parent, self.attribute) is not self.new:
+            children = ((m, n, c) for m in self.root.modules() for n, c in m.named_children())
+            holders = [(m, n) for m, n, c in children if c is self.new]
+        for parent, attribute in holders:
+            setattr(parent, attribute, self.old)
+
+
+def child(parent: nn.Module, name: str) -> nn.Module | None:
+    """Return the module that a parent itself holds under a name; a wrapper may show others'."""
+    children: dict[str, nn.Module | None] = vars(parent)["_modules"]
+    return children.get(name)
+
+
+class Ownership:
+    """What a session still finds in its model, as it will be while its swaps are undone.
+
+    Nothing is moved: whether all of a session can be undone is known before any of it is.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._present = {id(module) for module in model.modules()}
+        self._old: dict[int, nn.Module] = {}
+
+    def has(self, module: nn.Module) -> bool:
+        """Return whether the module is in the model."""
+        return id(module) in self._present
+
+    def undone(self, module: nn.Module | None) -> nn.Module | None:
+        """Return what a module is once the swaps so far are undone."""
+        while module is not None and id(module) in self._old:
+            module = self._old[id(module)]
+        return module
+
+    def undo(self, swap: Swap) -> bool:
+        """Take a swap as undone; return False where somebody else's module is in its place.
+
+        Where its surroundings are gone from the model, so is all that was swapped: nothing is lost.
+        """
+        if not self.has(swap.new):
+            stands_there = child(swap.parent, swap.attribute)
+            return not (self.has(swap.parent) and stands_there is not None)
+        if has_own_call(swap.new):
+            return False
+        self._present.update(id(module) for module in swap.old.modules())
+        self._old[id(swap.new)] = swap.old
+        return True
+
+
+def has_own_call(module: nn.Module) -> bool:
+    """Return whether somebody has put another forward on this one module: a twin would not run it.
+
+    Offloading by accelerate does so, and ``module.compile()``.
+    """
+    return "forward" in vars(module) or "_compiled_call_impl" in vars(module)
 
 
 def swap(model: nn.Module, name: str, new: nn.Module) -> Swap:
@@ -44,11 +107,10 @@ def swap(model: nn.Module, name: str, new: nn.Module) -> Swap:
             "swap: name must be a module inside the model, got the model itself; wrap it in a "
             "module of your own, or apply the method to its children"
         )
-    parent_name, _, attribute = name.rpartition(".")
-    parent = model.get_submodule(parent_name)
-    old = model.get_submodule(name)
-    setattr(parent, attribute, new)
-    return Swap(parent, attribute, old, new)
+    parent = model.get_submodule(name.rpartition(".")[0])
+    done = Swap(model, name, parent, model.get_submodule(name), new)
+    setattr(parent, done.attribute, new)
+    return done
 
 
 def swap_all(model: nn.Module, twins: Iterable[tuple[str, nn.Module]]) -> list[Swap]:

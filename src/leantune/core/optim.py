@@ -1,11 +1,13 @@
 """An optimiser for parameters with sparse gradients, stepped together with any other as one."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer, SparseAdam
+
+from leantune.errors import ConfigError
 
 OF_SPARSE = ("lr", "betas", "eps")
 """Options that the sparse Adam takes from those of the other optimiser."""
@@ -62,23 +64,42 @@ class PairedOptimizer(Optimizer):
 
 def paired(
     kind: type[Optimizer],
-    params: Sequence[nn.Parameter],
+    parameters: Iterable[nn.Parameter],
     sparse: Iterable[nn.Parameter],
     options: Mapping[str, Any],
 ) -> Optimizer:
-    """Return ``kind`` over ``params``, joined by a sparse Adam over those with sparse gradients.
+    """Return ``kind`` over what trains, joined by a sparse Adam over those with sparse gradients.
 
     Args:
         kind: any torch optimiser class.
-        params: the parameters that train.
-        sparse: those with sparse gradients; ones that do not train are left out.
+        parameters: of the model; ones that do not train are left out.
+        sparse: those with sparse gradients.
         options: of ``kind``; the sparse Adam takes ``lr``, ``betas`` and ``eps`` of them. Weight
             decay is not applied to sparse gradients.
+
+    Raises:
+        ConfigError: nothing trains, or ``kind`` is no optimiser class or refuses the options.
     """
+    if not (isinstance(kind, type) and issubclass(kind, Optimizer)):
+        raise ConfigError(
+            f"session.optimizer: kind must be a class of torch.optim, got {kind!r}; for example "
+            "torch.optim.AdamW"
+        )
+    params = [p for p in parameters if p.requires_grad]
+    if not params:
+        raise ConfigError(
+            "session.optimizer: the model must have a trainable parameter, got none; set "
+            "requires_grad on what should train"
+        )
     is_sparse = set(sparse)
     dense = [p for p in params if p not in is_sparse]
     chosen = [p for p in params if p in is_sparse]
-    if not chosen:
-        return kind(dense, **options)
-    adam = SparseAdam(chosen, **{k: options[k] for k in OF_SPARSE if k in options})
-    return PairedOptimizer(adam, kind(dense, **options)) if dense else adam
+    try:
+        if not chosen:
+            return kind(dense, **options)
+        adam = SparseAdam(chosen, **{k: options[k] for k in OF_SPARSE if k in options})
+        return PairedOptimizer(adam, kind(dense, **options)) if dense else adam
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"session.optimizer: options must suit {kind.__name__}, got {dict(options)}: {error}"
+        ) from error

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from leantune.core.config import Axis, MethodConfig, unknown_key
+from leantune.core.config import Axis, MethodConfig, shown, unknown_key
 from leantune.core.conversion import Conversion
 from leantune.core.runtime import Runtime
 from leantune.core.sites import Site
@@ -33,6 +33,8 @@ class MethodSpec:
         convert: (model, sites, config, runtime) -> the conversion; changes the model in place, or
             raises and leaves it as it was.
         default_sites: (site, config) -> whether the method takes this site unless told otherwise.
+        trains_weight: whether it trains its sites' own weights, so that frozen ones are refused,
+            and left out of its own choice.
         check: (site, config) -> why the method cannot act there, or None.
         identity_options: options under which output and gradients equal the plain model's; None
             where no options do that.
@@ -46,6 +48,7 @@ class MethodSpec:
     source: str
     convert: Convert
     default_sites: Callable[[Site, Any], bool] = lambda site, config: True
+    trains_weight: bool = False
     check: Callable[[Site, Any], str | None] = lambda site, config: None
     identity_options: Mapping[str, Any] | None = None
     test_options: Mapping[str, Any] = field(default_factory=dict[str, Any])
@@ -54,6 +57,11 @@ class MethodSpec:
     def name(self) -> str:
         """The registry name: the paper's short name, lower case."""
         return self.config.method
+
+    @property
+    def acts_on_weight(self) -> bool:
+        """Whether it acts on the gradient of its sites' own weights alone."""
+        return self.trains_weight or self.axis == "rows"
 
 
 _METHODS: dict[str, MethodSpec] = {}
@@ -97,7 +105,7 @@ def config_from_dict(data: Any) -> MethodConfig:
     """
     if not isinstance(data, Mapping) or "method" not in data:
         raise ConfigError(
-            f"recipe: each entry of methods must have a 'method' name, got {data!r}; "
+            f"recipe: each entry of methods must have a 'method' name, got {shown(data)}; "
             f"methods: {', '.join(list_methods())}"
         )
     entry = cast(Mapping[str, Any], data)

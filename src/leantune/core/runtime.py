@@ -91,6 +91,40 @@ class Runtime:
         self._rank = rank()
         self._handles: list[RemovableHandle] = []
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the counts and the seed, () int64 each."""
+        step, seed = torch.tensor(self.step), torch.tensor(self.seed)
+        return {"counter": self.counter.cpu(), "step": step, "seed": seed}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take the counts and the seed on; entries of other names are left alone.
+
+        Raises:
+            ConfigError: one is missing or no whole number, or something is no tensor.
+        """
+        is_state = isinstance(state, Mapping) and all(
+            isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
+        )
+        if not is_state:
+            raise ConfigError(
+                f"session: state must map names to tensors, got {type(state).__name__}; give what "
+                "session.state_dict() returned"
+            )
+        for name in ("counter", "step", "seed"):
+            if name not in state:
+                raise ConfigError(
+                    f"session: state must hold counter, step and seed, got none for {name!r}; "
+                    "the file is not a leantune session or is damaged"
+                )
+            value = state[name]
+            if value.shape or value.dtype != torch.int64 or (name != "seed" and value < 0):
+                raise ConfigError(
+                    f"session: {name} must be one whole number, got {value}; the file is not a "
+                    "leantune session or is damaged"
+                )
+        self.counter = state["counter"].to(self.counter.device)
+        self.step, self.seed = int(state["step"]), int(state["seed"])
+
     def install_hooks(self, model: nn.Module) -> None:
         """Watch the model's forward; called once, when every module is in its place."""
         self._handles = [

@@ -1,21 +1,24 @@
 """A converted model's session: its conversions, from apply to remove or merge."""
 
-from collections.abc import Callable, Generator, Iterable, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
+from leantune.core.calibration import checked_batches, seeded_generators
 from leantune.core.config import MethodConfig
-from leantune.core.conversion import Conversion
-from leantune.core.files import write_session
+from leantune.core.conversion import Conversion, split_state
+from leantune.core.files import as_folder, write_session
 from leantune.core.optim import paired
+from leantune.core.ownership import refuse_copies, refuse_idle, refuse_not_ours
 from leantune.core.recipe import Recipe
 from leantune.core.runtime import Runtime
+from leantune.core.saving import RefusedSaving
 from leantune.errors import ConfigError, UnsupportedError
-from leantune.ops.backend import on_gpu
 
 
 class Session:
@@ -24,7 +27,7 @@ class Session:
     Attributes:
         model: the converted model (the same object that was given).
         methods: the recipe's configs, in the order given.
-        conversions: what they did, in the order in which it was done.
+        conversions: what they did, in the order in which it was done; empty once it has ended.
     """
 
     def __init__(
@@ -39,11 +42,27 @@ class Session:
         self.conversions = list(conversions.values())
         self._names = list(conversions)
         self._runtime = runtime
+        num_sites = {id(c.config): len(c.sites) for c in self.conversions}
+        self._num_sites = [num_sites[id(config)] for config in methods]
+        self._saving: RefusedSaving | None = None
+        if not self.can_merge and hasattr(model, "save_pretrained"):
+            self._saving = RefusedSaving(model)
+        self._first = model.register_forward_pre_hook(self._check_first_forward)
+        runtime.install_hooks(model)
+        model._leantune_session = self  # type: ignore[assignment]
+        SESSIONS.add(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        SESSIONS.add(self)
 
     def __repr__(self) -> str:
-        names = ", ".join(config.method for config in self.methods)
-        state = f"step {self.step}" if self.conversions else "closed"
-        return f"<Session of {type(self.model).__name__}: {names}; {state}>"
+        state = "open" if self.conversions else "closed"
+        title = f"Session of {type(self.model).__name__}: {state}, step {self.step}"
+        pairs = zip(self.methods, self._num_sites, strict=True)
+        return (
+            "\n  ".join([f"<{title}", *(f"{config!r} at {n} sites" for config, n in pairs)]) + ">"
+        )
 
     @property
     def seed(self) -> int:
@@ -55,8 +74,14 @@ class Session:
         """The number of optimiser steps so far, where ``on_step`` or a trainer callback counts."""
         return self._runtime.step
 
+    @property
+    def can_merge(self) -> bool:
+        """Whether plain modules can compute what every method here computes."""
+        return all(conversion.can_merge for conversion in self.conversions)
+
     def exact(self) -> AbstractContextManager[None]:
         """Run the plain computation inside: nothing sampled, exact gradients."""
+        check_open(self, "session.exact")
         return self._runtime.exact()
 
     def auxiliary_loss(self) -> Tensor:
@@ -65,10 +90,12 @@ class Session:
         Zero where no method has one. Add it to the task's loss before ``backward``; the trainer
         callback does so by itself.
         """
+        check_open(self, "session.auxiliary_loss")
         return self._runtime.auxiliary_loss()
 
     def on_step(self) -> None:
         """Count one optimiser step and let methods act on it; the trainer callback calls this."""
+        check_open(self, "session.on_step")
         self._runtime.step += 1
         for conversion in self.conversions:
             conversion.on_step(self.step)
@@ -81,9 +108,14 @@ class Session:
 
         Args:
             batches: of the form that the model is called with (``model(**batch)``).
+
+        Raises:
+            ConfigError: no list of batches.
         """
+        check_open(self, "session.calibrate")
+        batches = checked_batches(batches)
         wanted = [c for c in self.conversions if c.num_calibration_batches]
-        with _seeded_generators(self.model, self.seed):
+        with seeded_generators(self.model, self.seed):
             kept = list(batches) if len(wanted) > 1 else batches
             for conversion in wanted:
                 conversion.calibrate(kept)
@@ -101,114 +133,120 @@ class Session:
             options: passed on (``lr=1e-4``).
 
         Raises:
-            ConfigError: no parameter trains.
+            ConfigError: no parameter trains, or ``kind`` is no optimiser or refuses its options.
         """
-        params = [p for p in self.model.parameters() if p.requires_grad]
-        if not params:
-            raise ConfigError(
-                "session.optimizer: the model must have a trainable parameter, got none; set "
-                "requires_grad on what should train"
-            )
+        check_open(self, "session.optimizer")
         sparse = [p for c in self.conversions for p in c.sparse_parameters]
-        return paired(kind, params, sparse, options)
+        return paired(kind, self.model.parameters(), sparse, options)
 
     def remove(self) -> None:
-        """Put the original module objects back; weights stay as they are now."""
-        self._close(lambda conversion: conversion.undo())
+        """Put the original module objects back; weights stay as they are now.
 
-    @property
-    def can_merge(self) -> bool:
-        """Whether plain modules can compute what every method here computes."""
-        return all(conversion.can_merge for conversion in self.conversions)
+        What others have put around a module since stays, around the original. A session that has
+        ended already is left alone.
+
+        Raises:
+            UnsupportedError: others have replaced or copied a converted module; nothing is changed.
+        """
+        if self.conversions:
+            self._close("session.remove", lambda conversion: conversion.undo())
 
     def merge(self) -> None:
         """Fold what was trained into plain modules, so that ``save_pretrained`` works as ever.
 
         Raises:
-            UnsupportedError: plain modules cannot compute what a method here computes; nothing
-                is folded.
+            UnsupportedError: plain modules cannot compute what a method here computes, or others
+                have replaced or copied a converted module; nothing is folded.
         """
-        lacking = [
-            name
-            for name, conversion in zip(self._names, self.conversions, strict=True)
-            if not conversion.can_merge
-        ]
+        check_open(self, "session.merge")
+        lacking = [conversion for conversion in self.conversions if not conversion.can_merge]
         if lacking:
             raise UnsupportedError(
                 "session.merge: methods must have a dense equivalent, got "
-                f"{lacking[0].partition('.')[2]}, which has none; keep the converted model with "
+                f"{lacking[0].config.method}, which has none; keep the converted model with "
                 "session.save(folder), or put the plain modules back without it with "
                 "session.remove()"
             )
-        self._close(lambda conversion: conversion.merge())
+        self._close("session.merge", lambda conversion: conversion.merge())
 
-    def _close(self, end: Callable[[Conversion], None]) -> None:
+    def _close(self, who: str, end: Callable[[Conversion], None]) -> None:
+        refuse_not_ours(who, self.model, self.conversions, self._runtime)
         while self.conversions:
             end(self.conversions[-1])
             self.conversions.pop()
             self._names.pop()
+        self._first.remove()
         self._runtime.remove_hooks()
+        if self._saving is not None:
+            self._saving.lift()
         if getattr(self.model, "_leantune_session", None) is self:
             del self.model._leantune_session
+        SESSIONS.discard(self)
+
+    def _check_first_forward(self, model: nn.Module, args: Any) -> None:
+        if model.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            refuse_idle(self.conversions)
+            refuse_copies(self.model, self._runtime)
+            if not self._runtime.is_exact:  # as in calibration, before others are done
+                self._first.remove()
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return what a resumed run needs besides weights and optimiser, as flat tensors."""
-        out = {
-            "counter": self._runtime.counter.cpu(),
-            "step": torch.tensor(self.step),
-            "seed": torch.tensor(self.seed),
-        }
+        check_open(self, "session.state_dict")
+        out = self._runtime.state_dict()
         for name, conversion in zip(self._names, self.conversions, strict=True):
             out.update({f"{name}/{k}": v for k, v in conversion.state_dict().items()})
         return out
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Put a state back, so that the run goes on as if it had never stopped.
+        """Put a state back, so that the run goes on as if it had never stopped; all or nothing.
 
         Raises:
             ConfigError: the state belongs to another recipe, or is damaged.
         """
-        parts: dict[str, dict[str, Tensor]] = {name: {} for name in self._names}
-        for key, value in state.items():
-            name, slash, rest = key.partition("/")
-            if slash and name not in parts:
-                raise ConfigError(
-                    f"session: state must belong to this recipe, got an entry {key!r} that no "
-                    "method here keeps; apply the recipe that the state was saved with"
-                )
-            if slash:
-                parts[name][rest] = value
-        missing = [k for k in ("counter", "step", "seed") if k not in state]
-        if missing:
-            raise ConfigError(
-                f"session: state must hold counter, step and seed, got none for {missing[0]!r}; "
-                "the file is not a leantune session or is damaged"
-            )
-        for conversion, part in zip(self.conversions, parts.values(), strict=True):
+        check_open(self, "session.load_state_dict")
+        before = {name: value.clone() for name, value in self.state_dict().items()}
+        try:
+            self._load(state)
+        except BaseException:
+            self._load(before)
+            raise
+
+    def _load(self, state: Mapping[str, Tensor]) -> None:
+        self._runtime.load_state_dict(state)
+        parts = split_state(state, self._names)
+        for conversion, part in zip(self.conversions, parts, strict=True):
             conversion.load_state_dict(part)
-        runtime = self._runtime
-        runtime.counter = state["counter"].to(runtime.counter.device)
-        runtime.step, runtime.seed = int(state["step"]), int(state["seed"])
 
     def save(self, folder: str | Path) -> None:
         """Write recipe, trained weights and session state to ``folder``, all or nothing.
 
         Raises:
-            ConfigError: a predicate in ``sites``, which no file can hold.
+            ConfigError: no path, or a predicate in ``sites``, which no file can hold.
             UnsupportedError: parameters are sharded.
             OSError: the disk is full; what was there before survives.
         """
-        recipe = Recipe(methods=self.methods, seed=self.seed)
-        write_session(Path(folder), recipe.to_dict(), self.model, self.state_dict)
+        check_open(self, "session.save")
+        recipe = Recipe(methods=self.methods, seed=self.seed).to_dict()
+        write_session(as_folder("session.save", folder), recipe, self.model, self.state_dict)
 
 
-@contextmanager
-def _seeded_generators(model: nn.Module, seed: int) -> Generator[None]:
-    """Seed the generators of the CPU and of the model's GPUs inside, and put them back after."""
-    # Only these: to touch another GPU would start CUDA on it.
-    used = {p.device for p in model.parameters() if on_gpu(p)}
-    with torch.random.fork_rng(devices=list(used)):
-        torch.default_generator.manual_seed(seed)
-        for device in used:
-            torch.cuda.default_generators[device.index].manual_seed(seed)
-        yield
+def check_open(session: Session, who: str) -> None:
+    """Raise where the session has ended.
+
+    Args:
+        session: the session.
+        who: what was called; the first words of the error.
+
+    Raises:
+        ConfigError: ``merge`` or ``remove`` has been called.
+    """
+    if not session.conversions:
+        raise ConfigError(
+            f"{who}: session must be open, got one after merge() or remove(); apply the recipe "
+            "again, and use the new session"
+        )
+
+
+SESSIONS: WeakSet[Session] = WeakSet()
+"""All sessions of this process, so that no model is converted inside another or around one."""

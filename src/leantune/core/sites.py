@@ -122,13 +122,13 @@ def match_sites(
     full name.
 
     Raises:
-        SiteError: a pattern matches nothing.
+        SiteError: a pattern matches nothing, or a predicate fails or does not say yes or no.
     """
     sites = list(sites)
     if wanted is None:
         return [s for s in sites if default(s)]
     if callable(wanted):
-        return [s for s in sites if wanted(s)]
+        return [s for s in sites if _answer(wanted, s, who)]
     chosen: set[str] = set()
     for pattern in wanted:
         hits = [s.name for s in sites if _matches(s, pattern, who)]
@@ -142,6 +142,22 @@ def match_sites(
             )
         chosen.update(hits)
     return [s for s in sites if s.name in chosen]
+
+
+def _answer(predicate: Callable[[Site], bool], site: Site, who: str) -> bool:
+    try:
+        answer = predicate(site)
+    except Exception as error:
+        raise SiteError(
+            f"{who}: sites must be a predicate that answers for every site, got "
+            f"{type(error).__name__} at {site.name}: {error}"
+        ) from error
+    if not isinstance(answer, bool):
+        raise SiteError(
+            f"{who}: sites must be a predicate that returns True or False, got {answer!r} at "
+            f"{site.name}; wrap the result in bool()"
+        )
+    return answer
 
 
 def _matches(site: Site, pattern: str, who: str) -> bool:

@@ -1,5 +1,6 @@
 """The Trainer callback that carries a session through a run, and the batches it calibrates on."""
 
+import json
 import math
 from collections.abc import Iterator, Mapping
 from itertools import islice
@@ -13,15 +14,24 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
-from transformers.utils import SAFE_WEIGHTS_NAME
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
 from leantune.core.conversion import SAMPLE_ID
-from leantune.core.files import load_tensors, save_tensors, trained_weights
-from leantune.core.session import Session
+from leantune.core.files import (
+    load_tensors,
+    read_json,
+    save_tensors,
+    trained_weights,
+    write_atomic,
+)
+from leantune.core.ownership import refuse_idle
+from leantune.core.saving import allow_checkpoints
+from leantune.core.session import Session, check_open
 from leantune.errors import ConfigError, UnsupportedError
 from leantune.ops.backend import on_gpu
 
 SESSION_FILE = "leantune_session.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 class TrainerCallback(transformers.TrainerCallback):
@@ -48,6 +58,12 @@ class TrainerCallback(transformers.TrainerCallback):
     """
 
     def __init__(self, session: Session, resume_from: str | Path | None = None) -> None:
+        if not isinstance(session, Session):
+            raise ConfigError(
+                f"TrainerCallback: session must be what leantune.apply returned, got {session!r}; "
+                "call session = leantune.apply(model, ...)"
+            )
+        check_open(session, "TrainerCallback")
         self.session = session
         self.resume_from = resume_from
         self._hook: Any = None
@@ -75,6 +91,8 @@ class TrainerCallback(transformers.TrainerCallback):
             )
         else:
             self._calibrate(args, train_dataloader)
+        assert args.output_dir is not None
+        allow_checkpoints(self.session.model, str(_checkpoint(args.output_dir, "").resolve()))
         self._drop_hook()
         self._hook = self.session.model.register_forward_hook(self._add_loss, with_kwargs=True)
 
@@ -120,17 +138,16 @@ class TrainerCallback(transformers.TrainerCallback):
             weights = trained_weights(model)
             if state.is_world_process_zero:
                 save_tensors(folder / SAFE_WEIGHTS_NAME, weights)
+        if not self.session.can_merge and args.should_save:
+            _let_no_plain_model_load(folder)
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         self._drop_hook()
 
     def _check(self, args: TrainingArguments, model: nn.Module | None) -> None:
+        check_open(self.session, "TrainerCallback")
+        refuse_idle(self.session.conversions)
         own = self.session.model
-        if getattr(own, "_leantune_session", None) is not self.session:
-            raise ConfigError(
-                "TrainerCallback: session must be open, got one after merge() or remove(); apply "
-                "the recipe again and give the new session to TrainerCallback"
-            )
         if model is not None and all(module is not own for module in model.modules()):
             raise ConfigError(
                 "TrainerCallback: model must be the session's, got another "
@@ -225,8 +242,18 @@ def _unused_loss(session: Session) -> UnsupportedError:
     )
 
 
-def _checkpoint(output_dir: str | Path, step: int) -> Path:
+def _checkpoint(output_dir: str | Path, step: int | str) -> Path:
     return Path(output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+
+
+def _let_no_plain_model_load(folder: Path) -> None:
+    """Make of a checkpoint one that a resumed run reads, and nobody else: it needs the session."""
+    (folder / ADAPTER_CONFIG).unlink(missing_ok=True)
+    config = folder / CONFIG_NAME
+    if config.is_file():
+        # A resumed run does not read this; a model that is built from it says what it lacks.
+        needs = {"attn_implementation": "leantune_session"}
+        write_atomic(config, json.dumps(read_json(config) | needs, indent=2) + "\n")
 
 
 def _file_name(args: TrainingArguments) -> str:

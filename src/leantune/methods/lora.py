@@ -10,17 +10,18 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from leantune.core.adapters import saved_name
+from leantune.core.adapters import adapted_layers, saved_name, trained_by_adapter
 from leantune.core.config import MethodConfig, option
-from leantune.core.conversion import Conversion
+from leantune.core.conversion import SwapConversion
 from leantune.core.extras import require
-from leantune.core.linear import is_conv1d, trained_in_place_of_weight
+from leantune.core.linear import Ownership, Swap, is_conv1d, trained_in_place_of_weight
 from leantune.core.registry import MethodSpec, register
 from leantune.core.runtime import Runtime
 from leantune.core.sites import Site
 from leantune.errors import UnsupportedError
 
 _HEADS = ("classifier", "score", "qa_outputs")
+_ADAPTER = "default"
 _FLAGS = ("peft_config", "_hf_peft_config_loaded")
 
 
@@ -42,25 +43,38 @@ class LoRA(MethodConfig):
     )
 
 
-class InjectedAdapter(Conversion):
-    """An injected adapter knows what the model looked like before."""
+class InjectedAdapter(SwapConversion):
+    """An injected adapter knows its layers, and what the model looked like before."""
 
     def __init__(self, model: nn.Module) -> None:
+        super().__init__([])
         self.model = model
         self.requires_grad = [(p, p.requires_grad) for p in model.parameters()]
+        self.trained: dict[str, nn.Module | None] = {}
         self.flags = {name: model.__dict__[name] for name in _FLAGS if name in model.__dict__}
+
+    def find_layers(self) -> None:
+        """Note which layers peft has put into the model, each as a swap."""
+        for name, layer, original in adapted_layers(self.model):
+            # New modules are in training mode, whatever the model is in.
+            layer.train(original.training)
+            parent = self.model.get_submodule(name.rpartition(".")[0])
+            self.swaps.append(Swap(self.model, name, parent, original, layer))
+            self.trained[name] = trained_by_adapter(layer).get(_ADAPTER)
+
+    def not_ours(self, owned: Ownership) -> list[str]:
+        """Return the names of layers that were replaced, or hold another adapter than ours."""
+        lost = [
+            swap.name
+            for swap in self.swaps
+            for name, module in trained_by_adapter(swap.new).items()
+            if name != _ADAPTER or owned.undone(module) is not self.trained[swap.name]
+        ]
+        return super().not_ours(owned) + lost
 
     def undo(self) -> None:
         """Take the adapter's layers out, and put flags back as they were."""
-        from peft.tuners.tuners_utils import BaseTunerLayer
-        from peft.utils import ModulesToSaveWrapper
-
-        for name, module in list(self.model.named_modules()):
-            parent_name, _, attribute = name.rpartition(".")
-            if isinstance(module, BaseTunerLayer):
-                setattr(self.model.get_submodule(parent_name), attribute, module.get_base_layer())
-            elif isinstance(module, ModulesToSaveWrapper):
-                setattr(self.model.get_submodule(parent_name), attribute, module.original_module)
+        super().undo()
         for parameter, flag in self.requires_grad:
             parameter.requires_grad_(flag)
         for name in _FLAGS:
@@ -69,15 +83,12 @@ class InjectedAdapter(Conversion):
 
     def merge(self) -> None:
         """Fold the factors into the weights, copy trained heads, and take the layers out."""
-        from peft.tuners.lora import LoraLayer
-        from peft.utils import ModulesToSaveWrapper
-
-        for module in self.model.modules():
-            if isinstance(module, LoraLayer):
-                module.merge()  # type: ignore[operator]
-            elif isinstance(module, ModulesToSaveWrapper):
-                trained = module.modules_to_save[module.active_adapter].state_dict()  # type: ignore
-                module.original_module.load_state_dict(trained)
+        for swap in self.swaps:
+            layer: Any = swap.new
+            if hasattr(layer, "merge"):
+                layer.merge(adapter_names=[_ADAPTER])
+            else:
+                swap.old.load_state_dict(trained_by_adapter(layer)[_ADAPTER].state_dict())
         self.undo()
 
 
@@ -126,10 +137,8 @@ def _convert(
 ) -> InjectedAdapter:
     require("peft", extra="train", who="LoRA")
     from peft import LoraConfig
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils import ModulesToSaveWrapper
 
-    if hasattr(model, "peft_config"):
+    if hasattr(model, "peft_config") or any(adapted_layers(model)):
         raise UnsupportedError(
             "LoRA: model must carry no PEFT adapter yet, got one; leave LoRA out of the recipe: "
             "the other methods act on the adapter that is there"
@@ -152,17 +161,13 @@ def _convert(
             _inject(model, wanted, names)
         except BaseException:
             # peft changes one layer after the other: take back those it came to.
+            injected.find_layers()
             injected.undo()
             raise
+    injected.find_layers()
     # peft freezes all but its own; what another method trains beside it goes on training.
     for parameter in trained_in_place_of_weight(model):
         parameter.requires_grad_(True)
-    for module in model.modules():
-        # New modules are in training mode, whatever the model is in.
-        if isinstance(module, BaseTunerLayer):
-            module.train(module.get_base_layer().training)
-        elif isinstance(module, ModulesToSaveWrapper):
-            module.train(module.original_module.training)
     return injected
 
 

@@ -127,16 +127,6 @@ def _convert(
     return ThinnedLinears(swap_all(model, zip(names, twins, strict=True)), [])
 
 
-def _trains(site: Site) -> bool:
-    return site.module.get_parameter("weight").requires_grad
-
-
-def _check(site: Site, config: MeProp) -> str | None:
-    if not _trains(site):
-        return "the weight must train, got a frozen one; leave it out with sites="
-    return None
-
-
 register(
     MethodSpec(
         config=MeProp,
@@ -145,8 +135,8 @@ register(
         summary="back-propagate only the largest entries of each linear's output gradient",
         source="Sun et al., ICML 2017, arXiv 1706.06197",
         convert=_convert,
-        default_sites=lambda site, config: site.block is not None and _trains(site),
-        check=_check,
+        default_sites=lambda site, config: site.block is not None,
+        trains_weight=True,
         identity_options={"keep_ratio": 1.0},
         test_options={"keep_ratio": 0.25},
     )

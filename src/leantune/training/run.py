@@ -236,12 +236,12 @@ class _Experiment:
             model.config.use_cache = self.use_cache
         if session is not None:
             session.save(output / "session")
-            if hasattr(model, "peft_config"):
-                with atomic_folder(output / "adapter") as fresh:
-                    model.save_pretrained(fresh)
             if not session.can_merge:
                 # No plain model computes the same: `leantune.load` puts the session onto the base.
                 return
+            if hasattr(model, "peft_config"):
+                with atomic_folder(output / "adapter") as fresh:
+                    model.save_pretrained(fresh)
             session.merge()
         with atomic_folder(output / "model") as fresh:
             model.save_pretrained(fresh)

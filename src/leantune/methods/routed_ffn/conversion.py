@@ -73,11 +73,15 @@ class RoutedFFNs(SwapConversion):
         self._runtime = runtime
         self._layers: list[RoutedMLP] = []
         self._units: dict[str, HiddenUnits] = {}
+        self._parts: list[tuple[RoutedMLP, str, nn.Module, str]] = []
 
     def add(self, site: Site) -> None:
         """Put a routed FFN into a site's place."""
         layer = RoutedMLP(self._model, site, self._config, self._runtime)
         self._layers.append(layer)
+        for part, child in site.children.items():
+            parent, _, attribute = child.name.rpartition(".")
+            self._parts.append((layer, part, self._model.get_submodule(parent), attribute))
         self.swaps.append(swap(self._model, site.name, layer))
         for name in site.also_replaced:
             self.swaps.append(swap(self._model, name, nn.Identity()))
@@ -88,10 +92,12 @@ class RoutedFFNs(SwapConversion):
             layer.units.reorder(_order(layer, layer.ffn.weight(first).detach()))
 
     def undo(self) -> None:
-        """Put the hidden units back into their original order, and the old modules back."""
+        """Put units into their order and old modules back, parts with what others put around."""
         for units in self._units.values():
             units.restore()
         super().undo()
+        for layer, part, home, attribute in self._parts:
+            setattr(home, attribute, layer.get_submodule(layer.names[part]))
 
     def calibrate(self, batches: Iterable[Any]) -> None:
         """Run batches through the plain FFNs; then group units and fit the routers.

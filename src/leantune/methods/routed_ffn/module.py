@@ -47,6 +47,7 @@ class RoutedMLP(nn.Module):
         recorded: inputs (s, d_model) and hidden activations (s, F) of some real tokens of each
             batch while the FFN is calibrated, otherwise None.
         units: the order of the hidden units, where it may change.
+        names: part of the FFN -> the name of the child that computes it.
     """
 
     def __init__(self, model: nn.Module, site: Site, config: RoutedFFN, runtime: Runtime) -> None:
@@ -55,7 +56,7 @@ class RoutedMLP(nn.Module):
         self.runtime = runtime
         self.recorded: list[tuple[Tensor, Tensor]] | None = None
         self._is_dense = config.is_dense
-        self._names: dict[str, str] = {}
+        self.names: dict[str, str] = {}
         self._view: FFN | None = None
         order = {id(module): i for i, module in enumerate(model.modules())}
         for part, child in sorted(
@@ -63,9 +64,9 @@ class RoutedMLP(nn.Module):
         ):
             inside, _, name = child.name.rpartition(".")
             # Parameters keep their names where the FFN is a module of its own.
-            self._names[part] = name if inside == site.name and name != "router" else part
-            self.add_module(self._names[part], child.module)
-        linears = {part: self._names[part] for part in self.ffn.linears}
+            self.names[part] = name if inside == site.name and name != "router" else part
+            self.add_module(self.names[part], child.module)
+        linears = {part: self.names[part] for part in self.ffn.linears}
         inner = [m for name in linears.values() for m in self.get_submodule(name).modules()]
         # What is hooked already (by meProp, say) must be run by its own forward.
         self._is_hooked = any(m._forward_hooks or m._forward_pre_hooks for m in inner)
@@ -86,7 +87,7 @@ class RoutedMLP(nn.Module):
     @property
     def ffn(self) -> FFN:
         """The FFN as it computes now."""
-        modules = {part: self._modules[name] for part, name in self._names.items()}
+        modules = {part: self._modules[name] for part, name in self.names.items()}
         self._view = view_ffn(modules, self._view)  # type: ignore[arg-type]
         return self._view
 

@@ -33,6 +33,7 @@ register(
         source="Chekalina et al., EMNLP 2024, arXiv 2410.07383",
         convert=SparseGradConversion,
         default_sites=_is_mlp,
+        trains_weight=True,
         check=_check,
         identity_options={"density": 1.0},
         test_options={"density": 0.1, "num_calibration_batches": 2},

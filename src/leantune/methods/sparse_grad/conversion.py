@@ -79,16 +79,16 @@ class SparseGradConversion(SwapConversion):
         return [rule.parameter for rule in self.rules] if self.is_step else []
 
     def undo(self) -> None:
-        """Put the plain linears back; their weights hold what has been trained."""
+        """Put the plain linears back, with what was trained; frozen where others froze that."""
         self.update()
         self._hook.remove()
         super().undo()
         for rule, was_trained in zip(self.rules, self.was_trained, strict=True):
             module = rule.module
+            module.weight.requires_grad_(was_trained and rule.parameter.requires_grad)
             # The plain linear has the same dictionary of parameters.
             for name in (PARAMETER[self.config.selection], "merged_delta"):
                 module._parameters.pop(name, None)
-            module.weight.requires_grad_(was_trained)
 
     def before_forward(self) -> None:
         """Bring dense weights up to date before a forward; check that training may begin."""
@@ -241,6 +241,8 @@ class SparseGradConversion(SwapConversion):
             ConfigError: the state belongs to another model or recipe, or is damaged.
         """
         if not state:
+            for rule in self.rules:
+                rule.bases = rule.indices = None
             return
         wanted = self._shapes()
         if wanted.keys() != state.keys():
