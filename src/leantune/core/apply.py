@@ -9,6 +9,7 @@ from leantune.core.config import MethodConfig
 from leantune.core.conversion import Conversion
 from leantune.core.discovery import Layout, discover, find_sites
 from leantune.core.files import RECIPE_FILE, STATE_FILE, load_tensors, load_weights, read_json
+from leantune.core.neutral import refusals
 from leantune.core.recipe import Recipe
 from leantune.core.registry import MethodSpec
 from leantune.core.runtime import Runtime
@@ -172,6 +173,7 @@ def _convert(
         )
     reasons = [(s, s.unusable or spec.check(s, config)) for s in sites]
     bad = [f"{s.name}: {reason}" for s, reason in reasons if reason is not None]
+    bad = bad or [f"{name}: {reason}" for name, reason in refusals(model, spec, sites).items()]
     if bad:
         raise SiteError(f"{who}: {len(bad)} of {len(sites)} sites cannot be used: {'; '.join(bad)}")
     return spec.convert(model, sites, config, runtime)
