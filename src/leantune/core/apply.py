@@ -14,7 +14,7 @@ from leantune.core.recipe import Recipe
 from leantune.core.registry import MethodSpec
 from leantune.core.runtime import Runtime
 from leantune.core.session import Session
-from leantune.core.sites import Site, is_nested, match_sites
+from leantune.core.sites import PARTS, Site, is_nested, match_sites
 from leantune.errors import ConfigError, SiteError, UnsupportedError
 
 _ORDER = ("trained", "evaluated", "rows", "bits", "recompute")
@@ -40,7 +40,7 @@ def apply(model: nn.Module, *methods: MethodConfig, seed: int = 0) -> Session:
     """
     _check_request(model, methods)
     recipe = Recipe(methods=methods, seed=seed)
-    layout = discover(model)
+    layout = discover(model, trace=any(map(_needs_parts, methods)))
     _check_conflicts(find_sites(model, layout), methods)
     runtime = Runtime(model, recipe.seed)
     conversions: dict[str, Conversion] = {}
@@ -115,6 +115,17 @@ def _check_request(model: nn.Module, methods: tuple[MethodConfig, ...]) -> None:
         )
 
 
+_OF_PARTS = frozenset((*PARTS, "attention", "mlp", "activation"))
+
+
+def _needs_parts(config: MethodConfig) -> bool:
+    """Return whether it takes a forward to know where a method can act."""
+    spec, sites = registry.get(config.method), config.sites
+    if callable(sites):
+        return True  # It may ask for anything that a site says of itself.
+    return spec.needs_parts or not _OF_PARTS.isdisjoint((*spec.roles, *(sites or ())))
+
+
 def _chosen(sites: list[Site], config: MethodConfig, spec: MethodSpec) -> list[Site]:
     ours = [s for s in sites if s.role in spec.roles]
     who = type(config).__name__
@@ -166,6 +177,7 @@ def _convert(
         no = [f"{s.name}: {s.unusable}" for s in ours if s.unusable]
         how = "the method's own choice" if config.sites is None else "the predicate"
         why = f"; {len(no)} cannot be used: {'; '.join(no[:3])}" if no else ""
+        why += f"; {layout.failure}" if layout.failure else ""
         way_out = "name some with sites=" if ours else "the model has none"
         raise SiteError(
             f"{who}: sites must match at least one module, got none by {how} "

@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from leantune.core import origins
 from leantune.core.adapters import base_name
-from leantune.core.linear import is_linear
+from leantune.core.linear import is_called_linear
 from leantune.core.origins import FFN, MIXED, Attention, Dropped, LinearCall, Origin
 from leantune.core.rehearsal import can_rehearse, rehearse
 from leantune.core.sites import Part
@@ -39,13 +39,8 @@ class Trace(NamedTuple):
     failure: str | None = None
 
 
-def trace_parts(model: nn.Module, blocks: Sequence[str]) -> list[Part]:
-    """Return the attention and FFN parts of ``blocks`` that :func:`trace` sees."""
-    return trace(model, blocks).parts
-
-
-def trace(model: nn.Module, blocks: Sequence[str]) -> Trace:
-    """Watch one forward on the model's dummy inputs, which leaves the model as it was.
+def trace_parts(model: nn.Module, blocks: Sequence[str]) -> Trace:
+    """Find attention and FFNs in one forward on the model's dummy inputs, and leave all as it was.
 
     An FFN that can be computed only where it stands, because its activation is no module or is
     used elsewhere, is a part without ``activation``. A model without dummy inputs has no parts.
@@ -105,7 +100,7 @@ class _Watch(TorchFunctionMode):
 
     def __enter__(self) -> "_Watch":
         modules = dict(self._model.named_modules())
-        linears = {base_name(name) for name, module in modules.items() if is_linear(module)}
+        linears = {base_name(name) for name, module in modules.items() if is_called_linear(module)}
         for name, module in modules.items():
             if name in linears:
                 self._hook(name, module, self._enter_linear, self._leave_linear)
@@ -263,10 +258,11 @@ class _Watch(TorchFunctionMode):
                 if frame.name == ffn.inside != self._block:
                     frame.ffns.append(ffn)
 
-    def _leave_linear(self, name: str, _: nn.Module, inputs: list[Tensor], output: Tensor) -> None:
+    def _leave_linear(self, name: str, _: nn.Module, inputs: list[Tensor], output: Any) -> None:
         self._num_calls[name] += 1
         self._stack[-1].called.add(name)
-        self._mark(output, (LinearCall(name, inputs[0], _copy(output)),))
+        if isinstance(output, Tensor):
+            self._mark(output, (LinearCall(name, inputs[0], _copy(output)),))
 
     # What it comes to.
 

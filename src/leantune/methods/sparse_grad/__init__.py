@@ -34,6 +34,7 @@ register(
         convert=SparseGradConversion,
         default_sites=_is_mlp,
         check=_check,
+        needs_parts=True,
         identity_options={"density": 1.0},
         test_options={"density": 0.1, "num_calibration_batches": 2},
     )
