@@ -75,6 +75,8 @@ class FFN:
     Attributes:
         is_divisible: whether slices of the weights may be used by themselves. A linear that trains
             a subspace needs its whole input and its own forward.
+        num_hidden: F.
+        is_halved: whether gate and up are the halves of one product.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module], linears: Mapping[str, Adapted]) -> None:
@@ -89,20 +91,13 @@ class FFN:
                 )
         self._converted = [m for m in every if isinstance(m, Converted)]
         self.is_divisible = all(m.subspace is None for m in self._converted)
+        self.num_hidden = self.weight("down").shape[1]
+        is_double = len(self.weight("up")) == 2 * self.num_hidden
+        self.is_halved = is_double and "gate" not in modules
 
     def weight(self, part: str) -> Tensor:
         """Return the weight of ``up``, ``gate`` or ``down`` without adapters, (d_out, d_in)."""
         return LinearView.of(self.linears[part].linear).weight
-
-    @property
-    def num_hidden(self) -> int:
-        """How many hidden units there are, F."""
-        return self.weight("down").shape[1]
-
-    @property
-    def is_halved(self) -> bool:
-        """Whether gate and up are the halves of one product."""
-        return "gate" not in self.modules and len(self.weight("up")) == 2 * self.num_hidden
 
     def hidden(self, x: Tensor) -> Tensor:
         """Return all hidden activations, (..., F), by the modules' own forwards."""

@@ -21,7 +21,10 @@ class Rehearsal(NamedTuple):
 
 def can_rehearse(model: nn.Module) -> bool:
     """Return whether the model brings dummy inputs, as every model of transformers does."""
-    return getattr(model, "dummy_inputs", None) is not None
+    try:
+        return getattr(model, "dummy_inputs", None) is not None
+    except Exception:  # It does, and making them raises: the rehearsal says why.
+        return True
 
 
 def rehearse(model: nn.Module, batch: Mapping[str, Tensor] | None = None) -> Rehearsal:
@@ -36,20 +39,30 @@ def rehearse(model: nn.Module, batch: Mapping[str, Tensor] | None = None) -> Reh
     Raises:
         UnsupportedError: the forward raises, whatever it is given.
     """
-    reason = ""
+    first: Exception | None = None
     with restored_afterwards(model), torch.no_grad():
         model.eval()
-        for inputs in _batches(model) if batch is None else [batch]:
+        # What a foreign model raises is its own affair.
+        try:
+            batches = list(_batches(model)) if batch is None else [batch]
+        except Exception as error:
+            raise _failed(error) from error
+        for inputs in batches:
             try:
                 return Rehearsal(inputs, model(**inputs))
-            except Exception as error:  # What a forward raises is the model's own affair.
-                reason = reason or f"{type(error).__name__}: {error}"
-    raise UnsupportedError(f"forward on dummy inputs must run, got {reason}")
+            except Exception as error:
+                first = first or error
+    raise _failed(first) from first
+
+
+def _failed(error: Exception | None) -> UnsupportedError:
+    what = f"{type(error).__name__}: {error}"
+    return UnsupportedError(f"forward on dummy inputs must run, got {what}")
 
 
 def _batches(model: Any) -> Iterator[Mapping[str, Tensor]]:
     """Yield what the model may be called with, the likeliest first."""
-    weight = next(model.parameters())
+    config, weight = getattr(model, "config", None), next(model.parameters())
     given: dict[str, Tensor] = {
         name: value.to(weight.device)
         for name, value in model.dummy_inputs.items()
@@ -62,10 +75,10 @@ def _batches(model: Any) -> Iterator[Mapping[str, Tensor]]:
         mask = torch.ones_like(ids)
         mask[0, -1] = 0
         given.setdefault("attention_mask", mask)
-        if getattr(model.config, "is_encoder_decoder", False):
+        if getattr(config, "is_encoder_decoder", False):
             decoder = {"decoder_input_ids": ids}
-    senses = {name: x.to(weight) for name, x in _senses(model.config)}
-    main = model.main_input_name
+    senses = {name: x.to(weight) for name, x in _senses(config)}
+    main = getattr(model, "main_input_name", None)
     if main in senses:
         yield {**decoder, main: senses[main]}
     yield {**decoder, **given}

@@ -27,7 +27,8 @@ _ACTIVATION = re.compile(
     "relu6?_?|gelu|silu_?|sigmoid_?|tanh_?|erf|elu|leaky_relu|mish|softplus|hardswish"
 )
 _PRODUCT = re.compile("(__r?)?matmul(__)?|bmm|baddbmm|einsum")
-_PIECE = re.compile("chunk|split|unbind|narrow|tensor_split|__getitem__")
+# These move elements: sizes, and tensors that only lend a shape, mean nothing.
+_MOVING = re.compile(r"chunk|split|unbind|narrow|tensor_split|__getitem__|\w+_as")
 # These keep the shape, but an element of the output depends on more than the one at its place.
 _MIXING = re.compile(r"\w*softmax|\w+_norm|normalize|cumsum|sort|flip|roll|linear|addmm|conv\dd")
 
@@ -181,11 +182,8 @@ class _Watch(TorchFunctionMode):
         size = made[0].numel()
         is_resized = any(x.numel() != size for x in read if self._origin(x))
         meets_others = any(x.numel() == size for x in read if not self._origin(x))
-        if (
-            meets_others
-            or (is_resized and not _PIECE.fullmatch(name))
-            or _MIXING.fullmatch(name)
-            or _PRODUCT.fullmatch(name)
+        if not _MOVING.fullmatch(name) and (
+            is_resized or meets_others or _MIXING.fullmatch(name) or _PRODUCT.fullmatch(name)
         ):
             return origins.union(origin, (MIXED,))
         return origin
