@@ -297,6 +297,14 @@ def test_a_model_without_dummy_inputs_has_no_parts() -> None:
     assert traced(nn.Sequential(nn.Sequential(up(), down()))) == Trace([])
 
 
+def test_a_model_without_numbers_is_not_run() -> None:
+    with torch.device("meta"):
+        model = restless_model()
+    assert traced(model) == Trace(
+        [], "forward on dummy inputs must run, got a model on the meta device"
+    )
+
+
 def test_a_gradient_needs_no_graph_of_the_trace() -> None:
     model = restless_model()
     kept: list[Tensor] = []

@@ -43,7 +43,7 @@ class Unreached(NamedTuple):
     why: str
 
 
-def discover(model: nn.Module, *, trace: bool) -> Layout:
+def discover(model: nn.Module, *, trace: bool = False) -> Layout:
     """Find blocks, their parts, heads and ties of a model.
 
     Blocks are the modules that transformers can checkpoint one by one; in a model without any they

@@ -37,8 +37,10 @@ def rehearse(model: nn.Module, batch: Mapping[str, Tensor] | None = None) -> Reh
         batch: of an earlier rehearsal; by default the first of the model's inputs that it takes.
 
     Raises:
-        UnsupportedError: the forward raises, whatever it is given.
+        UnsupportedError: the forward raises, whatever it is given; or weights have no numbers.
     """
+    if any(x.is_meta for x in (*model.parameters(), *model.buffers())):
+        raise UnsupportedError("forward on dummy inputs must run, got a model on the meta device")
     first: Exception | None = None
     with restored_afterwards(model), torch.no_grad():
         model.eval()
@@ -62,7 +64,8 @@ def _failed(error: Exception | None) -> UnsupportedError:
 
 def _batches(model: Any) -> Iterator[Mapping[str, Tensor]]:
     """Yield what the model may be called with, the likeliest first."""
-    config, weight = getattr(model, "config", None), next(model.parameters())
+    config = getattr(model, "config", None)
+    weight = next(p for p in model.parameters() if p.is_floating_point())
     given: dict[str, Tensor] = {
         name: value.to(weight.device)
         for name, value in model.dummy_inputs.items()
