@@ -116,6 +116,10 @@ STANDING: dict[str, tuple[Callable[[Any, Tensor], Any], dict[str, nn.Module]]] =
         lambda m, x: (lambda one, gate: m.b(one * m.act(gate)))(*m.a(x).chunk(2, -1)),
         {"act": nn.GELU(), "a": up(2)},
     ),
+    "dropout before": (
+        lambda m, x: (lambda gate, one: m.b(m.act(gate) * one))(*m.a(m.drop(x)).chunk(2, -1)),
+        {"act": nn.GELU(), "a": up(2), "drop": nn.Dropout(0.1)},
+    ),
     "shared dropout": (
         lambda m, x: x + m.drop(m.b(m.drop(m.act(m.a(x))))),
         {"act": nn.GELU(), "drop": nn.Dropout(0.1)},

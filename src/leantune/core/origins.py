@@ -148,7 +148,7 @@ def _computed(activation: Activation, ffn: FFN) -> Tensor | None:
     read, made, up = activation.read, activation.made, ffn.up.made
     acted_on = activation.source.made
     if ffn.is_gated and activation.source is ffn.up:
-        acted_on, up = up.chunk(2, -1)
+        acted_on, up = up.tensor_split(2, -1)
     if made is None or not same(read, acted_on):
         return None
     if not ffn.is_gated:
