@@ -64,12 +64,16 @@ def conv1d(d_in: int, d_out: int) -> nn.Module:
 class Parts(nn.Module):
     """An FFN's modules under one roof."""
 
-    def __init__(self, modules: dict[str, nn.Module]) -> None:
+    def __init__(self, modules: dict[str, nn.Module], is_halved: bool = False) -> None:
         super().__init__()
+        self.is_halved = is_halved
         for name, module in modules.items():
             self.add_module(name, module)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.is_halved:
+            gate, up = self.up(x).chunk(2, -1)
+            return self.down(self.activation(gate) * up)
         if "gate" not in self._modules:
             return self.down(self.activation(self.up(x)))
         return self.down(self.activation(self.gate(x)) * self.up(x))
@@ -80,10 +84,11 @@ class Parts(nn.Module):
 
 def parts(kind: str, dtype: torch.dtype = torch.float64) -> Parts:
     build: Callable[..., nn.Module] = conv1d if "conv1d" in kind else nn.Linear
-    modules = {"up": build(D, F), "down": build(F, D), "activation": nn.SiLU()}
+    is_halved = "halved" in kind
+    modules = {"up": build(D, (1 + is_halved) * F), "down": build(F, D), "activation": nn.SiLU()}
     if "gated" in kind:
         modules["gate"] = build(D, F)
-    ffn = Parts(modules).to(dtype)
+    ffn = Parts(modules, is_halved).to(dtype)
     if "lora" in kind:
         linears = [n for n, m in ffn.named_children() if hasattr(m, "weight")]
         lt.apply(ffn, lt.LoRA(rank=2, alpha=5.0, sites=linears))
@@ -98,7 +103,8 @@ def parts(kind: str, dtype: torch.dtype = torch.float64) -> Parts:
     return ffn
 
 
-KINDS = ("plain", "gated", "conv1d", "lora", "gated lora", "conv1d lora", "gated lora converted")
+ORDERED = ("plain", "gated", "conv1d", "lora", "gated lora", "conv1d lora", "gated lora converted")
+KINDS = (*ORDERED, "halved", "halved conv1d", "halved lora converted")
 
 
 def by_slices(ffn: FFN, x: Tensor, num: int) -> Tensor:
@@ -141,7 +147,7 @@ def test_views_share_memory_with_the_parameters(kind: str) -> None:
             assert all(view.weight.untyped_storage().data_ptr() in held for view in part)
 
 
-@pytest.mark.parametrize("kind", ["gated lora", "lora"])
+@pytest.mark.parametrize("kind", ["gated lora", "lora", "halved lora"])
 def test_gradients_of_a_slice(kind: str) -> None:
     ffn = parts(kind)
     names = [n for n, p in ffn.named_parameters() if p.requires_grad]
@@ -309,7 +315,7 @@ def test_other_modules_are_refused() -> None:
         ffn.view()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ORDERED)
 def test_any_order_of_hidden_units_is_the_same_function(kind: str) -> None:
     ffn = parts(kind)
     linears = {part: part for part in ffn.view().linears}

@@ -2,14 +2,17 @@
 
 import copy
 import math
+import pickle
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import zoo
 from models import MODELS
 from oracles import routed_ffn as oracle
 from torch import Tensor, nn
@@ -813,6 +816,18 @@ def test_disabled_adapter_is_left_out() -> None:
     assert torch.equal(layer(x), adapted)
 
 
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_model_that_has_trained_can_be_copied(how: Callable[[Any], Any]) -> None:
+    """Its auxiliary loss had a graph, which belongs to no copy."""
+    model = MODELS["llama"].build()
+    session = lt.apply(model, lt.RoutedFFN())
+    batch = MODELS["llama"].batch()
+    loss = model(**batch).loss
+    twin = how(model)
+    assert twin(**batch).loss == loss
+    assert session.auxiliary_loss().requires_grad
+
+
 def test_copy_routes_by_its_own_session() -> None:
     model, session, layer = make("llama", lora_for("llama"))
     twin = copy.deepcopy(model)
@@ -904,6 +919,23 @@ def test_shared_weights_cannot_be_reordered() -> None:
     with pytest.raises(UnsupportedError, match=r"no weight is shared, got .* tied to .*up_proj"):
         lt.apply(model, lt.RoutedFFN(split="coactivation"))
     assert not layers_of(model)
+
+
+def test_halves_of_one_linear_are_gated_and_not_reordered() -> None:
+    model, batch = zoo.build("phi3")
+    with pytest.raises(SiteError, match="split must be 'contiguous' where gate and up are one"):
+        lt.apply(model, lt.RoutedFFN(split="coactivation"))
+    session = lt.apply(model, lt.LoRA(rank=2), lt.RoutedFFN())
+    session.calibrate([batch])
+    layer = layers_of(model)[0]
+    (model(**batch).loss + session.auxiliary_loss()).backward()
+    assert layer.ffn.linears["up"].adapters[0].second.weight.grad.any()
+    # All but the chosen groups at zero is what two of four groups are.
+    x = torch.randn(9, zoo.D_MODEL)
+    logits = layer.router(x)
+    chosen = torch.zeros_like(logits).scatter(1, maths.choose(logits, 2), 1.0)
+    wanted = layer.ffn.output(layer.ffn.hidden(x), chosen * 2 * logits.sigmoid())
+    torch.testing.assert_close(layer(x), wanted)
 
 
 def test_merge_names_the_way_out() -> None:

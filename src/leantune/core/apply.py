@@ -17,12 +17,13 @@ from leantune.core.files import (
     read_json,
 )
 from leantune.core.linear import has_own_call
+from leantune.core.neutral import refusals
 from leantune.core.ownership import refuse_idle
 from leantune.core.recipe import Recipe
 from leantune.core.registry import MethodSpec
 from leantune.core.runtime import Runtime
 from leantune.core.session import SESSIONS, Session
-from leantune.core.sites import Site, is_nested, match_sites
+from leantune.core.sites import PARTS, Site, is_nested, match_sites
 from leantune.errors import ConfigError, SiteError, UnsupportedError
 
 _ORDER = ("trained", "evaluated", "rows", "bits", "recompute")
@@ -51,7 +52,7 @@ def apply(model: nn.Module, *methods: MethodConfig, seed: int = 0) -> Session:
     recipe = Recipe(methods=methods, seed=seed)
     # As the user left them: LoRA freezes weights that another method of the recipe trains.
     frozen = {id(p) for p in model.parameters() if not p.requires_grad}
-    layout = discover(model)
+    layout = discover(model, trace=any(map(_needs_parts, methods)))
     _check_conflicts(find_sites(model, layout), methods, frozen)
     runtime = Runtime(model, recipe.seed)
     conversions: dict[str, Conversion] = {}
@@ -128,6 +129,17 @@ def _check_request(model: nn.Module, methods: tuple[MethodConfig, ...]) -> None:
             f"apply: model must have its weights in memory, got {len(meta)} parameters on the meta "
             f"device ({meta[0]}, ...); load the weights first"
         )
+
+
+_OF_PARTS = frozenset((*PARTS, "attention", "mlp", "activation"))
+
+
+def _needs_parts(config: MethodConfig) -> bool:
+    """Return whether it takes a forward to know where a method can act."""
+    spec, sites = registry.get(config.method), config.sites
+    if callable(sites):
+        return True  # It may ask for anything that a site says of itself.
+    return spec.needs_parts or not _OF_PARTS.isdisjoint((*spec.roles, *(sites or ())))
 
 
 def _chosen(
@@ -208,6 +220,7 @@ def _convert(
         no = [f"{s.name}: {s.unusable}" for s in ours if s.unusable]
         how = "the method's own choice" if config.sites is None else "the predicate"
         why = f"; {len(no)} cannot be used: {'; '.join(no[:3])}" if no else ""
+        why += f"; {layout.failure}" if layout.failure else ""
         way_out = (
             "name some with sites=; frozen weights, as beside a PEFT adapter, may be left out"
             if ours
@@ -217,6 +230,7 @@ def _convert(
             f"{who}: sites must match at least one module, got none by {how} "
             f"(roles: {', '.join(spec.roles)}); {way_out}{why}"
         )
+    bad = bad or refusals(model, spec, sites)
     if bad:
         listed = "; ".join(f"{name}: {reason}" for name, reason in bad.items())
         raise SiteError(f"{who}: {len(bad)} of {len(sites)} sites cannot be used: {listed}")

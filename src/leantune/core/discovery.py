@@ -11,6 +11,7 @@ from leantune.core.adapters import base_name, is_factor, is_second_factor
 from leantune.core.architectures import parts_of
 from leantune.core.linear import is_called_linear, refusal
 from leantune.core.sites import Child, Part, Site
+from leantune.core.trace import Trace, trace_parts
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,14 @@ class Layout:
         parts: attentions and FFNs of the blocks.
         heads: modules whose linears are heads or embeddings, outside every block.
         ties: module -> another place that has the same module or one of its own parameters.
+        failure: why parts could not be seen in a forward, or None.
     """
 
     blocks: tuple[str, ...]
     parts: tuple[Part, ...]
     heads: frozenset[str]
     ties: Mapping[str, str]
+    failure: str | None = None
 
 
 class Unreached(NamedTuple):
@@ -40,20 +43,30 @@ class Unreached(NamedTuple):
     why: str
 
 
-def discover(model: nn.Module) -> Layout:
-    """Find blocks, their parts, heads and ties of a model, without running it.
+def discover(model: nn.Module, *, trace: bool = False) -> Layout:
+    """Find blocks, their parts, heads and ties of a model.
 
     Blocks are the modules that transformers can checkpoint one by one; in a model without any they
     are the entries of its repeated lists.
+
+    Args:
+        model: plain, or with PEFT layers.
+        trace: whether to run the model once on its dummy inputs, for parts that the table of
+            architectures does not name.
     """
     modules = dict(model.named_modules())
     blocks = _blocks(modules)
     ties = _ties(modules)
+    named = [part for block in blocks for part in parts_of(block, modules)]
+    seen = trace_parts(model, blocks) if trace else Trace([])
+    known = {(part.role, name) for part in named for name in part.modules.values()}
+    others = [p for p in seen.parts if known.isdisjoint((p.role, n) for n in p.modules.values())]
     return Layout(
         blocks=blocks,
-        parts=tuple(part for block in blocks for part in parts_of(block, modules)),
+        parts=(*named, *others),
         heads=frozenset(_heads(modules, blocks, ties)),
         ties=ties,
+        failure=seen.failure,
     )
 
 
@@ -65,9 +78,9 @@ def find_sites(model: nn.Module, layout: Layout | None = None) -> list[Site]:
 
     Args:
         model: plain or converted.
-        layout: of the plain model; found anew if None.
+        layout: of the plain model; found anew, in a forward on the model's dummy inputs, if None.
     """
-    layout = discover(model) if layout is None else layout
+    layout = discover(model, trace=True) if layout is None else layout
     modules = dict(model.named_modules())
     order = {name: i for i, name in enumerate(modules)}
     finders = (_block_sites, _part_sites, _leaf_sites)

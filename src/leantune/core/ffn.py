@@ -1,7 +1,8 @@
 """A feed-forward network (FFN) whatever its modules are called: whole, in slices, reordered.
 
-Methods that compute some of an FFN's hidden units see every FFN in one way: plain or gated, with
-``nn.Linear`` or ``Conv1D``, with or without LoRA layers, sampled by WTA-CRS or not.
+Methods that compute some of an FFN's hidden units see every FFN in one way: plain, gated, or gated
+with gate and up as the halves of one product, with ``nn.Linear`` or ``Conv1D``, with or without
+LoRA layers, sampled by WTA-CRS or not.
 
 Legend: n rows, F hidden units, r rank of an adapter.
 """
@@ -67,12 +68,15 @@ class FFN:
 
     Args:
         modules: part (``up``, ``gate``, ``down``, ``activation``, ``hidden_dropout``,
-            ``output_dropout``) -> module; ``gate`` and the dropouts may be missing.
+            ``output_dropout``) -> module; ``gate`` and the dropouts may be missing. An ``up`` that
+            is twice as wide as ``down`` reads makes the gate's half first, then its own.
         linears: ``up``, ``gate`` and ``down`` without the LoRA layers around them.
 
     Attributes:
         is_divisible: whether slices of the weights may be used by themselves. A linear that trains
             a subspace needs its whole input and its own forward.
+        num_hidden: F.
+        is_halved: whether gate and up are the halves of one product.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module], linears: Mapping[str, Adapted]) -> None:
@@ -87,6 +91,9 @@ class FFN:
                 )
         self._converted = [m for m in every if isinstance(m, Converted)]
         self.is_divisible = all(m.subspace is None for m in self._converted)
+        self.num_hidden = self.weight("down").shape[1]
+        is_double = len(self.weight("up")) == 2 * self.num_hidden
+        self.is_halved = is_double and "gate" not in modules
 
     def weight(self, part: str) -> Tensor:
         """Return the weight of ``up``, ``gate`` or ``down`` without adapters, (d_out, d_in)."""
@@ -95,6 +102,9 @@ class FFN:
     def hidden(self, x: Tensor) -> Tensor:
         """Return all hidden activations, (..., F), by the modules' own forwards."""
         modules = self.modules
+        if self.is_halved:
+            gate, up = modules["up"](x).chunk(2, -1)
+            return modules["activation"](gate) * up
         if "gate" not in modules:
             return modules["activation"](modules["up"](x))
         return modules["activation"](modules["gate"](x)) * modules["up"](x)
@@ -122,22 +132,26 @@ class FFN:
 
         No slice has a part in it, so that it is computed once for all of them.
         """
-        return [
+        low = [
             scaling * LinearView.of(first).multiply(dropout(x))
             for part in ("up", "gate")
             if part in self.linears
             for first, _, scaling, dropout in self.linears[part].adapters
         ]
+        return low * 2 if self.is_halved else low
 
     def slices(self, num: int) -> "list[FFNSlice]":
         """Cut the hidden units into ``num`` slices of equal size, whose weights are views."""
         parts: list[Iterable[tuple[LinearView, ...]]] = []
         for part, (base, adapters) in self.linears.items():
             dim = int(part == "down")
-            pieces = [LinearView.of(base).chunk(dim, num)]
+            num_halves = 2 if part == "up" and self.is_halved else 1
+            pieces = [LinearView.of(base).chunk(dim, num_halves * num)]
             for first, second, scaling, _ in adapters:
-                pieces.append(LinearView.of(first if dim else second, scaling).chunk(dim, num))
-            parts.append(zip(*pieces, strict=True))
+                view = LinearView.of(first if dim else second, scaling)
+                pieces.append(view.chunk(dim, num_halves * num))
+            cuts = list(zip(*pieces, strict=True))
+            parts += [cuts[num:], cuts[:num]] if num_halves == 2 else [cuts]
         return list(map(FFNSlice, repeat(self), zip(*parts, strict=True)))
 
     def finish(self, y: Tensor, low: Iterable[Tensor]) -> Tensor:
@@ -191,7 +205,7 @@ class FFNSlice(NamedTuple):
                 out = out + factor.multiply(next(low)).to(out.dtype)
             outputs.append(out)
         hidden: Tensor = modules["activation"](outputs[-1])
-        if "gate" in modules:
+        if len(outputs) == 2:
             hidden = hidden * outputs[0]
         if "hidden_dropout" in modules:
             hidden = modules["hidden_dropout"](hidden)

@@ -38,6 +38,7 @@ class MethodSpec:
         check: (site, config) -> why the method cannot act there, or None.
         identity_options: options under which output and gradients equal the plain model's; None
             where no options do that.
+        needs_parts: whether the method asks which part of a block a site is.
         test_options: options that exercise the method on a tiny model.
     """
 
@@ -51,6 +52,7 @@ class MethodSpec:
     trains_weight: bool = False
     check: Callable[[Site, Any], str | None] = lambda site, config: None
     identity_options: Mapping[str, Any] | None = None
+    needs_parts: bool = False
     test_options: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     @property

@@ -125,6 +125,10 @@ class Runtime:
         self.counter = state["counter"].to(self.counter.device)
         self.step, self.seed = int(state["step"]), int(state["seed"])
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the graph of the last forward: a copy of the model has none of it."""
+        return {**vars(self), "_auxiliary": [loss.detach() for loss in self._auxiliary]}
+
     def install_hooks(self, model: nn.Module) -> None:
         """Watch the model's forward; called once, when every module is in its place."""
         self._handles = [

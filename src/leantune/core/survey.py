@@ -92,7 +92,7 @@ def survey(model: nn.Module) -> Survey:
 
     Nothing is changed and no weight is read: a model on the meta device will do.
     """
-    layout = discover(model)
+    layout = discover(model, trace=True)
     sites = find_sites(model, layout)
     sizes = {id(p): p.numel() for p in model.parameters()}
     frozen = {id(p) for p in model.parameters() if not p.requires_grad}

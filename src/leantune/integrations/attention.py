@@ -95,9 +95,27 @@ def refusal(module: nn.Module) -> str | None:
 
 
 def head_width(module: nn.Module) -> int | None:
-    """Return the width of an attention module's heads, or None where the module does not say."""
-    names = ("head_dim", "attention_head_size", "key_value_proj_dim")
-    return next((getattr(module, n) for n in names if hasattr(module, n)), None)  # type: ignore[return-value]
+    """Return the width of a module's query and key heads, or None where it does not say."""
+    return _first(("head_dim", "attention_head_size", "key_value_proj_dim", "qk_head_dim"), module)
+
+
+def num_key_heads(module: nn.Module, key: nn.Module | None) -> int | None:
+    """Return the number of a module's key heads, or None where it does not say.
+
+    Args:
+        module: an attention module.
+        key: its linear that makes keys alone, if there is one.
+    """
+    width, features = head_width(module), getattr(key, "out_features", None)
+    if width is not None and features is not None:
+        return features // width
+    names = ("num_key_value_heads", "num_heads", "num_attention_heads")
+    return _first(names, module, getattr(module, "config", None))
+
+
+def _first(names: Iterable[str], *places: Any) -> int | None:
+    found = (getattr(place, name, None) for name in names for place in places)
+    return next((number for number in found if number is not None), None)
 
 
 Redirected = list[tuple[Any, str | None]]

@@ -8,8 +8,8 @@ from typing import Any, cast
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
+from leantune.core.tensors import iter_tensors
 from leantune.errors import UnsupportedError
-from leantune.measure.step import iter_tensors
 
 Node = Any  # torch types neither C++ nodes nor the nodes of Python Functions usefully.
 

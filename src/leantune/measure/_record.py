@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 import leantune.measure._graph as _graph
+from leantune.core.tensors import iter_tensors
 from leantune.measure.entries import Entry, StorageCounter
-from leantune.measure.step import Step, iter_tensors
+from leantune.measure.step import Step
 
 BATCH_INPUT = "batch input"
 HIDDEN = "hidden on ctx"

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from leantune.core.restore import RandomState, find_session, restored_afterwards
+from leantune.core.tensors import iter_tensors
 from leantune.errors import ConfigError
-from leantune.measure._restore import RandomState, find_session, restored_afterwards
 from leantune.measure.entries import module_of
-from leantune.measure.step import Batch, LossFn, Step, iter_tensors, make_step
+from leantune.measure.step import Batch, LossFn, Step, make_step
 from leantune.measure.text import table
 
 _ALL = "all of the above"

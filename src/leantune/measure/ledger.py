@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from leantune.core.restore import restored_afterwards
+from leantune.core.tensors import iter_tensors
 from leantune.errors import UnsupportedError
 from leantune.measure._record import BATCH_INPUT, record_forward
-from leantune.measure._restore import restored_afterwards
 from leantune.measure.entries import LEDGERS, Entry, LedgerName, StorageCounter, module_of
-from leantune.measure.step import Batch, iter_tensors, make_step
+from leantune.measure.step import Batch, make_step
 from leantune.measure.text import format_bytes, table
 
 _STATE = "optimizer state"

@@ -1,29 +1,18 @@
 """A step is one training forward of a model on a batch, and the loss at its end."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from leantune.core.restore import find_session, restored_afterwards
+from leantune.core.tensors import iter_tensors
 from leantune.errors import ConfigError, UnsupportedError
-from leantune.measure._restore import find_session, restored_afterwards
 
 Batch = Mapping[str, Any] | Sequence[Any] | Tensor
 LossFn = Callable[[Any], Tensor]
-
-
-def iter_tensors(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors in nested mappings, lists and tuples, in order."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in cast("Mapping[Any, Any]", value).values():
-            yield from iter_tensors(item)
-    elif isinstance(value, (list, tuple, set, frozenset)):
-        for item in cast("Iterable[Any]", value):
-            yield from iter_tensors(item)
 
 
 @dataclass(frozen=True)

@@ -45,12 +45,14 @@ def refusal(site: Site, config: RoutedFFN) -> str | None:
     if not all(weight.is_floating_point() for weight in weights):
         return f"weights must be floating point, got {weights[0].dtype}"
     if config.split == "coactivation":
+        if ffn.is_halved:
+            return "split must be 'contiguous' where gate and up are one linear, got 'coactivation'"
         whole = [p for p in ffn.linears if trained_in_place_of_weight(ffn.modules[p])]
         if whole:
             return (
                 f"split must be 'contiguous' where {whole[0]} trains a subspace, got 'coactivation'"
             )
-    width = len(weights[0])
+    width = ffn.num_hidden
     if width % config.num_groups:
         near = [n for n in range(2, 65) if width % n == 0]
         return (

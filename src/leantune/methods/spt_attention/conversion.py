@@ -90,13 +90,14 @@ class SPTConversion(Conversion):
 
 def _shape(site: Site, config: SPTAttention) -> tuple[int, int, int, int]:
     """Return the shape of a site's codebooks: key heads, subspaces, codewords, their width."""
-    head_width = registry.head_width(site.module)
-    assert head_width is not None, site.name
-    key: Any = site.children["key"].module if "key" in site.children else None
-    module: Any = site.module
-    num_key_heads = module.num_heads if key is None else key.out_features // head_width
+    key = site.children["key"].module if "key" in site.children else None
+    head_width, num_heads = (
+        registry.head_width(site.module),
+        registry.num_key_heads(site.module, key),
+    )
+    assert head_width is not None and num_heads is not None, site.name
     width = config.subspace_width
-    return int(num_key_heads), head_width // width, config.num_codewords, width
+    return num_heads, head_width // width, config.num_codewords, width
 
 
 def check(site: Site, config: SPTAttention) -> str | None:
