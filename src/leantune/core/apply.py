@@ -8,8 +8,17 @@ from leantune.core import registry
 from leantune.core.config import MethodConfig
 from leantune.core.conversion import Conversion
 from leantune.core.discovery import Layout, discover, find_sites
-from leantune.core.files import RECIPE_FILE, STATE_FILE, load_tensors, load_weights, read_json
-from leantune.core.recipe import Recipe
+from leantune.core.files import (
+    BASE_FILE,
+    SESSION,
+    STATE_FILE,
+    find_damage,
+    load_tensors,
+    load_weights,
+    read_json,
+)
+from leantune.core.fingerprint import check_fingerprint, fingerprint
+from leantune.core.recipe import RECIPE_FILE, Recipe
 from leantune.core.registry import MethodSpec
 from leantune.core.runtime import Runtime
 from leantune.core.session import Session
@@ -42,6 +51,7 @@ def apply(model: nn.Module, *methods: MethodConfig, seed: int = 0) -> Session:
     layout = discover(model)
     _check_conflicts(find_sites(model, layout), methods)
     runtime = Runtime(model, recipe.seed)
+    base = fingerprint(model)
     conversions: dict[str, Conversion] = {}
     try:
         for axis in _ORDER:
@@ -54,7 +64,7 @@ def apply(model: nn.Module, *methods: MethodConfig, seed: int = 0) -> Session:
             conversion.undo()
         raise
     runtime.install_hooks(model)
-    session = Session(model, recipe.methods, runtime, conversions)
+    session = Session(model, recipe.methods, runtime, conversions, base)
     model._leantune_session = session  # type: ignore[assignment]
     return session
 
@@ -67,12 +77,20 @@ def load(model: nn.Module, folder: str | Path) -> Session:
         folder: what ``session.save`` wrote.
 
     Raises:
-        ConfigError: a missing or truncated file, another format, or weights of another model; the
+        ConfigError: a missing or damaged file, another format, or weights of another model; the
             model is left as it was.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
+    damage = find_damage(folder, SESSION)
+    if damage is not None:
+        raise ConfigError(
+            f"load: folder must be as session.save wrote it, got {str(folder)!r} with {damage}; "
+            "save it again, or take another"
+        )
     recipe = Recipe.from_dict(read_json(folder / RECIPE_FILE))
     state = load_tensors(folder / STATE_FILE)
+    _check_request(model, recipe.methods)
+    check_fingerprint(model, load_tensors(folder / BASE_FILE))
     session = apply(model, *recipe.methods, seed=recipe.seed)
     try:
         session.load_state_dict(state)

@@ -33,12 +33,14 @@ class Session:
         methods: tuple[MethodConfig, ...],
         runtime: Runtime,
         conversions: Mapping[str, Conversion],
+        base: Mapping[str, Tensor],
     ) -> None:
         self.model = model
         self.methods = methods
         self.conversions = list(conversions.values())
         self._names = list(conversions)
         self._runtime = runtime
+        self._base = base
 
     def __repr__(self) -> str:
         names = ", ".join(config.method for config in self.methods)
@@ -178,12 +180,14 @@ class Session:
                 )
             if slash:
                 parts[name][rest] = value
-        missing = [k for k in ("counter", "step", "seed") if k not in state]
-        if missing:
-            raise ConfigError(
-                f"session: state must hold counter, step and seed, got none for {missing[0]!r}; "
-                "the file is not a leantune session or is damaged"
-            )
+        for key in ("counter", "step", "seed"):
+            value = state.get(key)
+            if value is None or value.shape != () or value.dtype != torch.int64:
+                got = "none" if value is None else f"shape {tuple(value.shape)} of {value.dtype}"
+                raise ConfigError(
+                    f"session: state must hold counter, step and seed, each one int64, got {got} "
+                    f"for {key!r}; the file is not a leantune session or is damaged"
+                )
         for conversion, part in zip(self.conversions, parts.values(), strict=True):
             conversion.load_state_dict(part)
         runtime = self._runtime
@@ -194,12 +198,14 @@ class Session:
         """Write recipe, trained weights and session state to ``folder``, all or nothing.
 
         Raises:
-            ConfigError: a predicate in ``sites``, which no file can hold.
+            ConfigError: a predicate in ``sites``, which no file can hold; or ``folder`` holds what
+                no session wrote.
             UnsupportedError: parameters are sharded.
-            OSError: the disk is full; what was there before survives.
+            WriteError: the disk is full; what was there before survives.
         """
-        recipe = Recipe(methods=self.methods, seed=self.seed)
-        write_session(Path(folder), recipe.to_dict(), self.model, self.state_dict)
+        recipe = Recipe(methods=self.methods, seed=self.seed).to_dict()
+        place = Path(folder).expanduser()
+        write_session(place, recipe, self.model, self.state_dict, self._base)
 
 
 @contextmanager
