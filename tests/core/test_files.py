@@ -219,7 +219,9 @@ def test_damaged_session_is_refused_by_the_name_of_the_file(saved: Path, name: s
         (saved / name).unlink() if damage is None else (saved / name).write_bytes(damage)
         model = MODELS["bert"].build()
         before = {n: v.clone() for n, v in model.state_dict().items()}
-        with pytest.raises(ConfigError, match=rf"as session.save wrote it, got .*with .*{name}"):
+        # A flipped letter in the manifest tells of another file.
+        named = r"\.json" if name == MANIFEST_FILE else name
+        with pytest.raises(ConfigError, match=rf"as session.save wrote it, got .*with .*{named}"):
             lt.load(model, saved)
         assert untouched(model, before)
         (saved / name).write_bytes(whole)

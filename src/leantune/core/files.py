@@ -31,8 +31,10 @@ SESSION = "session"
 _MANIFEST_FORMAT = 1
 
 # What says that a file cannot be written; others (a lost connection) are other people's.
-_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES}
-_ERRNOS |= {errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
+_ERRNOS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO),
+    *(errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
+}
 # In the words of safetensors, and of torch.save, which has no error of its own for it.
 _SAYS_FULL = re.compile(r"I/O error|No space left|enforce fail at inline_container")
 

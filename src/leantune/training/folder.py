@@ -30,7 +30,7 @@ from leantune.core.files import (
 )
 from leantune.core.recipe import RECIPE_FILE
 from leantune.errors import ConfigError, WriteError
-from leantune.training.recipe import RunRecipe, read_recipe_file
+from leantune.training.recipe import RunRecipe
 from leantune.training.results import METRICS_FILE
 
 RESULT_FILE = "result.json"
@@ -144,16 +144,14 @@ def _is_new(output: Path) -> bool:
 
 def _recipe_there(recipe: RunRecipe) -> RunRecipe:
     """Return the recipe of the run that lies in the output folder."""
-    output = Path(recipe.output)
-    if recipe.resume:
-        return RunRecipe.from_dict(read_recipe_file(output / RECIPE_FILE))
+    path = Path(recipe.output) / RECIPE_FILE
     try:
-        return RunRecipe.from_dict(read_json(output / RECIPE_FILE))
+        return RunRecipe.from_dict(read_json(path))
     except ConfigError as error:
+        how = "resumed" if recipe.resume else "overwritten"
         raise ConfigError(
-            f"RunRecipe: output must be a run's folder to be overwritten, got {recipe.output!r} "
-            f"without a run's {RECIPE_FILE} ({error}); choose another folder, or remove that one "
-            "yourself"
+            f"RunRecipe: output must be a run's folder to be {how}, got {recipe.output!r} without "
+            f"a run's {RECIPE_FILE} ({error}); choose another folder"
         ) from error
 
 
