@@ -357,12 +357,13 @@ def test_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         SafetensorError(
             "Error while serializing: I/O error: No space left on device (os error 28)"
         ),
+        RuntimeError("basic_ios::clear: iostream error"),
         RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"),
     ],
 )
 def test_full_disk_has_one_error(tmp_path: Path, error: Exception) -> None:
     with (
-        pytest.raises(WriteError, match=r"a must have room .*got .* with [\d,]+ bytes free; make"),
+        pytest.raises(WriteError, match=r"a must be writable .* with [\d,]+ bytes free; make"),
         writing(tmp_path / "a"),
     ):
         raise error

@@ -477,7 +477,7 @@ def test_a_disk_that_fills_up_in_training_keeps_the_last_checkpoint(
 
     recipe = Path(run["output"]) / "recipe.json"
     before = recipe.read_text()
-    with pytest.raises(WriteError, match=r"checkpoints must have room .* bytes free; make room"):
+    with pytest.raises(WriteError, match=r"checkpoints must be writable .* bytes free; make room"):
         lt.train(run, resume=True, callbacks=[Fill()])
     monkeypatch.undo()
     folder = Path(run["output"]) / "checkpoints"

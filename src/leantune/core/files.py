@@ -36,7 +36,7 @@ _ERRNOS = {
     *(errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
 }
 # In the words of safetensors, and of torch.save, which has no error of its own for it.
-_SAYS_FULL = re.compile(r"I/O error|No space left|enforce fail at inline_container")
+_SAYS_FULL = re.compile(r"I/O error|No space left|iostream error|fail at inline_container")
 
 
 @contextmanager
@@ -54,11 +54,15 @@ def writing(path: Path) -> Generator[None]:
         is_ours = isinstance(error, OSError) and error.errno in _ERRNOS
         if not is_ours and not _SAYS_FULL.search(str(error)):
             raise
-        free = shutil.disk_usage(_nearest(path)).free
         raise WriteError(
-            f"write: {path} must have room and let itself be written, got {error} with {free:,} "
+            f"write: {path} must be writable and have room, got {error} with {free_bytes(path):,} "
             "bytes free; make room there or choose another folder, what was whole before still is"
         ) from error
+
+
+def free_bytes(path: Path) -> int:
+    """Return the free bytes of the disk that a path is on, or would be on."""
+    return shutil.disk_usage(_nearest(path)).free
 
 
 def _nearest(path: Path) -> Path:
@@ -135,7 +139,7 @@ def check_replaceable(folder: Path, kind: str) -> None:
         got = f"{stranger}, which leantune did not write or which was changed since"
     if got is not None:
         raise ConfigError(
-            f"{kind}: folder must be new, empty or one that leantune wrote as a {kind}, got "
+            f"{kind}: folder must be new, empty or what leantune wrote as {kind} before, got "
             f"{str(folder)!r}: {got}; choose another folder, or move yourself what is there"
         )
 

@@ -23,6 +23,7 @@ from leantune.core.files import (
     check_replaceable,
     check_writable,
     find_damage,
+    free_bytes,
     read_json,
     write_atomic,
     write_manifest,
@@ -59,18 +60,14 @@ def variant_folders(recipe: RunRecipe) -> dict[str, Path]:
 class RunLock:
     """A lock lets one process at a time write into a run's folder, and dies with that process.
 
-    A context manager; it is taken on entry where the folder is a run's already. On a file system
-    that has no locks it says so and lets everybody in.
+    A context manager that gives it back. A file system without locks is named, and lets all in.
     """
 
     def __init__(self, recipe: RunRecipe) -> None:
         self._folder = Path(recipe.output)
-        self._is_there = recipe.resume or recipe.overwrite
         self._file: Any = None
 
     def __enter__(self) -> Self:
-        if self._is_there and (self._folder / RECIPE_FILE).is_file():
-            self.take()
         return self
 
     def __exit__(self, *args: object) -> None:
@@ -221,9 +218,7 @@ def check_space(recipe: RunRecipe, num_bytes: int) -> None:
     Raises:
         WriteError: it has not.
     """
-    output = Path(recipe.output).absolute()
-    place = next(path for path in (output, *output.parents) if path.exists())
-    free = shutil.disk_usage(place).free
+    free = free_bytes(Path(recipe.output))
     if free < num_bytes:
         raise WriteError(
             f"RunRecipe: output must be on a disk with room for a checkpoint of {num_bytes:,} "

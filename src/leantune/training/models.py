@@ -186,6 +186,8 @@ def _check_apart(output: Path, *sources: Path) -> None:
     place = output.resolve()
     for source in sources:
         read = source.resolve()
+        if not read.exists():
+            continue
         if place.is_relative_to(read) or read.is_relative_to(place):
             raise ConfigError(
                 f"merge: output must be apart from what is read, got {str(output)!r} for "

@@ -26,6 +26,7 @@ from leantune.core.apply import apply
 from leantune.core.conversion import SAMPLE_ID
 from leantune.core.distributed import is_first_process
 from leantune.core.files import atomic_folder, write_atomic, writing
+from leantune.core.recipe import RECIPE_FILE
 from leantune.core.session import Session
 from leantune.errors import ConfigError
 from leantune.integrations.trainer import TrainerCallback
@@ -77,6 +78,8 @@ def train(
     with handled_by(), RunLock(recipe) as lock:
         check_folder(recipe)
         _check_device(recipe.precision)
+        if (output / RECIPE_FILE).is_file():
+            lock.take()
         starts = find_starts(recipe) if recipe.resume else {}
         if recipe.resume and (output / METRICS_FILE).is_file():
             return RunResult.read(output)
