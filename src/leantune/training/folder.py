@@ -16,7 +16,7 @@ from typing import Any, Self
 import torch
 from transformers import TrainerCallback
 
-from leantune.core.distributed import is_distributed
+from leantune.core.distributed import is_distributed, is_first_process
 from leantune.core.files import (
     MANIFEST_FILE,
     SESSION,
@@ -81,7 +81,7 @@ class RunLock:
             ConfigError: another process has it.
         """
         # Of the processes of one run the first one locks for all.
-        if self._file is not None or os.environ.get("RANK", "0") != "0":
+        if self._file is not None or not is_first_process():
             return
         import fcntl
 

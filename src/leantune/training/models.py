@@ -133,8 +133,7 @@ def merge_checkpoint(
         Names of the methods that were merged.
 
     Raises:
-        ConfigError: a file is missing or damaged, the session is of another base, or ``output``
-            holds what leantune did not write.
+        ConfigError: a file is missing or damaged, the base is another one, or ``output`` others'.
         WriteError: the disk is full, or ``output`` cannot be written.
     """
     source, output = Path(source).expanduser(), Path(output).expanduser()

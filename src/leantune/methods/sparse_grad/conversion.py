@@ -3,7 +3,6 @@
 Legend: d_out and d_in the sides of a weight.
 """
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any
@@ -249,10 +248,9 @@ class SparseGradConversion(SwapConversion):
         for key, shape in wanted.items():
             if tuple(state[key].shape) != shape:
                 raise _other_model(f"shape {tuple(state[key].shape)} for the {shape} of {key}")
-            if state[key].is_floating_point() == key.endswith(":indices"):
-                raise _other_model(f"{state[key].dtype} for {key}")
-            if not bool(state[key].isfinite().all()):
-                raise _other_model(f"NaN or infinite entries in {key}")
+            is_wrong = state[key].is_floating_point() == key.endswith(":indices")
+            if is_wrong or not bool(state[key].isfinite().all()):
+                raise _other_model(f"{state[key].dtype} or NaN or infinite entries in {key}")
         bases: dict[str, Bases] = {}
         for rule in self.rules:
             device, group = rule.parameter.device, rule.group
@@ -260,10 +258,7 @@ class SparseGradConversion(SwapConversion):
                 bases[group] = Bases(*(state[f"{group}:{side}"].to(device) for side in SIDES))
             rule.bases = bases[group]
             if self.config.selection == "fixed":
-                indices = state[f"{rule.name}:indices"]
-                if not bool(((indices >= 0) & (indices < math.prod(rule.shape))).all()):
-                    raise _other_model(f"entries outside the weight of {rule.name}")
-                rule.indices = indices.to(device)
+                rule.indices = state[f"{rule.name}:indices"].to(device)
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         """Return key -> shape of the state of a calibrated conversion."""
