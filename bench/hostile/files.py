@@ -27,7 +27,6 @@ from leantune.errors import LeantuneError
 
 CASES = Cases("files")
 _MODULE = (sys.executable, "-c", "from leantune.cli import main; main()")
-_SAVES = ("max_steps=6", "save_steps=2", "method=wta_crs")
 
 
 class _CutOff(transformers.TrainerCallback):
