@@ -15,3 +15,7 @@ class SiteError(LeantuneError):
 
 class UnsupportedError(LeantuneError):
     """The request is sound but this model, device or version cannot serve it."""
+
+
+class WriteError(LeantuneError, OSError):
+    """A file cannot be written: no room is left, or the place does not let it; an ``OSError``."""

@@ -313,6 +313,19 @@ def test_load_gives_the_same_output_and_next_gradients(method: str, name: str, t
         assert same(got, wanted)
 
 
+@pytest.mark.parametrize(("method", "name"), ONE)
+def test_state_of_another_shape_or_dtype_is_refused(method: str, name: str) -> None:
+    model = MODELS[name].build()
+    session = convert(model, name, example(method))
+    step(model, batch_of(name))
+    state = session.state_dict()
+    for key, value in state.items():
+        other = torch.int8 if value.is_floating_point() else torch.float32
+        for damaged in (value.unsqueeze(0), value.to(other)):
+            with pytest.raises(ConfigError, match="got "):
+                session.load_state_dict({**state, key: damaged})
+
+
 @pytest.mark.parametrize(("method", "name"), [c for c in FEW if merges(c[0])])
 def test_merged_model_is_plain_and_equals_the_unmerged(method: str, name: str) -> None:
     model = MODELS[name].build()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,21 +10,29 @@ from pathlib import Path
 import pytest
 import torch
 from models import MODELS
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
 import leantune as lt
 from leantune.core import files as files_module
 from leantune.core.files import (
+    BASE_FILE,
+    MANIFEST_FILE,
+    SESSION,
     STATE_FILE,
     WEIGHTS_FILE,
     atomic_folder,
+    find_damage,
     load_tensors,
+    read_json,
     save_tensors,
     write_atomic,
+    write_manifest,
+    writing,
 )
 from leantune.core.recipe import RECIPE_FILE
-from leantune.errors import ConfigError
+from leantune.errors import ConfigError, WriteError
 
 
 def make_session(seed: int = 3, **options) -> lt.Session:
@@ -37,6 +46,18 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
+def written(folder: Path) -> dict[str, bytes]:
+    """Contents but for the manifest, of a folder that is as it was written."""
+    assert find_damage(folder, "out") is None
+    return {name: data for name, data in contents(folder).items() if name != MANIFEST_FILE}
+
+
+def make_out(folder: Path) -> Path:
+    with atomic_folder(folder, "out") as fresh:
+        (fresh / "old").write_text("old")
+    return folder
+
+
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     folder = tmp_path / "run" / "session"
@@ -47,22 +68,20 @@ def saved(tmp_path: Path) -> Path:
 def test_atomic_folder_replaces_the_old_one_whole(tmp_path: Path) -> None:
     target = tmp_path / "out"
     for text in ("first", "second"):
-        with atomic_folder(target) as fresh:
+        with atomic_folder(target, "out") as fresh:
             (fresh / text).write_text(text)
             assert not (target / text).exists()
-        assert contents(target) == {text: text.encode()}
+        assert written(target) == {text: text.encode()}
         assert os.listdir(tmp_path) == ["out"]
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, OSError])
 def test_error_inside_keeps_the_old_folder(tmp_path: Path, error) -> None:
-    target = tmp_path / "out"
-    target.mkdir()
-    (target / "old").write_text("old")
-    with pytest.raises(error), atomic_folder(target) as fresh:
+    target = make_out(tmp_path / "out")
+    with pytest.raises(error), atomic_folder(target, "out") as fresh:
         (fresh / "new").write_text("half")
         raise error
-    assert contents(target) == {"old": b"old"} and os.listdir(tmp_path) == ["out"]
+    assert written(target) == {"old": b"old"} and os.listdir(tmp_path) == ["out"]
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
@@ -70,9 +89,7 @@ def test_error_inside_keeps_the_old_folder(tmp_path: Path, error) -> None:
 def test_error_while_renaming_keeps_the_old_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error, failing_call
 ) -> None:
-    target = tmp_path / "out"
-    target.mkdir()
-    (target / "old").write_text("old")
+    target = make_out(tmp_path / "out")
     replace, count = Path.replace, iter(range(1, 10))
 
     def fail(self: Path, other: Path) -> Path:
@@ -81,9 +98,9 @@ def test_error_while_renaming_keeps_the_old_folder(
         return replace(self, other)
 
     monkeypatch.setattr(Path, "replace", fail)
-    with pytest.raises(type(error)), atomic_folder(target) as fresh:
+    with pytest.raises(type(error)), atomic_folder(target, "out") as fresh:
         (fresh / "new").write_text("new")
-    assert contents(target) == {"old": b"old"} and os.listdir(tmp_path) == ["out"]
+    assert written(target) == {"old": b"old"} and os.listdir(tmp_path) == ["out"]
 
 
 def test_write_atomic_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,7 +167,8 @@ def test_tied_and_strided_tensors_are_written(tmp_path: Path) -> None:
 
 
 def test_folder_holds_recipe_weights_and_state(saved: Path) -> None:
-    assert sorted(contents(saved)) == [RECIPE_FILE, STATE_FILE, WEIGHTS_FILE]
+    files = [BASE_FILE, MANIFEST_FILE, RECIPE_FILE, STATE_FILE, WEIGHTS_FILE]
+    assert sorted(contents(saved)) == files
     recipe = json.loads((saved / RECIPE_FILE).read_text())
     assert recipe == {
         "format": 2,
@@ -192,36 +210,54 @@ def test_loaded_session_goes_on_bit_for_bit(tmp_path: Path, options) -> None:
         assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
-def test_truncated_or_empty_safetensors(saved: Path) -> None:
-    for name in (WEIGHTS_FILE, STATE_FILE):
-        whole = (saved / name).read_bytes()
-        for size in (0, 4, 30, len(whole) // 2, len(whole) - 1):
-            (saved / name).write_bytes(whole[:size])
-            model = MODELS["bert"].build()
-            with pytest.raises(ConfigError, match=f"{name} must be a whole safetensors file"):
-                lt.load(model, saved)
-            assert not hasattr(model, "_leantune_session")
+@pytest.mark.parametrize("name", [BASE_FILE, MANIFEST_FILE, RECIPE_FILE, STATE_FILE, WEIGHTS_FILE])
+def test_damaged_session_is_refused_by_the_name_of_the_file(saved: Path, name: str) -> None:
+    whole = (saved / name).read_bytes()
+    middle = len(whole) // 2
+    flipped = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
+    for damage in (b"", whole[:4], whole[:-2], b"\xff\xfe" * 20, b"[" * 100_000, flipped, None):
+        (saved / name).unlink() if damage is None else (saved / name).write_bytes(damage)
+        model = MODELS["bert"].build()
+        before = {n: v.clone() for n, v in model.state_dict().items()}
+        # A flipped letter in the manifest tells of another file.
+        named = r"\.json" if name == MANIFEST_FILE else name
+        with pytest.raises(ConfigError, match=rf"as session.save wrote it, got .*with .*{named}"):
+            lt.load(model, saved)
+        assert untouched(model, before)
         (saved / name).write_bytes(whole)
     lt.load(MODELS["bert"].build(), saved)
 
 
-@pytest.mark.parametrize("name", [RECIPE_FILE, WEIGHTS_FILE, STATE_FILE])
-def test_missing_file(saved: Path, name: str) -> None:
-    (saved / name).unlink()
-    with pytest.raises(ConfigError, match=f"must hold {name}, got "):
+@pytest.mark.parametrize(
+    "text", ["[]", "{}", '{"format": 1}', '{"format": 2, "kind": "session", "files": {"a": 1}}']
+)
+def test_manifest_with_other_content(saved: Path, text: str) -> None:
+    (saved / MANIFEST_FILE).write_text(text)
+    with pytest.raises(ConfigError, match=MANIFEST_FILE):
         lt.load(MODELS["bert"].build(), saved)
 
 
 def test_missing_folder(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"folder must hold recipe\.json, got none in"):
+    with pytest.raises(ConfigError, match=r"nothing' with no such folder"):
         lt.load(MODELS["bert"].build(), tmp_path / "nothing")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1", b"\xff\xfe"])
-def test_broken_recipe(saved: Path, text) -> None:
-    (saved / RECIPE_FILE).write_bytes(text.encode() if isinstance(text, str) else text)
-    with pytest.raises(ConfigError, match=r"recipe\.json must be valid JSON"):
+@pytest.mark.parametrize("size", [0, 4, 30])
+def test_no_safetensors_file(saved: Path, size: int) -> None:
+    """Also where a manifest vouches for it."""
+    path = saved / STATE_FILE
+    path.write_bytes(path.read_bytes()[:size])
+    write_manifest(saved, SESSION)
+    with pytest.raises(ConfigError, match=f"{STATE_FILE} must be a whole safetensors file"):
         lt.load(MODELS["bert"].build(), saved)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1", b"\xff\xfe", "[" * 100_000])
+def test_broken_json(tmp_path: Path, text) -> None:
+    path = tmp_path / "a.json"
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    with pytest.raises(ConfigError, match=r"a\.json must be valid JSON"):
+        read_json(path)
 
 
 @pytest.mark.parametrize(
@@ -239,8 +275,104 @@ def test_broken_recipe(saved: Path, text) -> None:
 def test_recipe_that_this_version_does_not_know(saved: Path, change, match) -> None:
     recipe = json.loads((saved / RECIPE_FILE).read_text())
     (saved / RECIPE_FILE).write_text(json.dumps({**recipe, **change}))
+    write_manifest(saved, SESSION)
     with pytest.raises(ConfigError, match=match):
         lt.load(MODELS["bert"].build(), saved)
+
+
+def put_file(folder: Path) -> None:
+    (folder / "mine.txt").write_text("mine")
+
+
+def put_checkpoint(folder: Path) -> None:
+    (folder / "checkpoint-5").mkdir()
+    (folder / "checkpoint-5" / "optimizer.pt").write_text("mine")
+
+
+def change_file(folder: Path) -> None:
+    (folder / "old").write_text("new")
+
+
+@pytest.mark.parametrize(
+    ("put", "named"),
+    [
+        (put_file, "mine.txt"),
+        (put_checkpoint, "checkpoint-5"),
+        (lambda folder: (folder / "empty").mkdir(), "empty"),
+        (lambda folder: (folder / "link").symlink_to(folder), "link"),
+        (change_file, "old"),
+        (lambda folder: (folder / MANIFEST_FILE).unlink(), "old"),
+        (lambda folder: write_manifest(folder, "in"), MANIFEST_FILE),
+    ],
+)
+def test_what_others_wrote_is_never_replaced(tmp_path: Path, put, named: str) -> None:
+    target = make_out(tmp_path / "out")
+    put(target)
+    before = contents(tmp_path)
+    with (
+        pytest.raises(ConfigError, match=rf"{named}, which leantune did not write"),
+        atomic_folder(target, "out"),
+    ):
+        pytest.fail("refused too late")
+    assert contents(tmp_path) == before and os.listdir(tmp_path) == ["out"]
+
+
+def test_folders_that_nobody_means(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "here" / "below").mkdir(parents=True)
+    make_out(tmp_path / "out")
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.chdir(tmp_path / "here" / "below")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for name in (".", "..", "../..", "../../home", str(tmp_path), "/"):
+        with pytest.raises(ConfigError, match=r"got .*: the working folder, the home"):
+            make_out(Path(name))
+    for name, got in (("link", "a symbolic link"), ("file", "a file")):
+        with pytest.raises(ConfigError, match=f"got .*: {got}"):
+            make_out(tmp_path / name)
+    with pytest.raises(WriteError, match=r"no folder.* bytes free"):
+        make_out(tmp_path / "file" / "below")
+    assert written(tmp_path / "out") == {"old": b"old"}
+
+
+def test_session_is_not_saved_over_a_trainers_folder(tmp_path: Path) -> None:
+    put_checkpoint(tmp_path)
+    with pytest.raises(ConfigError, match="checkpoint-5, which leantune did not write"):
+        make_session().save(tmp_path)
+    assert (tmp_path / "checkpoint-5" / "optimizer.pt").read_text() == "mine"
+
+
+def test_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    make_session().save("~/s")
+    assert lt.load(MODELS["bert"].build(), "~/s").seed == 3
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        PermissionError(13, "Permission denied"),
+        SafetensorError(
+            "Error while serializing: I/O error: No space left on device (os error 28)"
+        ),
+        RuntimeError("basic_ios::clear: iostream error"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"),
+    ],
+)
+def test_full_disk_has_one_error(tmp_path: Path, error: Exception) -> None:
+    with (
+        pytest.raises(WriteError, match=r"a must be writable .* with [\d,]+ bytes free; make"),
+        writing(tmp_path / "a"),
+    ):
+        raise error
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes differ"), ConnectionError(111, "refused")])
+def test_other_errors_are_not_the_disks(tmp_path: Path, error: Exception) -> None:
+    with pytest.raises(type(error), match=re.escape(str(error))), writing(tmp_path / "a"):
+        raise error
 
 
 def untouched(model: nn.Module, before: dict[str, torch.Tensor]) -> bool:
@@ -280,9 +412,16 @@ def test_state_of_another_recipe() -> None:
 def test_state_without_a_counter(key: str) -> None:
     session = make_session()
     state = session.state_dict()
-    del state[key]
-    with pytest.raises(ConfigError, match=f"got none for '{key}'"):
-        session.load_state_dict(state)
+    for value, got in (
+        (torch.zeros(1, dtype=torch.int64), r"shape \(1,\) of torch.int64"),
+        (torch.zeros(()), r"shape \(\) of torch.float32"),
+        (None, "none"),
+    ):
+        damaged = {name: tensor for name, tensor in state.items() if name != key}
+        if value is not None:
+            damaged[key] = value
+        with pytest.raises(ConfigError, match=f"got {got} for '{key}'"):
+            session.load_state_dict(damaged)
 
 
 def test_predicate_is_refused_before_anything_is_written(tmp_path: Path) -> None:

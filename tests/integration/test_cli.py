@@ -351,12 +351,37 @@ class TestMerge:
         assert loads_like(output, folder / "model") and not loads_like(output, model)
         config = json.loads((output / "config.json").read_text())
         assert config["label2id"] == {"bad": 0, "good": 1}
-        (output / "keep").write_text("mine")
         result = invoke("merge", folder / "session", output)
         assert result.exit_code == 2 and "which exists" in plain(result.stderr)
-        assert (output / "keep").exists()
+        (output / "keep").write_text("mine")
         result = invoke("merge", folder / "session", output, "--overwrite")
-        assert result.exit_code == 0 and not (output / "keep").exists(), result.stderr
+        assert result.exit_code == 2 and "keep, which leantune did not" in plain(result.stderr)
+        assert (output / "keep").read_text() == "mine"
+        (output / "keep").unlink()
+        result = invoke("merge", folder / "session", output, "--overwrite")
+        assert result.exit_code == 0, result.stderr
+
+    def test_what_is_read_is_never_overwritten(
+        self, trained: tuple[Path, Result], tmp_path: Path, model: Path
+    ) -> None:
+        run, base = tmp_path / "run", tmp_path / "base"
+        shutil.copytree(trained[0], run)
+        shutil.copytree(model, base)
+        before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+        for output in (run, run / "session", run / "new", tmp_path, base, base / "new", run / ".."):
+            result = invoke("merge", run, output, "--overwrite", "--model", base)
+            assert result.exit_code == 2 and "error" in plain(result.stderr), output
+        assert before == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+
+    def test_another_base_of_the_same_shape_is_refused(self, tmp_path: Path) -> None:
+        for seed in (1, 2):
+            bert(seed=seed).save_pretrained(tmp_path / f"base{seed}")
+            tokenizer().save_pretrained(tmp_path / f"base{seed}")
+        lt.apply(bert(seed=1), lt.LoRA(rank=2)).save(tmp_path / "session")
+        with pytest.raises(lt.ConfigError, match=r"must be the base that .* got other weights in"):
+            lt.merge_checkpoint(tmp_path / "session", tmp_path / "plain", str(tmp_path / "base2"))
+        assert not (tmp_path / "plain").exists()
+        lt.merge_checkpoint(tmp_path / "session", tmp_path / "plain", str(tmp_path / "base1"))
 
     def test_session_alone_merges_onto_a_named_model(self, tmp_path: Path) -> None:
         base = bert(seed=1)
@@ -384,7 +409,7 @@ class TestMerge:
         weights = tmp_path / "session" / "weights.safetensors"
         weights.write_bytes(weights.read_bytes()[:-100])
         result = invoke("merge", tmp_path / "session", tmp_path / "plain", "--model", model)
-        assert result.exit_code == 2 and "whole safetensors file" in plain(result.stderr)
+        assert result.exit_code == 2 and "weights.safetensors with" in plain(result.stderr)
         result = invoke("merge", model, tmp_path / "plain")
         assert result.exit_code == 2 and "must be a run folder or a folder" in plain(result.stderr)
         assert not (tmp_path / "plain").exists()

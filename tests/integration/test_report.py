@@ -16,6 +16,7 @@ import torch
 from integration.tiny import bert
 
 import leantune as lt
+from leantune.core.files import find_damage
 from leantune.report.page import _cards, _recipe_rows, headline, write_report
 from leantune.report.plots import BARS, block_of, place_in_block, saved_table
 from leantune.training.results import RunResult
@@ -124,12 +125,13 @@ def test_page_is_self_contained_and_drawn_once_for_both_themes(written: Path) ->
     assert page.num_plots == len(PLOTS) == 5
     assert all(reference.startswith("#") for reference in page.references)
     assert "base64" not in text and "@import" not in text
-    for path in (written / "plots").iterdir():
+    assert find_damage(written / "plots", "plots") is None
+    for path in (written / "plots").glob("*.svg"):
         svg = path.read_text()
         assert svg.startswith("<svg") and svg in text and "var(--run-1, " in svg and "<text" in svg
         # Every colour is a variable, so that the dark page is readable.
         assert re.sub(r"var\([^)]*\)", "", svg).count("#1b2430") == 0
-    assert {path.stem for path in (written / "plots").iterdir()} == PLOTS
+    assert {path.stem for path in (written / "plots").glob("*.svg")} == PLOTS
     names = {path.name for path in written.iterdir()}
     assert names == {"metrics.json", "plots", "recipe.json", "report.html"}
 
@@ -206,9 +208,13 @@ def test_tables_scroll_beside_their_first_column(written: Path) -> None:
 def test_second_report_replaces_the_first_with_the_same(folder: Path) -> None:
     rc, had_pyplot = dict(matplotlib.rcParams), "matplotlib.pyplot" in sys.modules
     first = write_report(folder).read_text()
-    (folder / "plots" / "old.svg").write_bytes(b"")
+    mine = folder / "plots" / "mine.svg"
+    mine.write_bytes(b"")
+    with pytest.raises(lt.ConfigError, match=r"mine\.svg, which leantune did not write"):
+        write_report(folder)
+    mine.unlink()
     assert write_report(folder).read_text() == first
-    assert {path.stem for path in (folder / "plots").iterdir()} == PLOTS
+    assert {path.stem for path in (folder / "plots").glob("*.svg")} == PLOTS
     assert dict(matplotlib.rcParams) == rc
     assert ("matplotlib.pyplot" in sys.modules) == had_pyplot
 

@@ -1,7 +1,12 @@
 """A run from files to its folder: comparison, interruption, resumption, bad input."""
 
+import errno
+import fcntl
 import json
 import math
+import os
+import pickle
+import shutil
 import signal
 import sys
 from collections.abc import Iterator
@@ -12,15 +17,18 @@ import pytest
 import torch
 import transformers
 from integration.tiny import bert, llama, same, tokenizer, write_sentences
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback
 
 import leantune as lt
-from leantune.core.files import STATE_FILE
+from leantune.core.files import STATE_FILE, find_damage, write_manifest
+from leantune.errors import WriteError
 from leantune.training.data import get_task, load_task
+from leantune.training.interrupt import handled_by
 from leantune.training.models import load_model
 from leantune.training.recipe import RunRecipe
-from leantune.training.results import RunResult
+from leantune.training.results import RunResult, VariantResult
 
 SAMPLED = lt.WTACRS(keep_ratio=0.3, min_rows=2)
 
@@ -56,14 +64,20 @@ def saved_weights(folder: Path | str) -> dict[str, torch.Tensor]:
 class Interrupt(TrainerCallback):
     """Press Ctrl-C when a step of a variant begins, or raise at once."""
 
-    def __init__(self, step: int, name: str = "wta_crs", at_once: bool = False) -> None:
-        self.step, self.name, self.at_once = step, name, at_once
+    def __init__(
+        self,
+        step: int,
+        name: str = "wta_crs",
+        at_once: bool = False,
+        number: int = signal.SIGINT,
+    ) -> None:
+        self.step, self.name, self.at_once, self.number = step, name, at_once, number
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == self.step - 1 and args.run_name == self.name:
             if self.at_once:
                 raise KeyboardInterrupt
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(self.number)
 
 
 class Steps(TrainerCallback):
@@ -102,7 +116,7 @@ def test_a_compared_run_writes_its_folder(base: dict[str, Any]) -> None:
     assert result.floor == {"name": "majority", "value": 0.5}
     names = {path.name for path in output.iterdir()}
     folders = {"checkpoints", "checkpoints-baseline", "checkpoints-checkpoint", "model", "session"}
-    assert names == folders | {"metrics.json", "recipe.json"}
+    assert names == folders | {"metrics.json", "recipe.json", ".lock"}
 
 
 def test_the_model_loads_without_us_and_predicts_the_same(base: dict[str, Any]) -> None:
@@ -194,6 +208,311 @@ def test_an_abrupt_end_goes_on_from_the_last_checkpoint(base: dict[str, Any]) ->
     assert same(saved_weights(base["output"]), saved_weights(base["output"] + "-whole"))
 
 
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Options of a run that was cut off at step 8 of 10, with checkpoints at steps 4 and 6."""
+    folder = tmp_path_factory.mktemp("stopped")
+    bert().bert.save_pretrained(folder / "model")
+    tokenizer().save_pretrained(folder / "model")
+    options = {
+        "model": str(folder / "model"),
+        "task": "text",
+        "data": str(write_sentences(folder / "data", lambda good: str(int(good)))),
+        "output": str(folder / "run"),
+        "methods": [SAMPLED],
+        "batch_size": 4,
+        "max_length": 32,
+        "max_steps": 10,
+        "save_steps": 2,
+    }
+    with pytest.raises(KeyboardInterrupt):
+        lt.train(options, callbacks=[Interrupt(8, at_once=True)])
+    names = sorted(path.name for path in (folder / "run" / "checkpoints").iterdir())
+    assert names == ["checkpoint-4", "checkpoint-6"]
+    return options
+
+
+@pytest.fixture
+def run(stopped: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    """A copy of the run that was cut off."""
+    shutil.copytree(stopped["output"], tmp_path / "run")
+    return {**stopped, "output": str(tmp_path / "run")}
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth")
+FILES += ("trainer_state.json", "leantune_session.safetensors", "leantune_manifest.json")
+DAMAGES: dict[str, Any] = {
+    "missing": Path.unlink,
+    "flipped": flip,
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-9]),
+    "empty": lambda path: path.write_bytes(b""),
+    "garbage": lambda path: path.write_bytes(b"\xff[[{" * 9),
+}
+
+
+@pytest.fixture
+def at_the_start(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the checkpoints that runs would go on from, in place of what follows."""
+    begun: list[str] = []
+
+    def measure(self: Any) -> None:
+        found = sys._getframe(1).f_locals["starts"]
+        begun.extend(path.name for path in found.values())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("leantune.training.run._Experiment.measure", measure)
+    return begun
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_passed_over_or_refused(
+    run: dict[str, Any], at_the_start: list[str], damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    last, before = (Path(run["output"]) / "checkpoints" / f"checkpoint-{n}" for n in (6, 4))
+    for name in FILES:
+        whole = (last / name).read_bytes()
+        DAMAGES[damage](last / name)
+        with pytest.raises(KeyboardInterrupt):
+            lt.train(run, resume=True)
+        said = [line for line in capsys.readouterr().err.splitlines() if "passed over" in line]
+        assert at_the_start.pop() == before.name and len(said) == 1
+        assert f"going on from {before.name}, passed over {last.name}: " in said[0]
+        assert name in said[0] or name == "leantune_manifest.json"
+        with pytest.raises(lt.ConfigError, match=rf"must be whole .*{last.name}: "):
+            lt.train(run, resume_from=last.name)
+        (last / name).write_bytes(whole)
+    for checkpoint in (last, before):
+        DAMAGES[damage](checkpoint / "optimizer.pt")
+    with pytest.raises(lt.ConfigError, match=r"got none in .*checkpoint-6: .*checkpoint-4: "):
+        lt.train(run, resume=True)
+    assert not at_the_start
+
+
+def test_a_checkpoint_is_chosen(run: dict[str, Any], at_the_start: list[str]) -> None:
+    for options, start in (
+        ({"resume": True}, "checkpoint-6"),
+        ({"resume_from": "checkpoint-4"}, "checkpoint-4"),
+    ):
+        with pytest.raises(KeyboardInterrupt):
+            lt.train(run, **options)
+        assert at_the_start.pop() == start
+    for wrong in ("checkpoint-5", "checkpoint-4/", "..", "/", ""):
+        with pytest.raises(
+            lt.ConfigError, match=r"resume_from must be .*checkpoint-6, checkpoint-4"
+        ):
+            lt.train(run, resume_from=wrong)
+
+
+def test_going_on_from_an_earlier_checkpoint_ends_with_the_same_weights(
+    run: dict[str, Any], tmp_path: Path
+) -> None:
+    lt.train(run, resume_from="checkpoint-4")
+    lt.train(run, output=tmp_path / "whole")
+    assert same(saved_weights(run["output"]), saved_weights(tmp_path / "whole"))
+    names = sorted(path.name for path in (Path(run["output"]) / "checkpoints").iterdir())
+    assert names == ["checkpoint-10", "checkpoint-8", "result.json"]
+    with pytest.raises(lt.ConfigError, match="resume_from must be left out for a run that has"):
+        lt.train(run, resume_from="checkpoint-8")
+
+
+class Payload:
+    def __reduce__(self) -> Any:
+        return os.mkdir, ("ran",)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_planted_pickle_does_not_run(
+    run: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Neither where the manifest tells of it, nor where that was forged as well."""
+    monkeypatch.chdir(tmp_path)
+    checkpoint = Path(run["output"]) / "checkpoints" / "checkpoint-6"
+    for plant in (lambda path: torch.save(Payload(), path), lambda path: path.write_bytes(PICKLE)):
+        plant(checkpoint / name)
+        with pytest.raises(lt.ConfigError, match=rf"{name} with "):
+            lt.train(run, resume_from="checkpoint-6")
+        write_manifest(checkpoint, "checkpoint")
+        with pytest.raises(lt.ConfigError, match=r"checkpoint-6 with a pickle .* was not run"):
+            lt.train(run, resume_from="checkpoint-6")
+        assert not (tmp_path / "ran").exists()
+
+
+PICKLE = pickle.dumps(Payload(), protocol=2)
+
+
+def test_a_checkpoint_that_was_cut_off_leaves_the_start(
+    run: dict[str, Any], at_the_start: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A crash in the first save leaves files without a manifest; nothing is lost but time."""
+    for checkpoint in (Path(run["output"]) / "checkpoints").iterdir():
+        (checkpoint / "leantune_manifest.json").unlink()
+    with pytest.raises(KeyboardInterrupt):
+        lt.train(run, resume=True)
+    assert not at_the_start
+    assert "going on from step 0, passed over checkpoint-6: no leantune_manifest.json" in (
+        capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "[" * 100_000, '{"name": 1}', '{"format": 2}'])
+def test_garbage_in_a_runs_own_files_is_named(run: dict[str, Any], text: str) -> None:
+    output = Path(run["output"])
+    for name in ("recipe.json", "metrics.json"):
+        path = output / name
+        before = path.read_bytes() if path.exists() else None
+        path.write_text(text)
+        with pytest.raises(lt.ConfigError, match=rf"{name}"):
+            lt.train(run, resume=True)
+        path.unlink() if before is None else path.write_bytes(before)
+    path = output / "result.json"
+    path.write_text(text)
+    with pytest.raises(lt.ConfigError, match=r"result\.json"):
+        VariantResult.read(path)
+
+
+def test_one_process_at_a_time_writes_into_a_folder(run: dict[str, Any]) -> None:
+    with (Path(run["output"]) / ".lock").open("a") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        for how in ("resume", "overwrite"):
+            with pytest.raises(lt.ConfigError, match=r"output must be .* no other run is writing"):
+                lt.train(run, **{how: True})
+
+
+def test_two_runs_that_start_together_do_not_mix(
+    base: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither sees a folder when it is checked; the second is refused before it writes."""
+
+    class Second(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 1:
+                with monkeypatch.context() as patch:
+                    # As it was when the second had its look at the folder.
+                    patch.setattr("leantune.training.run.check_folder", lambda recipe: None)
+                    with pytest.raises(lt.ConfigError, match="no other run is writing to"):
+                        lt.train(base)
+
+    lt.train(base, epochs=1, callbacks=[Second()])
+    assert (Path(base["output"]) / "metrics.json").is_file()
+
+
+def test_a_file_system_without_locks_lets_runs_in(
+    run: dict[str, Any],
+    at_the_start: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    flock = fcntl.flock
+
+    def no_locks(file: Any, how: int) -> None:
+        # The data sets' cache has locks of its own.
+        if not isinstance(file, int):
+            raise OSError(errno.ENOLCK, "No locks available")
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with pytest.raises(KeyboardInterrupt):
+        lt.train(run, resume=True)
+    assert at_the_start == ["checkpoint-6"]
+    assert "no lock on this file system" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_other_signals_keep_a_checkpoint_as_well(run: dict[str, Any], name: str) -> None:
+    number = getattr(signal, name)
+    with pytest.raises(KeyboardInterrupt, match=name) as stop:
+        lt.train(run, resume=True, callbacks=[Interrupt(9, number=number)])
+    assert stop.value.number == number  # type: ignore[attr-defined]
+    assert find_damage(Path(run["output"]) / "checkpoints" / "checkpoint-9", "checkpoint") is None
+    assert signal.getsignal(number) is signal.SIG_DFL
+
+
+def test_a_signal_before_training_leaves_nothing(
+    base: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "leantune.training.run.load_model", lambda *_, **__: signal.raise_signal(signal.SIGTERM)
+    )
+    with pytest.raises(KeyboardInterrupt, match="SIGTERM"):
+        lt.train(base)
+    assert not Path(base["output"]).exists()
+
+
+@pytest.mark.parametrize("ignored", [signal.SIG_IGN, lambda *_: None])
+def test_handlers_of_others_keep_their_say(ignored: Any) -> None:
+    before = signal.signal(signal.SIGHUP, ignored)
+    try:
+        with handled_by():
+            assert signal.getsignal(signal.SIGHUP) is ignored
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize(
+    ("write", "error"),
+    [
+        ("torch.save", RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos")),
+        ("transformers.modeling_utils.safe_save_file", SafetensorError("I/O error: No space left")),
+        ("builtins.open", OSError(28, "No space left on device")),
+    ],
+)
+def test_a_disk_that_fills_up_in_training_keeps_the_last_checkpoint(
+    run: dict[str, Any], monkeypatch: pytest.MonkeyPatch, write: str, error: Exception
+) -> None:
+    """Whatever each library raises for it."""
+
+    class Fill(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 8:
+                monkeypatch.setattr(write, full)
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    recipe = Path(run["output"]) / "recipe.json"
+    before = recipe.read_text()
+    with pytest.raises(WriteError, match=r"checkpoints must be writable .* bytes free; make room"):
+        lt.train(run, resume=True, callbacks=[Fill()])
+    monkeypatch.undo()
+    folder = Path(run["output"]) / "checkpoints"
+    assert find_damage(folder / "checkpoint-6", "checkpoint") is None
+    assert find_damage(folder / "checkpoint-8", "checkpoint") is not None
+    assert recipe.read_text() == before
+
+
+def test_a_disk_that_is_too_small_or_closed_is_refused_before_it_is_touched(
+    base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 1000))
+        with pytest.raises(WriteError, match=r"room for a checkpoint of [\d,]+ bytes, got .*1,000"):
+            lt.train(base)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda *_: False)
+        with pytest.raises(WriteError, match="no permission to write"):
+            lt.train(base)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(WriteError, match="no folder"):
+        lt.train(base, output=tmp_path / "file" / "run")
+    assert not Path(base["output"]).exists() and (tmp_path / "file").read_text() == "mine"
+
+
+def test_the_home_folder_is_expanded_once(
+    base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    recipe = RunRecipe(**{**base, "output": "~/x", "data": Path("~/data"), "model": "~/model"})
+    assert [recipe.output, recipe.data, recipe.model] == [
+        str(tmp_path / name) for name in ("x", "data", "model")
+    ]
+
+
 def test_resuming_does_not_repeat_what_is_done(base: dict[str, Any]) -> None:
     base["compare"] = "baseline"
     with pytest.raises(KeyboardInterrupt):
@@ -216,8 +535,13 @@ def test_an_existing_folder_is_kept_unless_told(base: dict[str, Any]) -> None:
         lt.train(base)
     with pytest.raises(lt.ConfigError, match=r"must be a run's folder to be overwritten"):
         lt.train(base, overwrite=True)
-    with pytest.raises(lt.ConfigError, match=r"recipe: file must exist.*recipe\.json"):
+    with pytest.raises(lt.ConfigError, match=r"must be a run's folder to be resumed.*recipe\.json"):
         lt.train(base, resume=True)
+    # A session's folder has a recipe as well.
+    lt.apply(new_model(base), lt.LoRA()).save(output / "s")
+    with pytest.raises(lt.ConfigError, match=r"must be a run's folder to be overwritten.*model"):
+        lt.train(base, output=output / "s", overwrite=True)
+    shutil.rmtree(output / "s")
     (output / "mine.txt").unlink()
     lt.train(base)
     before = saved_weights(output)
@@ -230,6 +554,13 @@ def test_an_existing_folder_is_kept_unless_told(base: dict[str, Any]) -> None:
         lt.train(base, max_length=33, overwrite=True)
     assert same(saved_weights(output), before)
     (output / "notes.txt").write_text("mine")
+    for place in ("model", "checkpoints", "checkpoints/checkpoint-5"):
+        mine = output / place / "mine.txt"
+        mine.write_text("mine")
+        with pytest.raises(lt.ConfigError, match=r"mine\.txt"):
+            lt.train(base, seed=1, overwrite=True)
+        assert same(saved_weights(output), before)
+        mine.unlink()
     lt.train(base, seed=1, overwrite=True)
     assert not same(saved_weights(output), before)
     assert (output / "notes.txt").exists()
@@ -247,7 +578,7 @@ def test_a_full_disk_leaves_no_half_result(
             lt.train(base, epochs=1)
     output = Path(base["output"])
     assert not (output / "session").exists() and not (output / "metrics.json").exists()
-    assert not [path for path in output.iterdir() if path.name.startswith(".")]
+    assert not [path for path in output.iterdir() if path.name.startswith(".session")]
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")

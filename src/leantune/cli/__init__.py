@@ -11,6 +11,15 @@ from leantune.errors import UnsupportedError
 def main() -> None:
     """Run the command line; the entry point of the ``leantune`` script."""
     try:
+        _main()
+    except KeyboardInterrupt:
+        # While the machinery was imported, before a command had begun.
+        sys.stderr.write("interrupted\n")
+        sys.exit(130)
+
+
+def _main() -> None:
+    try:
         for package in ("typer", "rich", "yaml"):
             require(package, extra="cli", who="leantune")
     except UnsupportedError as error:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,6 @@ from leantune.errors import ConfigError, LeantuneError
 
 FAILED = 1
 BAD_INPUT = 2
-INTERRUPTED = 130
 
 
 def out() -> Console:
@@ -56,18 +56,18 @@ def reported_errors(debug: bool) -> Iterator[None]:
     """Turn what a user can cause into one message on stderr and an exit code.
 
     The code is 2 for what was asked for (an option, a recipe, data, a model), 1 for everything else
-    that has a name, 130 for Ctrl-C.
+    that has a name, 128 + n for a signal.
 
     Args:
         debug: let the exception through instead.
     """
     try:
         yield
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         if debug:
             raise
         err().print("[yellow]interrupted[/]")
-        raise typer.Exit(INTERRUPTED) from None
+        raise typer.Exit(exit_code(stop)) from None
     except BrokenPipeError:
         # Whoever read the output has seen enough; Typer ends without a word.
         raise
@@ -77,6 +77,11 @@ def reported_errors(debug: bool) -> Iterator[None]:
         where = "" if _process() == "0" else f"(process {_process()}) "
         err().print(f"[bold red]error[/] {where}{escape(str(error))}", soft_wrap=True)
         raise typer.Exit(BAD_INPUT if isinstance(error, ConfigError) else FAILED) from None
+
+
+def exit_code(stop: KeyboardInterrupt) -> int:
+    """Return what a command that a signal has ended says to its shell; Ctrl-C is SIGINT."""
+    return 128 + getattr(stop, "number", signal.SIGINT)
 
 
 def hide_loading_bars(model: str) -> None:

@@ -4,15 +4,15 @@ import contextlib
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
 
 from leantune.cli.options import ArgumentsOption, DebugFlag, JsonFlag, MethodOption
 from leantune.cli.output import (
-    INTERRUPTED,
     err,
+    exit_code,
     hide_loading_bars,
     note,
     out,
@@ -21,10 +21,21 @@ from leantune.cli.output import (
     reported_errors,
 )
 
+ResumeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--resume-from",
+        metavar="CHECKPOINT",
+        help="go on from this checkpoint of the run, such as checkpoint-60",
+        show_default=False,
+    ),
+]
+
 
 def train(
     arguments: ArgumentsOption = None,
     method: MethodOption = None,
+    resume_from: ResumeOption = None,
     json: JsonFlag = False,
     debug: DebugFlag = False,
 ) -> None:
@@ -38,7 +49,8 @@ def train(
         from leantune.core.extras import require
         from leantune.training.recipe import RunRecipe
 
-        recipe = build_recipe(RunRecipe, arguments or [], method or [])
+        start = [f"resume_from={resume_from}"] if resume_from else []
+        recipe = build_recipe(RunRecipe, [*(arguments or []), *start], method or [])
         for package in ("matplotlib", "jinja2"):
             require(package, extra="report", who="leantune train")
         folder = Path(recipe.output)
@@ -51,10 +63,10 @@ def train(
             # Stdout belongs to the result: what the libraries print goes elsewhere.
             with contextlib.redirect_stdout(sys.stderr):
                 result = leantune.train(recipe)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
             if is_first_process():
                 err().print(_interrupted(folder), soft_wrap=True)
-            raise typer.Exit(INTERRUPTED) from None
+            raise typer.Exit(exit_code(stop)) from None
         if not is_first_process():
             return
         from leantune.report.page import write_report
@@ -90,7 +102,9 @@ def _cell(text: str, note: str) -> str:
 
 def _interrupted(folder: Path) -> str:
     """Say which checkpoint an interrupted run has kept and how to go on from it."""
-    kept = [path for path in folder.glob("checkpoints*/checkpoint-*") if path.is_dir()]
+    from leantune.core.files import MANIFEST_FILE
+
+    kept = [path.parent for path in folder.glob(f"checkpoints*/checkpoint-*/{MANIFEST_FILE}")]
     if not kept:
         return "[yellow]interrupted[/] before the first checkpoint; nothing was kept"
     last = max(kept, key=lambda path: (path.stat().st_mtime, int(path.name.partition("-")[2])))

@@ -12,6 +12,7 @@ from torch import nn
 from leantune.errors import UnsupportedError
 
 _FACTOR = re.compile(r"\.(lora_A|lora_B)\.[^.]+$")
+_COPY = re.compile(r"\.modules_to_save\.[^.]+(?=\.)")
 _INSIDE = re.compile(rf"\.base_layer$|{_FACTOR.pattern}")
 
 
@@ -105,6 +106,11 @@ def base_name(name: str) -> str:
     while found := _INSIDE.search(name):
         name = name[: found.start()]
     return name
+
+
+def original_name(parameter: str) -> str:
+    """Return the name that a parameter had before PEFT trained a copy of its module instead."""
+    return _COPY.sub("", parameter)
 
 
 def _active(layer: Any) -> tuple[LowRank, ...]:

@@ -9,13 +9,17 @@ from leantune.core.config import MethodConfig, shown
 from leantune.core.conversion import Conversion
 from leantune.core.discovery import Layout, discover, find_sites
 from leantune.core.files import (
+    BASE_FILE,
     RECIPE_FILE,
+    SESSION,
     STATE_FILE,
     as_folder,
+    find_damage,
     load_tensors,
     load_weights,
     read_json,
 )
+from leantune.core.fingerprint import check_fingerprint, fingerprint
 from leantune.core.linear import has_own_call
 from leantune.core.neutral import refusals
 from leantune.core.ownership import refuse_idle
@@ -55,6 +59,7 @@ def apply(model: nn.Module, *methods: MethodConfig, seed: int = 0) -> Session:
     layout = discover(model, trace=any(map(_needs_parts, methods)))
     _check_conflicts(find_sites(model, layout), methods, frozen)
     runtime = Runtime(model, recipe.seed)
+    base = fingerprint(model)
     conversions: dict[str, Conversion] = {}
     try:
         for axis in _ORDER:
@@ -67,7 +72,7 @@ def apply(model: nn.Module, *methods: MethodConfig, seed: int = 0) -> Session:
         for conversion in reversed(conversions.values()):
             conversion.undo()
         raise
-    return Session(model, recipe.methods, runtime, conversions)
+    return Session(model, recipe.methods, runtime, conversions, base)
 
 
 def load(model: nn.Module, folder: str | Path) -> Session:
@@ -78,12 +83,20 @@ def load(model: nn.Module, folder: str | Path) -> Session:
         folder: what ``session.save`` wrote.
 
     Raises:
-        ConfigError: a missing or truncated file, another format, or weights of another model; the
+        ConfigError: a missing or damaged file, another format, or weights of another model; the
             model is left as it was.
     """
     folder = as_folder("load", folder)
+    damage = find_damage(folder, SESSION)
+    if damage is not None:
+        raise ConfigError(
+            f"load: folder must be as session.save wrote it, got {str(folder)!r} with {damage}; "
+            "save it again, or take another"
+        )
     recipe = Recipe.from_dict(read_json(folder / RECIPE_FILE))
     state = load_tensors(folder / STATE_FILE)
+    _check_request(model, recipe.methods)
+    check_fingerprint(model, load_tensors(folder / BASE_FILE))
     session = apply(model, *recipe.methods, seed=recipe.seed)
     try:
         session.load_state_dict(state)

@@ -297,10 +297,12 @@ class HiddenUnits:
         """
         now = self.permutation
         wanted = permutation.to(now.device)
-        if wanted.shape != now.shape or not torch.equal(wanted.sort().values, now.sort().values):
+        is_right = wanted.shape == now.shape and wanted.dtype == now.dtype
+        if not (is_right and torch.equal(wanted.sort().values, now.sort().values)):
             raise ConfigError(
                 f"session: permutation must be an order of {len(now)} hidden units, got a tensor "
-                f"of shape {tuple(wanted.shape)}; load the state with the model it was saved with"
+                f"of shape {tuple(wanted.shape)} and {wanted.dtype}; load the state with the model "
+                "it was saved with"
             )
         self.reorder(now.argsort()[wanted])
 

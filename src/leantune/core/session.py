@@ -36,12 +36,14 @@ class Session:
         methods: tuple[MethodConfig, ...],
         runtime: Runtime,
         conversions: Mapping[str, Conversion],
+        base: Mapping[str, Tensor],
     ) -> None:
         self.model = model
         self.methods = methods
         self.conversions = list(conversions.values())
         self._names = list(conversions)
         self._runtime = runtime
+        self._base = base
         num_sites = {id(c.config): len(c.sites) for c in self.conversions}
         self._num_sites = [num_sites[id(config)] for config in methods]
         self._saving: RefusedSaving | None = None
@@ -222,13 +224,15 @@ class Session:
         """Write recipe, trained weights and session state to ``folder``, all or nothing.
 
         Raises:
-            ConfigError: no path, or a predicate in ``sites``, which no file can hold.
+            ConfigError: no path, or a predicate in ``sites``, which no file can hold; or ``folder``
+                holds what no session wrote.
             UnsupportedError: parameters are sharded.
-            OSError: the disk is full; what was there before survives.
+            WriteError: the disk is full; what was there before survives.
         """
         check_open(self, "session.save")
         recipe = Recipe(methods=self.methods, seed=self.seed).to_dict()
-        write_session(as_folder("session.save", folder), recipe, self.model, self.state_dict)
+        place = as_folder("session.save", folder)
+        write_session(place, recipe, self.model, self.state_dict, self._base)
 
 
 def check_open(session: Session, who: str) -> None:

@@ -41,7 +41,7 @@ def write_report(folder: Path) -> Path:
     result = RunResult.read(folder)
     recipe = read_recipe_file(folder / RECIPE_FILE)
     plots = draw(result)
-    with atomic_folder(folder / PLOTS_FOLDER) as fresh:
+    with atomic_folder(folder / PLOTS_FOLDER, PLOTS_FOLDER) as fresh:
         for name, svg in plots.items():
             (fresh / f"{name}.svg").write_text(svg, "utf-8")
     path = folder / REPORT_FILE

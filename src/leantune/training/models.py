@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,8 @@ import transformers
 from safetensors import SafetensorError
 
 from leantune.core.apply import load
-from leantune.core.files import STATE_FILE, atomic_folder
-from leantune.core.recipe import RECIPE_FILE
+from leantune.core.files import STATE_FILE, atomic_folder, check_replaceable, read_json
+from leantune.core.recipe import RECIPE_FILE, Recipe
 from leantune.errors import ConfigError
 from leantune.training.data import Task
 from leantune.training.recipe import read_recipe_file
@@ -126,20 +127,22 @@ def merge_checkpoint(
         source: a run folder, or a folder that ``session.save`` wrote.
         output: the new checkpoint; replaced as a whole once everything is written.
         model: the base model; None takes the run's own.
-        overwrite: whether ``output`` may exist.
+        overwrite: whether ``output`` may be a model that leantune wrote.
 
     Returns:
         Names of the methods that were merged.
 
     Raises:
-        ConfigError: a file is missing or damaged, or the session is of another model.
+        ConfigError: a file is missing or damaged, the base is another one, or ``output`` others'.
+        WriteError: the disk is full, or ``output`` cannot be written.
     """
-    source, output = Path(source), Path(output)
-    if output.exists() and not (overwrite and output.is_dir()):
+    source, output = Path(source).expanduser(), Path(output).expanduser()
+    if os.path.lexists(output) and not overwrite:
         raise ConfigError(
             f"merge: output must be a new folder, got {str(output)!r}, which exists; choose "
-            "another, or give overwrite to replace a folder"
+            "another, or give overwrite to replace a model that leantune wrote"
         )
+    check_replaceable(output, "model")
     run = source if (source / "session").is_dir() else source.resolve().parent
     session_folder = source / "session" if run == source else source
     if not (session_folder / STATE_FILE).is_file():
@@ -156,6 +159,7 @@ def merge_checkpoint(
                 "none; name the base that the session was applied to"
             )
         model = str(read_recipe_file(run / RECIPE_FILE)["model"])
+    _check_apart(output, source, session_folder, Path(model).expanduser())
     config = _load(transformers.AutoConfig, model if trained is None else str(trained), "a config")
     architecture = (config.architectures or ["none"])[0]
     kind = getattr(transformers, architecture, None)
@@ -164,13 +168,30 @@ def merge_checkpoint(
             f"merge: model must be of a class in transformers, got {architecture}; use "
             "leantune.load(model, folder) and session.merge()"
         )
-    network = _load(kind, model, architecture, config=config, dtype=torch.float32)
+    with torch.random.fork_rng(devices=[]):
+        # Weights that are not in the base's file are those that the run began with.
+        torch.manual_seed(Recipe.from_dict(read_json(session_folder / RECIPE_FILE)).seed)
+        network = _load(kind, model, architecture, config=config, dtype=torch.float32)
     session = load(network, session_folder)
     session.merge()
-    with atomic_folder(output) as fresh:
+    with atomic_folder(output, "model") as fresh:
         network.save_pretrained(fresh)
         load_tokenizer(model).save_pretrained(fresh)
     return [method.method for method in session.methods]
+
+
+def _check_apart(output: Path, *sources: Path) -> None:
+    """Check that what is written is not, holds or lies in what is read."""
+    place = output.resolve()
+    for source in sources:
+        read = source.resolve()
+        if not read.exists():
+            continue
+        if place.is_relative_to(read) or read.is_relative_to(place):
+            raise ConfigError(
+                f"merge: output must be apart from what is read, got {str(output)!r} for "
+                f"{str(source)!r}; choose another folder"
+            )
 
 
 def demo_model_path() -> Path:

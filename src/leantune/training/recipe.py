@@ -36,8 +36,9 @@ class MeasureRecipe(Recipe):
 
     def __post_init__(self) -> None:
         for name in ("model", "data", "output"):
-            if isinstance(getattr(self, name, None), os.PathLike):
-                object.__setattr__(self, name, os.fspath(getattr(self, name)))
+            value = getattr(self, name, None)
+            if isinstance(value, str | os.PathLike):
+                object.__setattr__(self, name, os.path.expanduser(os.fspath(value)))
         super().__post_init__()
 
 
@@ -57,7 +58,7 @@ class RunRecipe(MeasureRecipe):
         "compare": "list of rivals: 'baseline', a method, or a list of methods",
     }
     # They say how to start, not what to run.
-    not_saved: ClassVar[tuple[str, ...]] = ("resume", "overwrite")
+    not_saved: ClassVar[tuple[str, ...]] = ("resume", "resume_from", "overwrite")
 
     model: str = option(dataclasses.MISSING, help="a folder, a name on the hub, or 'demo'")
     task: str = option(dataclasses.MISSING, help="a GLUE task, 'text', 'regression' or 'causal_lm'")
@@ -81,12 +82,15 @@ class RunRecipe(MeasureRecipe):
     max_validation: int | None = option(None, ge=1, help="judge by a fixed subset of this size")
     eval_steps: int | None = option(None, ge=1, help="steps between evaluations; None: each epoch")
     save_steps: int | None = option(None, ge=1, help="steps between checkpoints; None: each epoch")
-    resume: bool = option(False, help="go on from the last checkpoint in the run folder")
+    resume: bool = option(False, help="go on from the last whole checkpoint in the run folder")
+    resume_from: str | None = option(None, help="go on from this one, such as 'checkpoint-60'")
     overwrite: bool = option(False, help="replace the run that is in the run folder")
 
     def __post_init__(self) -> None:
         rivals = self.compare if isinstance(self.compare, list | tuple) else [self.compare]
         object.__setattr__(self, "compare", tuple(_rival(rival) for rival in rivals))
+        if self.resume_from is not None:
+            object.__setattr__(self, "resume", True)
         super().__post_init__()
         recipes = [*self.compare, self.methods]
         if any(recipe in recipes[:i] for i, recipe in enumerate(recipes)):

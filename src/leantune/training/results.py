@@ -1,12 +1,16 @@
 """What a run found: the content of ``metrics.json``, which reports and the command read."""
 
+import builtins
 import dataclasses
-import json
-from collections.abc import Callable, Mapping
+import types
+import typing
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar, get_args, get_origin
 
+from leantune.core.files import read_json
 from leantune.errors import ConfigError
 
 METRICS_FILE = "metrics.json"
@@ -58,6 +62,16 @@ class VariantResult:
             "held in all": found["total"],
         }
 
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read the result of a variant that has ended, from its folder of checkpoints.
+
+        Raises:
+            ConfigError: the file is damaged.
+        """
+        with _damage_named(path):
+            return _checked(cls, read_json(path))
+
     def saved(self, key: Callable[[Mapping[str, Any]], str]) -> dict[str, int]:
         """Return bytes of activations summed by ``key(entry)``, in the order of the forward."""
         sums: dict[str, int] = {}
@@ -106,18 +120,58 @@ class RunResult:
         Raises:
             ConfigError: the file is missing, no JSON, of another format, or lacks a key.
         """
-        path = Path(folder) / METRICS_FILE
-        try:
-            data = json.loads(path.read_text("utf-8"))
-            found = data["format"]
-            if found != METRICS_FORMAT or not data["runs"]:
-                raise ValueError(f"format {found} with {len(data['runs'])} runs")
+        path = Path(folder).expanduser() / METRICS_FILE
+        with _damage_named(path):
+            data = read_json(path)
+            if data["format"] != METRICS_FORMAT or not data["runs"]:
+                raise ValueError(f"format {data['format']} with {len(data['runs'])} runs")
+            runs = tuple(_checked(VariantResult, run) for run in data["runs"])
             names = [spec.name for spec in dataclasses.fields(cls)]
-            runs = tuple(VariantResult(**run) for run in data["runs"])
-            values: dict[str, Any] = {**{name: data[name] for name in names}, "runs": runs}
-            return cls(**values)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ConfigError(
-                f"results: {path} must be what a finished run of format {METRICS_FORMAT} writes, "
-                f"got {type(error).__name__}: {error}; give a finished run's folder, or train again"
-            ) from error
+            return _checked(cls, {**{name: data[name] for name in names}, "runs": runs})
+
+
+R = TypeVar("R", VariantResult, RunResult)
+
+
+@contextmanager
+def _damage_named(path: Path) -> Generator[None]:
+    try:
+        yield
+    except (LookupError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"results: {path} must be what a finished run of format {METRICS_FORMAT} writes, "
+            f"got {type(error).__name__}: {error}; give a finished run's folder, or train again"
+        ) from error
+
+
+def _checked(kind: type[R], data: Any) -> R:
+    """Make a result of a file's values; raise TypeError where one is of another type."""
+    result = kind(**data)
+    for spec in dataclasses.fields(kind):
+        if not _fits(data.get(spec.name, getattr(result, spec.name)), spec.type):
+            raise TypeError(f"{spec.name} must be {spec.type}")
+    if isinstance(result, VariantResult):
+        for entry in result.ledger["entries"]:
+            texts = (entry["ledger"], entry["module"], entry["kind"])
+            if not _fits(list(texts), list[str]) or not _fits(entry["num_bytes"], int):
+                raise TypeError(f"ledger must hold entries, got {entry}")
+    return result
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value that JSON gave is of a field's type."""
+    of = get_args(kind)
+    match get_origin(kind) or kind:
+        case types.UnionType:
+            return any(_fits(value, one) for one in of)
+        case builtins.list:
+            return isinstance(value, list) and all(_fits(item, of[0]) for item in value)
+        case builtins.dict:
+            return isinstance(value, dict) and all(_fits(v, of[1]) for v in value.values())
+        case builtins.float:
+            return isinstance(value, int | float)
+        case builtins.tuple:
+            return isinstance(value, tuple)
+        case typing.Any:
+            return True
+    return isinstance(value, kind)

@@ -8,10 +8,12 @@ import dataclasses
 import gc
 import json
 import math
+import pickle
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,15 +25,25 @@ from leantune._version import __version__
 from leantune.core.apply import apply
 from leantune.core.conversion import SAMPLE_ID
 from leantune.core.distributed import is_first_process
-from leantune.core.files import atomic_folder, write_atomic
+from leantune.core.files import atomic_folder, write_atomic, writing
+from leantune.core.recipe import RECIPE_FILE
 from leantune.core.session import Session
 from leantune.errors import ConfigError
 from leantune.integrations.trainer import TrainerCallback
 from leantune.measure.ledger import ledger
 from leantune.measure.peak import compare_steps
 from leantune.training.data import get_task, load_task, tokenize
-from leantune.training.folder import check_folder, last_checkpoint, make_folder
-from leantune.training.interrupt import StopOnInterrupt
+from leantune.training.folder import (
+    RESULT_FILE,
+    RunLock,
+    SealCheckpoints,
+    check_folder,
+    check_space,
+    find_starts,
+    make_folder,
+    variant_folders,
+)
+from leantune.training.interrupt import StopOnInterrupt, handled_by
 from leantune.training.metrics import floor_score, metrics_of_logits
 from leantune.training.models import load_model, load_tokenizer
 from leantune.training.progress import ProgressLines, has_screen, say, scores
@@ -39,7 +51,6 @@ from leantune.training.recipe import RunRecipe
 from leantune.training.results import METRICS_FILE, RunResult, VariantResult
 
 MEASURED_ROUNDS = 5
-_RESULT_FILE = "result.json"
 
 
 def train(
@@ -47,9 +58,9 @@ def train(
 ) -> RunResult:
     """Train what a recipe says with an unmodified ``transformers.Trainer``, and write its folder.
 
-    Everything that can be wrong with the input is found before the folder is touched. On Ctrl-C the
-    step in progress is finished and a checkpoint kept; ``resume=True`` then ends with the weights
-    of an uninterrupted run.
+    Everything that can be wrong with the input is found before the folder is touched. On Ctrl-C,
+    SIGTERM and SIGHUP the step in progress is finished and a checkpoint kept; ``resume=True`` then
+    goes on from the last whole checkpoint and ends with the weights of an uninterrupted run.
 
     Args:
         recipe: path of a YAML or JSON file, a mapping, or a ``RunRecipe``.
@@ -57,25 +68,32 @@ def train(
         overrides: options that win over the recipe's.
 
     Raises:
-        ConfigError: an option, the data, the model or the run folder is not acceptable.
-        KeyboardInterrupt: Ctrl-C was pressed.
+        ConfigError: an option, the data, the model or the run folder is not acceptable; another
+            process writes into that folder; a checkpoint is damaged.
+        WriteError: the disk is full; the recipe and the last whole checkpoint are kept.
+        KeyboardInterrupt: Ctrl-C was pressed, or another signal came, whose ``number`` it has.
     """
     recipe = RunRecipe.read(recipe, overrides)
-    check_folder(recipe)
-    _check_device(recipe.precision)
     output = Path(recipe.output)
-    if recipe.resume and (output / METRICS_FILE).is_file():
-        return RunResult.read(output)
-    experiment = _Experiment(recipe, callbacks)
-    drafts = experiment.measure()
-    # Making the first trainer was the meeting point: every process has checked the folder by now.
-    if not recipe.resume and is_first_process():
-        make_folder(recipe)
-    runs = tuple(experiment.train(draft, draft is drafts[-1]) for draft in drafts)
-    result = experiment.result(runs)
-    if is_first_process():
-        write_atomic(output / METRICS_FILE, json.dumps(result.to_dict(), indent=1) + "\n")
-    return result
+    with handled_by(), RunLock(recipe) as lock:
+        check_folder(recipe)
+        _check_device(recipe.precision)
+        if (output / RECIPE_FILE).is_file():
+            lock.take()
+        starts = find_starts(recipe) if recipe.resume else {}
+        if recipe.resume and (output / METRICS_FILE).is_file():
+            return RunResult.read(output)
+        experiment = _Experiment(recipe, callbacks)
+        drafts = experiment.measure()
+        check_space(recipe, max(d.ledger["gradients"] + d.ledger["optimizer"] for d in drafts))
+        # Making the first trainer was the meeting point: every process has checked the folder now.
+        if not recipe.resume and is_first_process():
+            make_folder(recipe, lock)
+        runs = tuple(experiment.train(draft, starts.get(draft.name)) for draft in drafts)
+        result = experiment.result(runs)
+        if is_first_process():
+            write_atomic(output / METRICS_FILE, json.dumps(result.to_dict(), indent=1) + "\n")
+        return result
 
 
 class _Experiment:
@@ -187,25 +205,25 @@ class _Experiment:
         with autocast(self.recipe.precision):
             return step, ledger(model, batch).to_dict()
 
-    def train(self, draft: VariantResult, is_last: bool) -> VariantResult:
+    def train(self, draft: VariantResult, start_from: Path | None) -> VariantResult:
         """Train one variant, or go on with it; of the last one the model is kept."""
-        recipe, output = self.recipe, Path(self.recipe.output)
-        folder = output / ("checkpoints" if is_last else f"checkpoints-{draft.name}")
-        kept = folder / _RESULT_FILE
+        recipe, folder = self.recipe, variant_folders(self.recipe)[draft.name]
+        is_last = draft.name == list(self.variants)[-1]
+        kept = folder / RESULT_FILE
         if recipe.resume and not is_last and kept.is_file():
-            return VariantResult(**json.loads(kept.read_text("utf-8")))
+            return VariantResult.read(kept)
         trainer, session = self.build(draft.name, folder)
         stop = StopOnInterrupt()
         trainer.add_callback(stop)
-        checkpoint = last_checkpoint(folder, session is not None) if recipe.resume else None
+        trainer.add_callback(SealCheckpoints())
         peak = None
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         # Whatever was measured or converted before, training starts from the same random stream.
         transformers.set_seed(recipe.seed)
         start = time.perf_counter()
-        with stop:
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        with stop, writing(folder), _no_code_in(start_from):
+            trainer.train(resume_from_checkpoint=None if start_from is None else str(start_from))
         seconds = time.perf_counter() - start
         if torch.cuda.is_available():
             peak = torch.cuda.max_memory_allocated()
@@ -227,8 +245,8 @@ class _Experiment:
             return result
         write_atomic(kept, json.dumps(vars(result)) + "\n")
         if is_last:
-            say(f"writing {output}")
-            self._save(trainer.model, session, output)
+            say(f"writing {recipe.output}")
+            self._save(trainer.model, session, Path(recipe.output))
         return result
 
     def _save(self, model: Any, session: Session | None, output: Path) -> None:
@@ -240,10 +258,10 @@ class _Experiment:
                 # No plain model computes the same: `leantune.load` puts the session onto the base.
                 return
             if hasattr(model, "peft_config"):
-                with atomic_folder(output / "adapter") as fresh:
+                with atomic_folder(output / "adapter", "adapter") as fresh:
                     model.save_pretrained(fresh)
             session.merge()
-        with atomic_folder(output / "model") as fresh:
+        with atomic_folder(output / "model", "model") as fresh:
             model.save_pretrained(fresh)
             self.tokenizer.save_pretrained(fresh)
 
@@ -282,6 +300,19 @@ class _Experiment:
             seed=self.recipe.seed,
             runs=runs,
         )
+
+
+@contextmanager
+def _no_code_in(checkpoint: Path | None) -> Generator[None]:
+    """Name the checkpoint whose pickles hold more than tensors, which torch refuses to run."""
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        raise ConfigError(
+            f"RunRecipe: checkpoint must hold tensors and plain values alone, got {checkpoint} "
+            "with a pickle of something else, which was not run; take an earlier checkpoint with "
+            "resume_from"
+        ) from error
 
 
 def autocast(precision: str) -> torch.autocast:
@@ -327,8 +358,6 @@ def training_arguments(
         data_seed=recipe.seed,
         # A share of the run: 25 points of the loss curve, and as many lines of the log.
         logging_steps=0.04,
-        # The one before serves where the last was cut off by a crash.
-        save_total_limit=2,
         remove_unused_columns=False,
         label_names=["labels"],
         dataloader_pin_memory=on_gpu,

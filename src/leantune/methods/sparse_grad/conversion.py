@@ -250,8 +250,9 @@ class SparseGradConversion(SwapConversion):
         for key, shape in wanted.items():
             if tuple(state[key].shape) != shape:
                 raise _other_model(f"shape {tuple(state[key].shape)} for the {shape} of {key}")
-            if not bool(state[key].isfinite().all()):
-                raise _other_model(f"NaN or infinite entries in {key}")
+            is_wrong = state[key].is_floating_point() == key.endswith(":indices")
+            if is_wrong or not bool(state[key].isfinite().all()):
+                raise _other_model(f"{state[key].dtype} or NaN or infinite entries in {key}")
         bases: dict[str, Bases] = {}
         for rule in self.rules:
             device, group = rule.parameter.device, rule.group

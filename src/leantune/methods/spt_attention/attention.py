@@ -161,7 +161,8 @@ class SparseAttention(nn.Module):
         Raises:
             ConfigError: another shape, or a number that is not finite.
         """
-        if books.shape != self.codebooks.shape or not bool(torch.isfinite(books).all()):
+        is_right = books.shape == self.codebooks.shape and books.is_floating_point()
+        if not (is_right and bool(torch.isfinite(books).all())):
             raise ConfigError(
                 f"SPTAttention: codebooks must be finite and of shape "
                 f"{tuple(self.codebooks.shape)}, got {tuple(books.shape)} in the saved state of "

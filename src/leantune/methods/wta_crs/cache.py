@@ -152,8 +152,9 @@ class CachedNorms:
             ConfigError: norms of another recipe or model, or not finite ones.
         """
         norms = state.get("cache")
-        if norms is None or norms.ndim != 3 or norms.shape[1] != len(self._names):
-            got = sorted(state) if norms is None else tuple(norms.shape)
+        is_right = norms is not None and norms.ndim == 3 and norms.shape[1] == len(self._names)
+        if norms is None or not (is_right and norms.is_floating_point()):
+            got = sorted(state) if norms is None else f"{tuple(norms.shape)} of {norms.dtype}"
             raise ConfigError(
                 f"WTACRS: cached norms must have shape (samples, {len(self._names)}, tokens), got "
                 f"{got}; load the session with the recipe and model it was saved with"

@@ -125,10 +125,12 @@ class RunningNorms:
                     f"WTACRS: running norms must belong to this model's linears, got {name!r}; "
                     "load the session with the recipe and model it was saved with"
                 )
-            if not bool(torch.isfinite(value.float()).all()):
+            is_right = value.ndim == 1 and value.is_floating_point()
+            if not (is_right and bool(torch.isfinite(value.float()).all())):
                 raise ConfigError(
-                    f"WTACRS: running norms of {name} must be finite, got nan or inf in the saved "
-                    "state; take an earlier checkpoint"
+                    f"WTACRS: running norms of {name} must be a row of finite numbers, got "
+                    f"{tuple(value.shape)} of {value.dtype}, or nan or inf, in the saved state; "
+                    "take an earlier checkpoint"
                 )
         self._is_known = [name in state for name in self._names]
         for column, name in enumerate(self._names):
