@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self, cast
 
-from leantune.errors import ConfigError
+from leantune.errors import ConfigError, shown
 
 Axis = Literal["trained", "evaluated", "rows", "bits", "recompute"]
 """What a method changes: what gets a gradient, what forward computes, which rows of a linear's
@@ -68,17 +68,17 @@ class Options:
             return
         if float in kinds and value is not None and (type(value) is int or _is_spelled(value)):
             # YAML reads 5e-5 as text.
-            value = float(value)
+            value = _as_float(value)
             object.__setattr__(self, spec.name, value)
         if type(value) not in kinds:
-            raise ConfigError(f"{who} must be {rule}, got {value!r}")
+            raise ConfigError(f"{who} must be {rule}, got {shown(value)}")
         if isinstance(value, int | float) and not isinstance(value, bool):
-            is_number = isinstance(value, int) or math.isfinite(value)
+            is_number = abs(value) < 2**63 if isinstance(value, int) else math.isfinite(value)
             inside = is_number and all(
                 limit is None or _COMPARE[name](value, limit) for name, limit in bounds.items()
             )
             if not inside:
-                raise ConfigError(f"{who} must be {rule}, got {value!r}")
+                raise ConfigError(f"{who} must be {rule}, got {shown(value)}")
 
     @classmethod
     def describe(cls) -> list[dict[str, Any]]:
@@ -184,9 +184,8 @@ def unknown_key(who: str, what: str, got: str, known: Sequence[str]) -> str:
     """Word the error for a name that is not in ``known``, with the nearest match."""
     near = difflib.get_close_matches(str(got), known, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"{who}: {what} must be one of {', '.join(sorted(known))}, got {got!r}; {hint}".rstrip(
-        "; "
-    )
+    names = ", ".join(sorted(known))
+    return f"{who}: {what} must be one of {names}, got {shown(got)}; {hint}".rstrip("; ")
 
 
 _COMPARE: dict[str, Callable[[float, float], bool]] = {
@@ -212,6 +211,13 @@ def _accepted(hint: Any) -> tuple[set[type], tuple[str, ...], bool]:
         else:
             kinds.add(part)
     return kinds, choices, nullable
+
+
+def _as_float(value: Any) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 def _is_spelled(value: Any) -> bool:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Self
 
 from leantune.core.config import MethodConfig, Options, option
 from leantune.core.registry import config_from_dict
-from leantune.errors import ConfigError
+from leantune.errors import ConfigError, shown
 
 RECIPE_FILE = "recipe.json"
 FORMAT = 2
@@ -49,12 +49,12 @@ class Recipe(Options):
         """
         who = cls.__name__
         if not isinstance(data, Mapping):
-            raise ConfigError(f"{who}: recipe must be a mapping of options, got {data!r}")
+            raise ConfigError(f"{who}: recipe must be a mapping of options, got {shown(data)}")
         values = {key: value for key, value in data.items() if key != "format"}
         version = data.get("format", FORMAT)
         if type(version) is not int or version != FORMAT:
             raise ConfigError(
-                f"{who}: format must be {FORMAT}, got {version!r}; for a larger one upgrade "
+                f"{who}: format must be {FORMAT}, got {shown(version)}; for a larger one upgrade "
                 "with pip install -U leantune, for another write the recipe anew with format: "
                 f"{FORMAT}"
             )
@@ -79,7 +79,7 @@ def method_configs(entries: Any, who: str) -> tuple[MethodConfig, ...]:
     """
     if not isinstance(entries, list | tuple):
         raise ConfigError(
-            f"{who}: methods must be a list of methods, got {entries!r}; for example "
+            f"{who}: methods must be a list of methods, got {shown(entries)}; for example "
             "[{method: wta_crs, keep_ratio: 0.3}]"
         )
     return tuple(map(_config, entries))

@@ -28,7 +28,8 @@ from leantune.errors import ConfigError
 from leantune.integrations.trainer import TrainerCallback
 from leantune.measure.ledger import ledger
 from leantune.measure.peak import compare_steps
-from leantune.training.data import get_task, load_task, tokenize
+from leantune.training.data import check_ids, get_task, load_task, tokenize
+from leantune.training.finite import StopOnNonFinite
 from leantune.training.folder import check_folder, last_checkpoint, make_folder
 from leantune.training.interrupt import StopOnInterrupt
 from leantune.training.metrics import floor_score, metrics_of_logits
@@ -90,15 +91,18 @@ class _Experiment:
             max_train=recipe.max_train,
             max_validation=recipe.max_validation,
         )
-        self.tokenizer = load_tokenizer(recipe.model)
+        trust = recipe.trust_remote_code
+        self.tokenizer = load_tokenizer(recipe.model, trust_remote_code=trust)
         self.rows = tokenize(self.data, self.tokenizer, recipe.max_length)
 
     def build(self, name: str, folder: Path) -> tuple[transformers.Trainer, Session | None]:
         """Load the model anew, apply the variant's methods, and make its trainer."""
         recipe, methods = self.recipe, self.variants[name]
         labels = getattr(self.data["train"].features.get("label"), "names", None)
-        how = {"max_length": recipe.max_length, "seed": recipe.seed}
+        same = ("max_length", "seed", "trust_remote_code")
+        how = {option: getattr(recipe, option) for option in same}
         model = load_model(recipe.model, self.task, labels, self.tokenizer, **how)
+        check_ids(self.rows, self.tokenizer, model)
         # The trainer switches it off; the saved model should generate as the loaded one did.
         self.use_cache = getattr(model.config, "use_cache", None)
         session = None
@@ -185,6 +189,7 @@ class _Experiment:
         trainer, session = self.build(draft.name, folder)
         stop = StopOnInterrupt()
         trainer.add_callback(stop)
+        trainer.add_callback(StopOnNonFinite())
         checkpoint = last_checkpoint(folder, session is not None) if recipe.resume else None
         peak = None
         if torch.cuda.is_available():
@@ -313,6 +318,8 @@ def training_arguments(
         data_seed=recipe.seed,
         # A share of the run: 25 points of the loss curve, and as many lines of the log.
         logging_steps=0.04,
+        # A loss that is NaN would be logged as the mean of those before.
+        logging_nan_inf_filter=False,
         # The one before serves where the last was cut off by a crash.
         save_total_limit=2,
         remove_unused_columns=False,
