@@ -121,7 +121,7 @@ def command(*arguments: object, typed: str = "", may_write: bool = False) -> str
         return result.stdout
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
-    said = re.sub(r"\x1b\[[0-9;]*m", "", result.stderr).strip()
+    said = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", result.stderr).strip()
     # The last words are one paragraph, which names what is wrong.
     last = said.splitlines()[-1]
     assert last.startswith("error ") and result.stdout == "", f"said {said!r}, {result.stdout!r}"
