@@ -5,13 +5,14 @@ import hashlib
 import io
 import multiprocessing
 import re
-import signal
+import resource
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import chdir, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from bench import rows
 from leantune.cli.app import app
 from leantune.errors import LeantuneError
 
-SECONDS_EACH = 120
+SECONDS_EACH = 90
+MEMORY_EACH = 6 * 2**30
 _LONGEST_SAID = 400
 _PARENT = str(Path(__file__).parents[2])
 
@@ -90,11 +92,23 @@ def _contents(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): digest(path) for path in folder.rglob("*")}
 
 
-def command(*arguments: object, typed: str = "") -> str:
+@contextmanager
+def raised() -> Iterator[list[LeantuneError]]:
+    """Check that the block is refused, and keep the error for more checks."""
+    found: list[LeantuneError] = []
+    try:
+        yield found
+    except LeantuneError as error:
+        found.append(error)
+    assert found, "it was not refused"
+
+
+def command(*arguments: object, typed: str = "", may_write: bool = False) -> str:
     """Run ``leantune`` in this process and return its stdout.
 
     Args:
         typed: what comes on stdin.
+        may_write: whether a refusal may come after something was written: training had begun.
 
     Raises:
         Refused: it ended with another code than 0, one named line, and nothing touched here.
@@ -107,11 +121,12 @@ def command(*arguments: object, typed: str = "") -> str:
         return result.stdout
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
-    said = re.sub(r"\x1b\[[0-9;]*m", "", result.stderr).strip()
+    said = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", result.stderr).strip()
     # The last words are one paragraph, which names what is wrong.
     last = said.splitlines()[-1]
     assert last.startswith("error ") and result.stdout == "", f"said {said!r}, {result.stdout!r}"
-    assert _contents(Path()) == before, f"it touched the folder and said {last!r}"
+    assert "Errno" not in last, f"it said {last!r}"
+    assert may_write or _contents(Path()) == before, f"it touched the folder and said {last!r}"
     raise Refused(last.removeprefix("error "))
 
 
@@ -121,58 +136,70 @@ def in_child(work: Callable[[], Any]) -> int:
     Raises:
         BaseException: what ``work`` raised.
     """
+    ended, found = _fork(work)
+    if isinstance(found, BaseException):
+        raise found
+    return ended
+
+
+def _fork(work: Callable[[], Any]) -> tuple[int, Any]:
+    """Return how a forked child ended, and what its work returned or raised, None if killed."""
     context = multiprocessing.get_context("fork")
     receive, send = context.Pipe(duplex=False)
 
     def run() -> None:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        most = pages * resource.getpagesize() + MEMORY_EACH
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
         try:
-            work()
+            found = work()
         except BaseException as error:
-            send.send(error)
+            found = error
+        send.send(found)
 
     child = context.Process(target=run)
     child.start()
     send.close()
-    child.join()
+    if not receive.poll(SECONDS_EACH):
+        child.kill()
     try:
-        raise receive.recv()
+        found = receive.recv()
     except EOFError:
-        return child.exitcode or 0
+        found = None
+    child.join()
+    return child.exitcode or 0, found
 
 
 def try_case(case: Case) -> dict[str, Any]:
-    """Try one case in a fresh folder and return its row."""
-    start, output = time.perf_counter(), io.StringIO()
-    before = signal.signal(signal.SIGALRM, _too_late)
+    """Try one case in a fresh folder, in a child of its own, and return its row."""
+    start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        with chdir(folder), redirect_stdout(output), redirect_stderr(output):
-            signal.alarm(SECONDS_EACH)
-            try:
-                outcome, said = "works", str(case.run(Path(folder)) or "")
-            except LeantuneError as error:
-                outcome, said = "refused", str(error)
-            except AssertionError as error:
-                outcome, said = "silent", f"AssertionError: {error}"
-            except (Exception, KeyboardInterrupt, SystemExit) as error:
-                outcome, said = "traceback", f"{type(error).__name__}: {error}"
-            finally:
-                signal.alarm(0)
-                signal.signal(signal.SIGALRM, before)
-        said = said.replace(f"{folder}/", "").replace(folder, "FOLDER").replace(_PARENT, "")
+        ended, found = _fork(partial(_outcome, case, Path(folder)))
+    seconds = round(time.perf_counter() - start, 1)
+    outcome, said = found or ("traceback", f"ended by signal {-ended} after {seconds} s")
     if outcome == "works" and case.expected == "refused":
         outcome = "silent"
     elif outcome == "refused" and case.expected == "works":
         outcome, said = "silent", f"refused what should work: {said}"
+    said = said.replace(f"{folder}/", "").replace(folder, "FOLDER").replace(_PARENT, "")
     said = " ".join(said.split())
     if len(said) > _LONGEST_SAID:
         said = f"{said[: _LONGEST_SAID // 2]} ... {said[-_LONGEST_SAID // 2 :]}"
-    seconds = round(time.perf_counter() - start, 1)
     row = {"area": case.area, "name": case.name, "tried": case.tried}
     return row | {"outcome": outcome, "said": said, "seconds": seconds}
 
 
-def _too_late(*args: Any) -> None:
-    raise TimeoutError(f"still running after {SECONDS_EACH} s")
+def _outcome(case: Case, folder: Path) -> tuple[str, str]:
+    output = io.StringIO()
+    with chdir(folder), redirect_stdout(output), redirect_stderr(output):
+        try:
+            return "works", str(case.run(folder) or "")
+        except LeantuneError as error:
+            return "refused", str(error)
+        except AssertionError as error:
+            return "silent", f"AssertionError: {error}"
+        except BaseException as error:
+            return "traceback", f"{type(error).__name__}: {error}"
 
 
 def try_areas(areas: Sequence[str], name: str) -> None:

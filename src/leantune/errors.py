@@ -1,5 +1,9 @@
 """Errors that a user can cause; each names the field, the value and the way out."""
 
+from typing import Any
+
+_MOST_SHOWN = 200
+
 
 class LeantuneError(ValueError):
     """Base of every error that leantune raises on purpose."""
@@ -19,3 +23,14 @@ class UnsupportedError(LeantuneError):
 
 class WriteError(LeantuneError, OSError):
     """A file cannot be written: no room is left, or the place does not let it; an ``OSError``."""
+
+
+def shown(value: Any) -> str:
+    """Return a value as an error shows it: its ``repr``, cut in the middle where that is long."""
+    try:
+        text = repr(value)
+    except Exception:
+        # Python spells no number of more than 4,300 digits, and no list that nests too deep.
+        return f"a {type(value).__name__} that cannot be shown"
+    half = _MOST_SHOWN // 2
+    return text if len(text) <= _MOST_SHOWN else f"{text[:half]} ... {text[-half:]}"

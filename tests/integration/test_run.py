@@ -18,7 +18,7 @@ import torch
 import transformers
 from integration.tiny import bert, llama, same, tokenizer, write_sentences
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback
 
 import leantune as lt
@@ -564,6 +564,29 @@ def test_an_existing_folder_is_kept_unless_told(base: dict[str, Any]) -> None:
     lt.train(base, seed=1, overwrite=True)
     assert not same(saved_weights(output), before)
     assert (output / "notes.txt").exists()
+
+
+@pytest.mark.parametrize("how", [{"save_steps": 1}, {"eval_steps": 1}, {}])
+def test_a_run_that_diverges_ends_at_once_and_keeps_what_is_good(
+    base: dict[str, Any], how: dict[str, Any]
+) -> None:
+    options = {"learning_rate": 1e30, "max_grad_norm": 0, "schedule": "constant", **how}
+    with pytest.raises(lt.ConfigError, match=r"at step \d|compute: predictions"):
+        lt.train(base, max_steps=20, **options)
+    output = Path(base["output"])
+    for path in output.rglob("*.safetensors"):
+        assert all(tensor.isfinite().all() for tensor in load_file(path).values()), path
+    assert not (output / "model").exists() and not (output / "metrics.json").exists()
+
+
+def test_a_checkpoint_that_is_not_finite_is_refused(base: dict[str, Any]) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        lt.train(base, callbacks=[Interrupt(3)])
+    path = Path(base["output"]) / "checkpoints" / "checkpoint-3" / "model.safetensors"
+    weights = {name: tensor * torch.nan for name, tensor in load_file(path).items()}
+    save_file(weights, path, {"format": "pt"})
+    with pytest.raises(lt.ConfigError, match="weights must be finite at step 3"):
+        lt.train(base, resume=True)
 
 
 def test_a_full_disk_leaves_no_half_result(

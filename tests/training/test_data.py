@@ -6,10 +6,11 @@ from pathlib import Path
 
 import datasets
 import pytest
-from integration.tiny import tokenizer
+from integration.tiny import bert, tokenizer
 
 import leantune as lt
-from leantune.training.data import find_split, load_task, tokenize
+from leantune.training.data import check_ids, load_task, tokenize
+from leantune.training.tables import find_split
 
 ROWS = [("good w1", "1"), ('"bad w2', "0"), ("null", "1")]
 
@@ -113,6 +114,9 @@ def test_a_text_becomes_blocks(tmp_path: Path) -> None:
         ("sentence1\tlabel\nw1\t1\tmore\n", "text", r"train\.tsv must be a table"),
         ("sentence1\tlabel\n", "text", "no data"),
         ("", "text", "train.tsv must be a table"),
+        ("sentence1\tlabel\tlabel\nw1\t1\t0\n", "text", "columns twice: label"),
+        ("sentence1\tlabel\nw1\t1e39\n", "regression", "must be a finite number, got '1e39'"),
+        ("sentence1\tlabel\nw1\t1_0\n", "regression", "must be a finite number, got '1_0'"),
     ],
 )
 def test_bad_files_are_named(tmp_path: Path, content: str, task: str, message: str) -> None:
@@ -142,3 +146,58 @@ def test_an_unknown_task_or_data_set_is_named(tmp_path: Path) -> None:
         load_task("text", tmp_path / "nowhere")
     with pytest.raises(lt.ConfigError, match="max_length must be from 1 to 32"):
         tokenize(load_task("text", write(tmp_path / "d", ".tsv")), tokenizer(), 64)
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([("a", 1), ("b", "one")], "must hold values of one type, got int and str"),
+        ([("a", [1]), ("b", [0])], "at least two classes"),
+        ([("a", 1), ("b", 0), ("c", float("nan"))], "row 3: 'label' must be one of 0, 1, got nan"),
+        ([("\ud800", 1), ("b", 0)], r"row 1: 'sentence1' must be text"),
+        ([("a", True), ("b", False)], "row 1: 'label' must be a finite number, got True"),
+        ([("a", 10**400), ("b", 1)], "row 1: 'label' must be a finite number, got one|1000"),
+    ],
+)
+def test_odd_values_in_json_lines_are_named(
+    tmp_path: Path, lines: list[tuple[object, object]], message: str
+) -> None:
+    text = "".join(json.dumps({"sentence1": t, "label": v}) + "\n" for t, v in lines)
+    for name in ("train", "dev"):
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    task = "regression" if "finite" in message else "text"
+    with pytest.raises(lt.ConfigError, match=message):
+        load_task(task, tmp_path)
+
+
+def test_brackets_without_end_do_not_crash_the_process(tmp_path: Path) -> None:
+    """The readers in C end in a segmentation fault here."""
+    for name in ("train", "dev"):
+        text = '{"sentence1": ' + "[" * 100_000 + "]" * 100_000 + ', "label": 1}\n'
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    with pytest.raises(lt.ConfigError, match="line 1: brackets that nest too deep"):
+        load_task("text", tmp_path)
+
+
+def test_a_language_model_reads_the_column_text_alone(tmp_path: Path) -> None:
+    path = tmp_path / "chat.jsonl"
+    path.write_text('{"messages": [{"role": "user", "content": "good"}]}\n' * 40)
+    with pytest.raises(lt.ConfigError, match=r"column 'text' .* got columns messages; write each"):
+        load_task("causal_lm", path)
+    path.write_text('{"text": "w1 w2"}\n' * 40)
+    assert load_task("causal_lm", path)["train"]["text"][0] == "w1 w2"
+    path.write_text('{"text": "w1 w2"}\n{"text": 3}\n')
+    with pytest.raises(lt.ConfigError, match="'text' must be text, got 3"):
+        load_task("causal_lm", path)
+
+
+def test_each_text_has_a_token_that_the_model_knows(tmp_path: Path) -> None:
+    data = load_task("text", write(tmp_path / "d", ".tsv", [("", "1"), ("w2", "0")]))
+    with pytest.raises(lt.ConfigError, match="at least one token, got ''"):
+        tokenize(data, tokenizer(), 8)
+    rows = tokenize(load_task("text", write(tmp_path / "e", ".tsv")), tokenizer(), 8)
+    check_ids(rows, tokenizer(), bert())
+    small = bert()
+    small.resize_token_embeddings(4)
+    with pytest.raises(lt.ConfigError, match="token ids must be below 4"):
+        check_ids(rows, tokenizer(), small)

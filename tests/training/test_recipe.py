@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +64,8 @@ def test_variants_are_named_and_the_recipe_is_last() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"batch_size": 0}, "RunRecipe: batch_size must be integer >= 1, got 0"),
-        ({"batch_size": "many"}, "batch_size must be integer >= 1, got 'many'"),
+        ({"batch_size": 0}, "RunRecipe: batch_size must be integer >= 1 and <= 1e\\+09, got 0"),
+        ({"batch_size": "many"}, "batch_size must be integer >= 1 and <= 1e\\+09, got 'many'"),
         ({"learning_rate": math.nan}, "learning_rate must be number > 0, got nan"),
         ({"learning_rate": "fast"}, "learning_rate must be number > 0, got 'fast'"),
         ({"methods": "wta_crs"}, "methods must be a list of methods, got 'wta_crs'"),
@@ -74,6 +75,12 @@ def test_variants_are_named_and_the_recipe_is_last() -> None:
         ({"compare": "baseline"}, "compare must name recipes other than methods, each once"),
         ({"data": None}, "data must be str, got None"),
         ({"resume": True, "overwrite": True}, "overwrite must be False where resume is True"),
+        ({"batch_size": 2**63}, "batch_size must be integer >= 1 and <= 1e"),
+        ({"max_steps": 10**5000}, "max_steps must be .* got one int that is too large to be shown"),
+        ({"epochs": 10**400}, "epochs must be number > 0 and <= 1e"),
+        ({"methods": [{"method": "lora", "rank": 2**63}]}, "LoRA: rank must be integer"),
+        *(({"model": m}, "model must be a path or a name") for m in ("", " ", "a\0b", "m" * 256)),
+        ({"output": "\ud800"}, "output must be a path or a name"),
         ({"epoch": 3}, "option must be one of .* got 'epoch'; did you mean 'epochs'"),
         *(({"format": f}, f"format must be 2, got {f!r}") for f in (-5, 1, 3, True, "2", 2.0)),
     ],
@@ -92,6 +99,7 @@ def test_missing_options_and_bad_files_are_named(tmp_path: Path) -> None:
         path.write_text(content)
         with pytest.raises(lt.ConfigError, match=message):
             RunRecipe.read(path, {})
-    for bad in (tmp_path, tmp_path / "none.yaml"):
+    os.mkfifo(tmp_path / "pipe")
+    for bad in (tmp_path, tmp_path / "pipe", Path("/dev/zero"), tmp_path / "none.yaml"):
         with pytest.raises(lt.ConfigError, match="file must exist"):
             RunRecipe.read(bad, {})

@@ -76,27 +76,31 @@ def measure_step(
     from leantune.core.conversion import SAMPLE_ID
     from leantune.measure.ledger import ledger
     from leantune.measure.still_held import find_still_held, sampled_linears
-    from leantune.training.data import get_task, load_task, tokenize
+    from leantune.training.data import check_ids, get_task, load_task, tokenize
     from leantune.training.models import load_model, load_tokenizer
     from leantune.training.recipe import BASELINE
     from leantune.training.run import autocast, checkpoint_blocks
 
-    task, tokenizer = get_task(recipe.task), load_tokenizer(recipe.model)
+    task = get_task(recipe.task)
+    tokenizer = load_tokenizer(recipe.model, trust_remote_code=recipe.trust_remote_code)
     labels: Any = task.label_names or ("0", "1")
-    rows = None
+    tokens = None
     if recipe.data is not None:
         # A block of a text takes many of its lines.
         limit = None if task.kind == "causal_lm" else recipe.batch_size + recipe.batch_size % 2
         data = load_task(recipe.task, recipe.data, max_train=limit, max_validation=2)
         labels = getattr(data["train"].features.get("label"), "names", None)
-        rows = tokenize(data, tokenizer, recipe.max_length)["train"].to_list()[: recipe.batch_size]
+        tokens = tokenize(data, tokenizer, recipe.max_length)
     if task.kind != "classification":
         labels = None
-    how = {"max_length": recipe.max_length, "seed": recipe.seed}
+    same = ("max_length", "seed", "trust_remote_code")
+    how = {option: getattr(recipe, option) for option in same}
     model = load_model(recipe.model, task, labels, tokenizer, **how)
-    if rows is None:
+    if tokens is None:
         batch = _random_batch(recipe, task.kind, model, len(labels or ()))
     else:
+        check_ids(tokens, tokenizer, model)
+        rows = tokens["train"].to_list()[: recipe.batch_size]
         batch = dict(tokenizer.pad(rows, return_tensors="pt"))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)

@@ -5,11 +5,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
 from leantune.core import registry
 from leantune.core.config import Options, unknown_key
 from leantune.errors import ConfigError
+from leantune.training.parse import parse_yaml
 from leantune.training.recipe import MeasureRecipe, RunRecipe, read_recipe_file
 
 R = TypeVar("R", bound=MeasureRecipe)
@@ -91,7 +90,7 @@ def _parse(text: str, rule: str) -> Any:
     if re.search(r"\bstr\b", rule):
         return None if text.lower() in ("null", "none") and "None" in rule else text
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
+        value = parse_yaml(text)
+    except ValueError:
         return text
     return text if isinstance(value, Mapping) else value

@@ -5,7 +5,7 @@ from pathlib import Path
 from torch import nn
 
 from leantune.core import registry
-from leantune.core.config import MethodConfig, shown
+from leantune.core.config import MethodConfig
 from leantune.core.conversion import Conversion
 from leantune.core.discovery import Layout, discover, find_sites
 from leantune.core.files import (
@@ -28,7 +28,7 @@ from leantune.core.registry import MethodSpec
 from leantune.core.runtime import Runtime
 from leantune.core.session import SESSIONS, Session
 from leantune.core.sites import PARTS, Site, is_nested, match_sites
-from leantune.errors import ConfigError, SiteError, UnsupportedError
+from leantune.errors import ConfigError, SiteError, UnsupportedError, shown
 
 _ORDER = ("trained", "evaluated", "rows", "bits", "recompute")
 """What is trained is settled first: a row policy acts on the linears that then train."""

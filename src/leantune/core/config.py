@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self, cast
 
-from leantune.errors import ConfigError
+from leantune.errors import ConfigError, shown
 
 Axis = Literal["trained", "evaluated", "rows", "bits", "recompute"]
 """What a method changes: what gets a gradient, what forward computes, which rows of a linear's
@@ -180,24 +180,12 @@ class MethodConfig(Options):
         return cls(**data)
 
 
-def shown(value: Any) -> str:
-    """Return a value as an error shows it: shortened, and whatever it is."""
-    try:
-        text = repr(value)
-    except Exception:
-        text = f"a {type(value).__name__} that cannot be shown"
-    return text if len(text) <= 200 else f"{text[:200]}..."
-
-
 def unknown_key(who: str, what: str, got: str, known: Sequence[str]) -> str:
     """Word the error for a name that is not in ``known``, with the nearest match."""
     near = difflib.get_close_matches(str(got), known, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    return (
-        f"{who}: {what} must be one of {', '.join(sorted(known))}, got {shown(got)}; {hint}".rstrip(
-            "; "
-        )
-    )
+    names = ", ".join(sorted(known))
+    return f"{who}: {what} must be one of {names}, got {shown(got)}; {hint}".rstrip("; ")
 
 
 _COMPARE: dict[str, Callable[[float, float], bool]] = {

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-from leantune.core.config import MethodConfig, Options, option, shown
+from leantune.core.config import MethodConfig, Options, option
 from leantune.core.registry import config_from_dict
-from leantune.errors import ConfigError
+from leantune.errors import ConfigError, shown
 
 RECIPE_FILE = "recipe.json"
 FORMAT = 2

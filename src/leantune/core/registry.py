@@ -7,11 +7,11 @@ from typing import Any, cast
 
 from torch import nn
 
-from leantune.core.config import Axis, MethodConfig, shown, unknown_key
+from leantune.core.config import Axis, MethodConfig, unknown_key
 from leantune.core.conversion import Conversion
 from leantune.core.runtime import Runtime
 from leantune.core.sites import Site
-from leantune.errors import ConfigError
+from leantune.errors import ConfigError, shown
 
 Convert = Callable[[nn.Module, list[Site], Any, Runtime], Conversion]
 

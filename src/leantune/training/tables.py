@@ -1,0 +1,124 @@
+"""From a file to named columns: the tables and texts that data sets come in."""
+
+import gzip
+import tempfile
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pandas
+from datasets.exceptions import DatasetGenerationError
+
+from leantune.errors import ConfigError
+from leantune.training.parse import parse_json
+
+Columns = Mapping[str, Sequence[Any]]
+FORMATS = {".tsv": "csv", ".csv": "csv", ".jsonl": "json", ".json": "json"}
+FORMATS |= {".parquet": "parquet", ".txt": "text"}
+_SPLIT_WORDS = {
+    "train": ("train",),
+    "validation": ("validation", "valid", "dev"),
+    "validation_matched": ("validation_matched", "dev_matched", "validation", "dev"),
+}
+
+
+def find_split(folder: Path, task: str, split: str) -> Path:
+    """Find the one file of a split: ``<task>.<split>``, ``<split>`` or ``<task>/<split>``.
+
+    ``validation`` may also be called ``valid`` or ``dev``; any suffix of ``FORMATS`` is taken, and
+    ``.gz`` after it.
+
+    Raises:
+        ConfigError: no such folder, no such file, or several.
+    """
+    stems = [s for w in _SPLIT_WORDS[split] for s in (f"{task}.{w}", w, f"{task}/{w}")]
+    suffixes = [suffix + gz for suffix in FORMATS for gz in ("", ".gz")]
+    found = [p for s in stems for x in suffixes if (p := folder / (s + x)).is_file()]
+    if len(found) != 1:
+        there = [str(p) for p in found] or sorted(p.name for p in folder.iterdir())[:20]
+        raise ConfigError(
+            f"find_split: folder {folder} must hold one {split} file of task {task} "
+            f"({', '.join(stems)}, with {' '.join(FORMATS)}), got {there}; rename the file, or "
+            "give another folder"
+        )
+    return found[0]
+
+
+def read_columns(path: Path) -> Columns:
+    """Read a file's columns by name; a text has one, ``text``, with a line in each row.
+
+    Raises:
+        ConfigError: the file is empty or damaged, or of no known format.
+    """
+    suffix = Path(path.name.removesuffix(".gz")).suffix
+    try:
+        if FORMATS.get(suffix) == "json":
+            columns = _json_columns(path)
+        else:
+            columns = dataset_columns(_read_dataset(path, suffix))
+        if not all(map(len, columns.values())):
+            raise ValueError("no rows")
+    # Each reader raises its own errors, and datasets hides them in one of its own.
+    except Exception as error:
+        is_hidden = isinstance(error, DatasetGenerationError)
+        reason = " ".join(str((is_hidden and error.__cause__) or error).split())
+        raise ConfigError(
+            f"load_task: {path} must be a table or text that can be read "
+            f"({' '.join(FORMATS)}), got {type(error).__name__}: {reason}; export the data set "
+            "again"
+        ) from error
+    return columns
+
+
+def dataset_columns(rows: Any) -> Columns:
+    """Return a data set's columns, which are read when they are needed."""
+    return {name: rows[name] for name in rows.column_names}
+
+
+def _read_dataset(path: Path, suffix: str) -> Any:
+    if suffix not in FORMATS:
+        raise ValueError(f"suffix {suffix!r}")
+    options = _text_columns(path, suffix) if FORMATS[suffix] == "csv" else {}
+    with tempfile.TemporaryDirectory() as cache, warnings.catch_warnings():
+        # Rows longer than the header are cut short with a warning.
+        warnings.simplefilter("error", pandas.errors.ParserWarning)
+        where = {"data_files": str(path), "cache_dir": cache, "keep_in_memory": True}
+        return datasets.load_dataset(FORMATS[suffix], split="train", **where, **options)
+
+
+def _text_columns(path: Path, suffix: str) -> dict[str, Any]:
+    """Return what reads every field as the text it is, be it a number or the word "null"."""
+    # GLUE does not quote.
+    options: dict[str, Any] = {"sep": "\t", "quoting": 3} if suffix == ".tsv" else {}
+    header = pandas.read_csv(path, nrows=1, header=None, dtype=str, na_filter=False, **options)
+    names = header.iloc[0].tolist()
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"columns twice: {', '.join(twice)}")
+    header = pandas.read_csv(path, nrows=0, **options).columns
+    text = datasets.Features({column: datasets.Value("string") for column in header})
+    return options | {"na_filter": False, "index_col": False, "features": text}
+
+
+def _json_columns(path: Path) -> Columns:
+    """Read mappings, one on each line or all in one list.
+
+    The readers in C crash where brackets nest deep, and turn what they cannot store into text.
+    """
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as file:
+        text = file.read()
+    if text.lstrip().startswith("["):
+        rows = parse_json(text)
+    else:
+        rows = []
+        for number, line in enumerate(text.split("\n"), 1):
+            try:
+                rows += [parse_json(line)] if line.strip() else []
+            except ValueError as error:
+                raise ValueError(f"line {number}: {error}") from error
+    names = rows[0].keys() if rows and isinstance(rows[0], dict) else ()
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict) or row.keys() != names:
+            raise ValueError(f"row {number}: no mapping with the keys of the first")
+    return {name: [row[name] for row in rows] for name in names}
