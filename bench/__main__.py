@@ -16,6 +16,7 @@ _PARTS = {
     "quality-wta-crs": "cases.wta_crs_quality:main",
     "quality-sparse-grad": "cases.sparse_grad_quality:main",
     "quality-spt": "cases.spt_quality:main",
+    "models": "cases.models:main",
     "same-bits": "same_bits:main",
     "hostile": "hostile:main",
     "readme": "readme:main",

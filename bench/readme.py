@@ -12,7 +12,7 @@ from statistics import fmean
 from typing import Any
 
 from bench import rows
-from bench.cases import sparse_grad_quality, spt_language, spt_quality, wta_crs_quality
+from bench.cases import models, sparse_grad_quality, spt_language, spt_quality, wta_crs_quality
 from leantune.cli.sites import print_survey
 from leantune.core.files import write_atomic
 from leantune.core.survey import survey
@@ -224,4 +224,6 @@ _TABLES: dict[str, Callable[[], Any]] = {
     "recall": recall,
     "hostile": hostile,
     **{f"sites-{name}": partial(sites, name) for name in SURVEYED},
+    "models": models.summary,
+    "model-types": models.types,
 }
