@@ -10,7 +10,13 @@ if TYPE_CHECKING:
     from leantune.core.discovery import find_sites
     from leantune.core.registry import list_methods
     from leantune.core.session import Session
-    from leantune.errors import ConfigError, LeantuneError, SiteError, UnsupportedError
+    from leantune.errors import (
+        ConfigError,
+        LeantuneError,
+        SiteError,
+        UnsupportedError,
+        WriteError,
+    )
     from leantune.integrations.trainer import TrainerCallback
     from leantune.measure.fidelity import fidelity
     from leantune.measure.ledger import ledger
@@ -33,7 +39,7 @@ _HOMES = {
     "core.discovery": ("find_sites",),
     "core.registry": ("list_methods",),
     "core.session": ("Session",),
-    "errors": ("ConfigError", "LeantuneError", "SiteError", "UnsupportedError"),
+    "errors": ("ConfigError", "LeantuneError", "SiteError", "UnsupportedError", "WriteError"),
     "integrations.trainer": ("TrainerCallback",),
     "measure.fidelity": ("fidelity",),
     "measure.ledger": ("ledger",),
@@ -84,6 +90,7 @@ __all__ = [
     "SparseGrad",
     "TrainerCallback",
     "UnsupportedError",
+    "WriteError",
     "__version__",
     "apply",
     "fidelity",

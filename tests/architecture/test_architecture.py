@@ -60,6 +60,7 @@ PUBLIC = {
     "SparseGrad",
     "TrainerCallback",
     "UnsupportedError",
+    "WriteError",
     "WTACRS",
     "__version__",
     "apply",
@@ -102,7 +103,7 @@ PRICES = {
     "wta_crs": (7, 850),
 }
 NEW_METHOD = (5, 700)
-MAX_LINES, MAX_FILE, MAX_FUNCTION, MAX_SESSION = 11_500, 400, 60, 250
+MAX_LINES, MAX_FILE, MAX_FUNCTION, MAX_SESSION = 15_000, 400, 60, 250
 
 
 def relative(path: Path) -> str:

@@ -26,7 +26,7 @@ REFUSED: dict[str, dict[str, str]] = {
         "without activation": "xlnet",
     },
     "spt_attention": {
-        "computes its own": "big_bird bloom deberta deberta_v2 falcon gpt_neo gpt_neox gptj led "
+        "computes its own": "big_bird bloom deberta deberta_v2 falcon gpt_neo gptj led "
         "longformer longt5 mpnet mpt",
         "softcap": "gemma2",
         "s_aux": "gpt_oss",

@@ -57,8 +57,16 @@ def discover(model: nn.Module, *, trace: bool = False) -> Layout:
     modules = dict(model.named_modules())
     blocks = _blocks(modules)
     ties = _ties(modules)
-    named = [part for block in blocks for part in parts_of(block, modules)]
     seen = trace_parts(model, blocks) if trace else Trace([])
+    # Paths do not show a dropout or a norm inside an FFN; such an FFN has no activation to run.
+    barred = {
+        name
+        for part in seen.parts
+        if part.role == "mlp" and "activation" not in part.modules
+        for name in part.modules.values()
+    }
+    by_path = (part for block in blocks for part in parts_of(block, modules))
+    named = [part for part in by_path if barred.isdisjoint(part.modules.values())]
     known = {(part.role, name) for part in named for name in part.modules.values()}
     others = [p for p in seen.parts if known.isdisjoint((p.role, n) for n in p.modules.values())]
     return Layout(

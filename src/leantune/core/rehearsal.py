@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from leantune.core.restore import restored_afterwards
-from leantune.errors import UnsupportedError
+from leantune.errors import LeantuneError, UnsupportedError
 
 _SOUND_SAMPLES = 4000
 
@@ -52,6 +52,8 @@ def rehearse(model: nn.Module, batch: Mapping[str, Tensor] | None = None) -> Reh
         for inputs in batches:
             try:
                 return Rehearsal(inputs, model(**inputs))
+            except LeantuneError:
+                raise  # A method's own words.
             except Exception as error:
                 first = first or error
     raise _failed(first) from first

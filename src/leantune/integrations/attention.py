@@ -96,7 +96,8 @@ def refusal(module: nn.Module) -> str | None:
 
 def head_width(module: nn.Module) -> int | None:
     """Return the width of a module's query and key heads, or None where it does not say."""
-    return _first(("head_dim", "attention_head_size", "key_value_proj_dim", "qk_head_dim"), module)
+    names = ("head_dim", "head_size", "attention_head_size", "key_value_proj_dim", "qk_head_dim")
+    return _first(names, module)
 
 
 def num_key_heads(module: nn.Module, key: nn.Module | None) -> int | None:
