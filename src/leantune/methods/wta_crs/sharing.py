@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from leantune.errors import ConfigError
@@ -60,7 +61,8 @@ class SamplePool:
 
     def forget(self) -> None:
         """Drop every sample: graphs alone hold them, and the next forward draws anew."""
-        self._samples = WeakTensorKeyDictionary()
+        if not is_compiling():  # nothing is shared there
+            self._samples.clear()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Leave samples out of a copy: they belong to tensors of the original."""
