@@ -232,7 +232,10 @@ def test_what_is_saved_is_exact_where_reading_lags(late: list[Mock]) -> None:
     step(model, 0 * PADDED, 0 * PADDED, attention_mask=PADDED)
     assert verdicts(session) == [[0, 0]] * 2
     step(model, PADDED, WHOLE, attention_mask=PADDED)
+    model(torch.zeros(SHAPE), PADDED, attention_mask=PADDED)
     twin = copy.deepcopy(model)
+    assert model.first.rows._masks._late["begin"]._begun is not None
+    assert twin.first.rows._masks._late["begin"]._begun is None  # an event has no copy
     assert verdicts(twin._leantune_session) == [[1, 0], [-1, 0]]
 
 
