@@ -117,16 +117,44 @@ def test_no_sample_outlives_its_tensor_or_the_forward() -> None:
     model, _ = converted()
     pool = model.query.rows._pool
     held: list[int] = []
-    model.other.register_forward_hook(lambda *_: held.append(len(pool._shared)))
-    output = model(data())
-    assert held == [1] and not pool._shared
+    kept: list[Tensor] = []
+
+    def look(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        held.append(len(pool._samples))
+        kept.append(args[0])
+
+    model.other.register_forward_hook(look)
+    # The next forward draws anew, even from a tensor that lives on.
+    assert len(samples(lambda: model(data()))) == 1
+    assert held == [1] and not pool._samples
     # Outside the model's forward the tensor's own end is the sample's.
     h = data()
     model.query(h)
-    rows = weakref.ref(next(iter(pool._shared.values())).drawn.rows.rows)
-    del h, output
+    rows = weakref.ref(pool.take(1, h, h.dtype).rows.rows)
+    assert rows() is not None
+    del h
     gc.collect()
-    assert not pool._shared and rows() is None
+    assert not pool._samples and rows() is None
+
+
+def test_a_tensor_that_was_written_to_is_another_one() -> None:
+    """Plain linears refuse this, for they hold the tensor; samples do not, and must be right."""
+    model, session = converted()
+    write = Tensor.mul_
+
+    def forward(x: Tensor) -> Tensor:
+        h = x + 0.0
+        y = model.query(h)
+        return y + model.fc_in(write(h, -2))
+
+    model.forward = forward
+    assert len(samples(lambda: model(data()))) == 2
+    assert readers(session) == [[0, 0], [1, 1], [2, 2]]
+    grads = torch.stack([torch.stack(step(model, data())) for _ in range(150)]).double().numpy()
+    write = Tensor.mul
+    with session.exact():
+        wanted = torch.stack(step(model, data())).double().numpy()
+    assert mean_check(grads, wanted, resolution=1e-4 * abs(wanted).max()).ok
 
 
 def test_a_copy_of_the_model_shares_on_its_own() -> None:
@@ -136,8 +164,8 @@ def test_a_copy_of_the_model_shares_on_its_own() -> None:
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         pool = twin.query.rows._pool
         assert pool is twin.fc_in.rows._pool and pool is not model.query.rows._pool
-        assert not pool._shared and len(samples(lambda twin=twin: twin(data()))) == 1
-    assert model.query.rows._pool._shared
+        assert not pool._samples and len(samples(lambda twin=twin: twin(data()))) == 1
+    assert model.query.rows._pool._samples
 
 
 def test_a_resumed_run_knows_who_reads_with_whom() -> None:

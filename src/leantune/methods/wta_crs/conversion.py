@@ -56,7 +56,7 @@ class SampledLinears(SwapConversion):
         Raises:
             UnsupportedError: such a loss.
         """
-        self._masks.judge()
+        self._masks.learn("step")
 
     def undo(self) -> None:
         """Put the plain linears back."""

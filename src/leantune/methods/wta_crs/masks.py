@@ -12,9 +12,8 @@ from torch.compiler import is_compiling
 
 from leantune.core.runtime import ROW_MASKS, Runtime
 from leantune.errors import ConfigError, UnsupportedError
-from leantune.ops.backend import on_gpu
+from leantune.ops.backend import LateCopy, on_gpu
 
-_BROKEN, _UNKNOWN, _HOLDS = -1, 0, 1
 _NUM_NAMED = 3
 
 
@@ -41,8 +40,8 @@ class LearnedMasks:
 
     What a mask means is never assumed. A linear trusts a field after a backward in which some rows
     were masked, none of those had a gradient, and a real row had one. Every later backward checks
-    it again. The device is not waited for there: sums are added up on it, and read at the beginning
-    of the next training forward.
+    it again. The device is not waited for: sums are added up there, and read when the next training
+    forward begins, on a GPU one forward later.
 
     Args:
         names: of the linears; a linear's column is its place in this list.
@@ -55,37 +54,41 @@ class LearnedMasks:
     ) -> None:
         self._names = list(names)
         self._runtime = runtime
-        self._verdicts = [[_UNKNOWN] * len(ROW_MASKS) for _ in names]
         # For each linear (f, 2, 2): by field, for draws without and with it, sums as in RowMask.
         # A tensor each, since a compiler lets graphs share none that one of them writes to.
         self._met = [torch.zeros(len(ROW_MASKS), 2, 2, device=device) for device in devices]
         self._batch: list[RowMask] = []
         self._has_met_any = False
+        self._restart(torch.zeros(len(names), len(ROW_MASKS), 2, 2, dtype=torch.bool))
+
+    def _restart(self, shown: Tensor) -> None:
+        # Which of the sums were ever above 0, (c, f, 2, 2) bool: on the device, and as far as read.
+        self._shown = shown
+        self._late = {"begin": LateCopy(), "step": LateCopy()}
+        self._take_on(shown)
+
+    def _take_on(self, known: Tensor) -> None:
+        self._known = known
+        is_broken, holds = known.any(2).unbind(-1)
+        self._trusted: list[list[bool]] = (holds & ~is_broken).tolist()
 
     def begin(self) -> None:
-        """Judge what backward met since the last training forward, and take the batch's masks.
+        """Learn from past backwards, and take the batch's masks.
 
         Raises:
-            UnsupportedError: see :meth:`judge`.
-            ConfigError: a mask calls no row real.
+            UnsupportedError: rows were left out of a draw, and had a gradient.
         """
         self._batch = []
         if not self._runtime.is_in_forward:
             return
-        self.judge()
+        self.learn("begin")
         for field, name in enumerate(ROW_MASKS):
             real = self._runtime.batch.masks.get(name)
-            if real is None:
-                continue
-            if not self._must_not_wait(real) and not bool(real.any()):
-                raise ConfigError(
-                    f"WTACRS: {name} must mark at least one row as real, got zeros alone; give 1 "
-                    "on tokens and 0 on padding, or leave the field out"
-                )
-            masked = ~real
-            sums = torch.stack((masked, real & masked.any())).float().flatten(1)
-            self._batch.append(RowMask(field, real.shape, real.flatten(), sums))
-            self._has_met_any = True
+            if real is not None:
+                masked = ~real
+                sums = torch.stack((masked, real & masked.any())).float().flatten(1)
+                self._batch.append(RowMask(field, real.shape, real.flatten(), sums))
+                self._has_met_any = True
 
     def fitting(self, shape: torch.Size, device: torch.device) -> list[RowMask]:
         """Return the masks that fit an input of ``shape`` (b, t, d) or flattened, (b * t, d).
@@ -102,9 +105,7 @@ class LearnedMasks:
 
     def allow(self, mask: RowMask | None, columns: Sequence[int]) -> bool:
         """Return whether these linears may read a sample that left the masked rows out."""
-        if mask is None:
-            return True
-        return all([self._verdicts[column][mask.field] == _HOLDS for column in columns])
+        return mask is None or all([self._trusted[column][mask.field] for column in columns])
 
     def expect(self, column: int, device: torch.device) -> None:
         """Make room in forward for what backward writes, which a compiler follows."""
@@ -117,32 +118,41 @@ class LearnedMasks:
         """Take note of the exact gradient norms (n,) that the backward of one linear met."""
         self._met[column][mask.field, int(is_used)].addmv_(mask.sums, grad_norms)
 
-    def judge(self) -> None:
-        """Read what backward met; nothing is read while a graph is compiled or captured.
+    def learn(self, when: str) -> None:
+        """Learn what backward met; of a GPU, up to the last call at this point of a step.
+
+        Args:
+            when: "begin" of a forward, or after a "step"; the first does nothing while a graph is
+                compiled or captured.
 
         Raises:
             UnsupportedError: rows were left out of a draw, and had a gradient.
         """
-        if not self._has_met_any or self._must_not_wait(self._met[0]):
+        is_fixed = is_compiling() or (
+            on_gpu(self._met[0]) and torch.cuda.is_current_stream_capturing()
+        )
+        if self._has_met_any and not is_fixed:
+            known = self._late[when].swap(self._read())
+            if known is not None:
+                self._judge(known)
+
+    def _read(self) -> Tensor:
+        device = self._met[0].device
+        sums = torch.stack([met.to(device) for met in self._met])
+        torch.ops.aten._foreach_zero_(self._met)
+        # An overflowed step leaves nan, which is not above 0 and says nothing.
+        self._shown = self._shown.to(device) | (sums > 0)
+        return self._shown
+
+    def _judge(self, known: Tensor) -> None:
+        new = known & ~self._known
+        if not bool(new.any()):
             return
-        wrong: dict[int, list[str]] = {}
-        for device in {met.device for met in self._met}:
-            columns = [c for c, met in enumerate(self._met) if met.device == device]
-            written = [self._met[c] for c in columns]
-            # An overflowed step leaves nan, which is not above 0 and says nothing.
-            above = torch.stack(written).cpu() > 0
-            torch.ops.aten._foreach_zero_(written)
-            is_broken, holds = above.any(2).unbind(-1)
-            for i, field in (is_broken | holds).nonzero().tolist():
-                verdicts, is_wrong = self._verdicts[columns[i]], bool(is_broken[i, field])
-                if is_wrong:
-                    verdicts[field] = _BROKEN
-                elif verdicts[field] == _UNKNOWN:
-                    verdicts[field] = _HOLDS
-                if is_wrong and bool(above[i, field, 1, 0]):
-                    wrong.setdefault(field, []).append(self._names[columns[i]])
+        self._take_on(self._known | known)
+        wrong = new[:, :, 1, 0].t().nonzero().tolist()  # left out, and had a gradient
         if wrong:
-            field, names = min(wrong.items())
+            field = wrong[0][0]
+            names = [self._names[column] for f, column in wrong if f == field]
             more = len(names) - _NUM_NAMED
             others = f" and {more} more" if more > 0 else ""
             raise UnsupportedError(
@@ -152,34 +162,27 @@ class LearnedMasks:
                 "draw_at='backward', which needs no mask"
             )
 
-    @staticmethod
-    def _must_not_wait(tensor: Tensor) -> bool:
-        return is_compiling() or (on_gpu(tensor) and torch.cuda.is_current_stream_capturing())
-
     def state_dict(self) -> dict[str, Tensor]:
-        """Return each linear's verdict on each field, (c, f) int8: -1 broken, 0 unknown, 1 holds.
+        """Return what gradients showed, (c, f, 2, 2) bool: by linear, field, use, and row's kind.
 
         Raises:
-            UnsupportedError: see :meth:`judge`.
+            UnsupportedError: rows were left out of a draw, and had a gradient.
         """
-        self.judge()
-        return {"masks": torch.tensor(self._verdicts, dtype=torch.int8)}
+        self._judge(self._read().cpu())
+        return {"masks": self._known}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take verdicts on; without an entry they are learned anew.
+        """Take on what gradients showed; without an entry it is learned anew.
 
         Raises:
-            ConfigError: they are of another model.
+            ConfigError: it is of another model.
         """
-        shape = (len(self._names), len(ROW_MASKS))
-        verdicts = state.get("masks", torch.zeros(shape, dtype=torch.int8))
-        is_whole = verdicts.dtype == torch.int8 and verdicts.shape == shape
-        if not is_whole or bool((verdicts.abs() > 1).any()):
+        known = state.get("masks", torch.zeros_like(self._known))
+        if known.dtype != torch.bool or known.shape != self._known.shape:
             raise ConfigError(
-                f"WTACRS: masks must be verdicts (-1, 0 or 1) of shape {shape}, got "
-                f"{verdicts.dtype} of shape {tuple(verdicts.shape)}; load the session with the "
-                "recipe and model it was saved with"
+                f"WTACRS: masks must be bool of shape {tuple(self._known.shape)}, got "
+                f"{known.dtype} of shape {tuple(known.shape)}; load the session with the recipe "
+                "and model it was saved with"
             )
-        self._verdicts = verdicts.tolist()
-        for met in self._met:
-            met.zero_()
+        torch.ops.aten._foreach_zero_(self._met)
+        self._restart(known.cpu())

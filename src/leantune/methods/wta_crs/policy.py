@@ -97,7 +97,7 @@ class SampledRows:
         if drawn is None or not self._masks.allow(drawn.used, (self._column,)):
             drawn = self._draw(x, source, masks, k, key)
             if shares:
-                self._pool.offer(self._column, source, x.dtype, drawn)
+                self._pool.offer(source, x.dtype, drawn)
         if self._norms is not None:
             self._norms.expect(self._column, source.shape, x.device)
         if masks:
@@ -120,7 +120,7 @@ class SampledRows:
             scores = scores if guess is None else scores * guess.to(scores.device)
         real = None if used is None else used.real
         p = estimators.probabilities(scores, real, self.config.probability_floor)
-        return Drawn(self._sample(rows, p, k, key), used)
+        return Drawn(self._column, self._sample(rows, p, k, key), used)
 
     def outer_product(self, kept: KeptRows, note: Note | None, grad_output: Tensor) -> OuterProduct:
         """Return the estimate's factors from ``grad_output`` (n, d_out), exact without a note."""

@@ -1,11 +1,12 @@
 """Linears that read one tensor share one sample of it, so that the tensor is really released."""
 
-import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from leantune.errors import ConfigError
 from leantune.methods.wta_crs.masks import RowMask
@@ -13,22 +14,14 @@ from leantune.ops.rows import KeptRows
 
 
 class Drawn(NamedTuple):
-    """A drawn sample, and the row mask that it trusted.
+    """A drawn sample: who drew it, what is kept, and the mask whose rows were left out, or None."""
 
-    Args:
-        rows: what is kept.
-        used: the mask whose rows were left out, or None.
-    """
-
+    column: int
     rows: KeptRows
     used: RowMask | None
 
 
-class _Shared(NamedTuple):
-    source: "weakref.ref[Tensor]"
-    version: int
-    column: int
-    drawn: Drawn
+_Samples = MutableMapping[Tensor, dict[tuple[int, torch.dtype], Drawn]]
 
 
 class SamplePool:
@@ -48,7 +41,8 @@ class SamplePool:
 
     def __init__(self, num_linears: int) -> None:
         self.readers: list[tuple[int, ...]] = [(column,) for column in range(num_linears)]
-        self._shared: dict[tuple[int, torch.dtype], _Shared] = {}
+        # By tensor, for as long as it lives at most, then by its version and the dtype of the rows.
+        self._samples: _Samples = WeakTensorKeyDictionary()
 
     def take(self, column: int, source: Tensor, dtype: torch.dtype) -> Drawn | None:
         """Return the sample that another reader made of this very tensor, or None.
@@ -56,27 +50,23 @@ class SamplePool:
         A tensor that was written to since is another one: its old rows would give a wrong gradient.
         Under autocast one tensor can be read in two dtypes.
         """
-        shared = self._shared.get((id(source), dtype))
-        if shared is None or shared.version != source._version or shared.source() is not source:
-            return None
-        readers = self.readers[shared.column]
-        if column not in readers:
-            self.readers[shared.column] = tuple(sorted((*readers, column)))
-        return shared.drawn
+        drawn = self._samples.get(source, {}).get((source._version, dtype))
+        if drawn is not None and column not in self.readers[drawn.column]:
+            self.readers[drawn.column] = tuple(sorted((*self.readers[drawn.column], column)))
+        return drawn
 
-    def offer(self, column: int, source: Tensor, dtype: torch.dtype, drawn: Drawn) -> None:
-        """Keep a sample for the other readers of its source, for as long as that lives at most."""
-        key = (id(source), dtype)
-        weak = weakref.ref(source, lambda _: self._shared.pop(key, None))
-        self._shared[key] = _Shared(weak, source._version, column, drawn)
+    def offer(self, source: Tensor, dtype: torch.dtype, drawn: Drawn) -> None:
+        """Keep a sample for the other readers of its source."""
+        self._samples.setdefault(source, {})[source._version, dtype] = drawn
 
     def forget(self) -> None:
-        """Drop every sample: graphs alone hold them from now on."""
-        self._shared.clear()
+        """Drop every sample: graphs alone hold them, and the next forward draws anew."""
+        if not is_compiling():  # nothing is shared there
+            self._samples.clear()
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __reduce__(self) -> tuple[Any, ...]:
         """Leave samples out of a copy: they belong to tensors of the original."""
-        return {**self.__dict__, "_shared": {}}
+        return SamplePool, (len(self.readers),), {"readers": self.readers}
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the pairs (column that drew, column that read), (m, 2) int64."""
@@ -89,18 +79,16 @@ class SamplePool:
         Raises:
             ConfigError: the pairs are of another model.
         """
-        self.forget()
         num_linears = len(self.readers)
-        self.readers = [(column,) for column in range(num_linears)]
-        pairs = state.get("readers")
-        if pairs is None:
-            return
-        is_whole = pairs.dtype == torch.int64 and pairs.ndim == 2 and pairs.shape[1] == 2
+        pairs = state.get("readers", torch.zeros(0, 2, dtype=torch.int64))
+        is_whole = pairs.dtype == torch.int64 and pairs.shape[1:] == (2,)
         if not is_whole or bool(((pairs < 0) | (pairs >= num_linears)).any()):
             raise ConfigError(
                 f"WTACRS: readers must be pairs of this model's {num_linears} linears, got "
                 f"{pairs.dtype} of shape {tuple(pairs.shape)}; load the session with the recipe "
                 "and model it was saved with"
             )
+        read = [{column} for column in range(num_linears)]
         for column, reader in pairs.tolist():
-            self.readers[column] = tuple(sorted({*self.readers[column], reader}))
+            read[column].add(reader)
+        self.readers = [tuple(sorted(columns)) for columns in read]
