@@ -8,22 +8,14 @@ from leantune.core import registry
 from leantune.core.config import MethodConfig
 from leantune.core.conversion import Conversion
 from leantune.core.discovery import Layout, discover, find_sites
-from leantune.core.files import (
-    BASE_FILE,
-    RECIPE_FILE,
-    SESSION,
-    STATE_FILE,
-    as_folder,
-    find_damage,
-    load_tensors,
-    load_weights,
-    read_json,
-)
+from leantune.core.disk import as_folder, load_tensors, read_json
+from leantune.core.files import BASE_FILE, SESSION, STATE_FILE, load_weights
 from leantune.core.fingerprint import check_fingerprint, fingerprint
 from leantune.core.linear import has_own_call
+from leantune.core.manifest import find_damage
 from leantune.core.neutral import refusals
 from leantune.core.ownership import refuse_idle
-from leantune.core.recipe import Recipe
+from leantune.core.recipe import RECIPE_FILE, Recipe
 from leantune.core.registry import MethodSpec
 from leantune.core.runtime import Runtime
 from leantune.core.session import SESSIONS, Session

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from leantune.core.calibration import checked_batches, seeded_generators
 from leantune.core.config import MethodConfig
 from leantune.core.conversion import Conversion, split_state
-from leantune.core.files import as_folder, write_session
+from leantune.core.disk import as_folder
+from leantune.core.files import write_session
 from leantune.core.optim import paired
 from leantune.core.ownership import refuse_copies, refuse_idle, refuse_not_ours
 from leantune.core.recipe import Recipe
