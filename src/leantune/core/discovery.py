@@ -25,6 +25,7 @@ class Layout:
         parts: attentions and FFNs of the blocks.
         heads: modules whose linears are heads or embeddings, outside every block.
         ties: module -> another place that has the same module or one of its own parameters.
+        frozen: modules whose weight does not train; LoRA freezes weights that others train.
         failure: why parts could not be seen in a forward, or None.
     """
 
@@ -32,6 +33,7 @@ class Layout:
     parts: tuple[Part, ...]
     heads: frozenset[str]
     ties: Mapping[str, str]
+    frozen: frozenset[str]
     failure: str | None = None
 
 
@@ -74,6 +76,7 @@ def discover(model: nn.Module, *, trace: bool = False) -> Layout:
         parts=(*named, *others),
         heads=frozenset(_heads(modules, blocks, ties)),
         ties=ties,
+        frozen=frozenset(_own_name(n) for n, m in modules.items() if _is_frozen(m)),
         failure=seen.failure,
     )
 
@@ -117,6 +120,16 @@ def unreached(model: nn.Module, layout: Layout) -> list[Unreached]:
                 why = f"{key} of {type(module).__name__}, {shape}, is no linear's weight"
             found.append(Unreached(f"{name}.{key}", parameter.numel(), why))
     return found
+
+
+def _own_name(name: str) -> str:
+    """Return a module's name as it is with and without a LoRA layer around it."""
+    return name if is_factor(name) else base_name(name)
+
+
+def _is_frozen(module: nn.Module) -> bool:
+    weight = dict(module.named_parameters(recurse=False)).get("weight")
+    return weight is not None and not weight.requires_grad
 
 
 def _around(name: str, blocks: set[str]) -> str | None:
@@ -180,8 +193,6 @@ def _outermost(names: Iterable[str]) -> tuple[str, ...]:
             kept.add(name)
     return tuple(name for name in dict.fromkeys(names) if name in kept)
 
-
-# Heads and ties.
 
 _HEAD = re.compile(
     r"(^|[._])(\w*heads?|classifiers?|score|pooler|pre_classifier|qa_outputs|embed\w*|wte|wpe"
@@ -283,6 +294,7 @@ def _leaf_sites(modules: Mapping[str, nn.Module], layout: Layout) -> Iterator[Si
             is_head_or_embedding=block is None and _is_head(name, layout),
             tied_to=None if is_factor(name) else layout.ties.get(base),
             unusable=refusal(module) if is_linear else None,
+            is_frozen=_own_name(name) in layout.frozen,
             shared_input=_shared_input(name, part, key),
         )
 

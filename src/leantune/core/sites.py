@@ -66,6 +66,7 @@ class Site:
             embeddings, by its name or place.
         tied_to: another place of the model that has this very module or its weight, or None.
         unusable: why no method can act on what is a linear by its class, or None.
+        is_frozen: whether its weight did not train in the plain model.
         shared_input: key that linears reading one and the same input share, or None.
         is_cross: for attention, whether keys come from another sequence than queries.
     """
@@ -80,6 +81,7 @@ class Site:
     is_head_or_embedding: bool = False
     tied_to: str | None = None
     unusable: str | None = None
+    is_frozen: bool = False
     shared_input: str | None = None
     is_cross: bool = False
 

@@ -95,13 +95,12 @@ def survey(model: nn.Module) -> Survey:
     layout = discover(model, trace=True)
     sites = find_sites(model, layout)
     sizes = {id(p): p.numel() for p in model.parameters()}
-    frozen = {id(p) for p in model.parameters() if not p.requires_grad}
     total = max(1, sum(sizes.values()))
     takers: dict[tuple[str, str], list[str]] = {}
     choices: list[Choice] = []
     taken: set[int] = set()
     for method, spec in list_methods().items():
-        chosen, bad = choose(sites, spec.config(), spec, frozen)
+        chosen, bad = choose(sites, spec.config(), spec)
         why_not = None
         if not chosen:
             why_not = f"nothing that it takes by itself (roles: {', '.join(spec.roles)})"

@@ -144,8 +144,6 @@ class _Watch(TorchFunctionMode):
         yield
         self._is_following = True
 
-    # What torch's functions make of marked tensors.
-
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run a function of torch and mark what it returns."""
         output = func(*args, **(kwargs or {}))
@@ -195,8 +193,6 @@ class _Watch(TorchFunctionMode):
         if frame.name != self._block:
             self._attentions.setdefault(frame.name, seen)
         return seen
-
-    # What modules make of them.
 
     def _enter_module(self, name: str, module: nn.Module, inputs: list[Tensor]) -> None:
         origin = self._origin(inputs[0]) if inputs else ()
@@ -261,8 +257,6 @@ class _Watch(TorchFunctionMode):
         self._stack[-1].called.add(name)
         if isinstance(output, Tensor):
             self._mark(output, (LinearCall(name, inputs[0], _copy(output)),))
-
-    # What it comes to.
 
     def parts(self) -> list[Part]:
         """Return what was seen, each part once."""
