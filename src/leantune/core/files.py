@@ -65,7 +65,8 @@ def write_session(
             "such); in all processes call session.merge() and gather the plain model's state with "
             "torch.distributed.checkpoint.state_dict.get_model_state_dict"
         )
-    saved = {original_name(name) for name in trained}
+    tied = model.named_parameters(remove_duplicate=False)
+    saved = {original_name(name) for name, parameter in tied if parameter.requires_grad}
     with atomic_folder(folder, SESSION) as fresh:
         write_atomic(fresh / RECIPE_FILE, json.dumps(recipe, indent=2) + "\n")
         save_tensors(fresh / BASE_FILE, {n: v for n, v in base.items() if n not in saved})
