@@ -3,14 +3,13 @@
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from torch import nn
 
 from leantune.core.adapters import base_name, is_factor, is_second_factor
 from leantune.core.architectures import parts_of
 from leantune.core.linear import is_called_linear, refusal
-from leantune.core.sites import Child, Part, Site
+from leantune.core.sites import Child, Part, Site, path_of
 from leantune.core.trace import Trace, trace_parts
 
 
@@ -35,14 +34,6 @@ class Layout:
     ties: Mapping[str, str]
     frozen: frozenset[str]
     failure: str | None = None
-
-
-class Unreached(NamedTuple):
-    """A matrix that no method reaches: its parameter's name and size, and why."""
-
-    name: str
-    num_parameters: int
-    why: str
 
 
 def discover(model: nn.Module, *, trace: bool = False) -> Layout:
@@ -99,29 +90,6 @@ def find_sites(model: nn.Module, layout: Layout | None = None) -> list[Site]:
     return sorted(sites, key=lambda s: order[s.name])
 
 
-def unreached(model: nn.Module, layout: Layout) -> list[Unreached]:
-    """List the matrices inside blocks that are no usable linear's weight, so no method's.
-
-    Experts as one tensor, convolutions, routers, quantised weights: what is missing from the share
-    of the model that methods can make smaller.
-    """
-    reached = {s.name for s in find_sites(model, layout) if s.role == "linear" and not s.unusable}
-    blocks = set(layout.blocks)
-    found: list[Unreached] = []
-    for name, module in model.named_modules():
-        if name in reached or _around(name, blocks) is None:
-            continue
-        for key, parameter in module.named_parameters(recurse=False):
-            if parameter.ndim < 2:
-                continue
-            why = refusal(module) if is_called_linear(module) else None
-            if why is None:
-                shape = " x ".join(map(str, parameter.shape))
-                why = f"{key} of {type(module).__name__}, {shape}, is no linear's weight"
-            found.append(Unreached(f"{name}.{key}", parameter.numel(), why))
-    return found
-
-
 def _own_name(name: str) -> str:
     """Return a module's name as it is with and without a LoRA layer around it."""
     return name if is_factor(name) else base_name(name)
@@ -134,20 +102,11 @@ def _is_frozen(module: nn.Module) -> bool:
 
 def _around(name: str, blocks: set[str]) -> str | None:
     """Return the block that a module is or lies in, or None."""
-    return next((n for n in _path(name) if n in blocks), None)
+    return next((n for n in path_of(name) if n in blocks), None)
 
 
 def _join(name: str, key: str) -> str:
     return f"{name}.{key}" if name else key
-
-
-def _path(name: str) -> Iterator[str]:
-    """Yield the names of the modules around a module, from the outermost in, and its own."""
-    end = name.find(".")
-    while end >= 0:
-        yield name[:end]
-        end = name.find(".", end + 1)
-    yield name
 
 
 def _blocks(modules: Mapping[str, nn.Module]) -> tuple[str, ...]:
@@ -300,7 +259,7 @@ def _leaf_sites(modules: Mapping[str, nn.Module], layout: Layout) -> Iterator[Si
 
 
 def _is_head(name: str, layout: Layout) -> bool:
-    return bool(_HEAD.search(name)) or any(n in layout.heads for n in _path(name))
+    return bool(_HEAD.search(name)) or any(n in layout.heads for n in path_of(name))
 
 
 def _reads_together(part: Part) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 import fnmatch
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -96,6 +96,15 @@ class Site:
         if self.tied_to is None:
             return None
         return f"weight must not be shared, got one that {self.tied_to} has, too"
+
+
+def path_of(name: str) -> Iterator[str]:
+    """Yield the names of the modules around a module, from the outermost in, and its own."""
+    end = name.find(".")
+    while end >= 0:
+        yield name[:end]
+        end = name.find(".", end + 1)
+    yield name
 
 
 def is_nested(one: str, other: str) -> bool:

@@ -19,7 +19,7 @@ from leantune.core.adapters import base_name
 from leantune.core.linear import is_called_linear
 from leantune.core.origins import FFN, MIXED, Attention, Dropped, LinearCall, Origin
 from leantune.core.rehearsal import can_rehearse, rehearse
-from leantune.core.sites import Part
+from leantune.core.sites import Part, path_of
 from leantune.core.tensors import iter_tensors
 from leantune.errors import UnsupportedError
 
@@ -105,7 +105,7 @@ class _Watch(TorchFunctionMode):
         for name, module in modules.items():
             if name in linears:
                 self._hook(name, module, self._enter_linear, self._leave_linear)
-            elif linears.isdisjoint(_outside(name)):
+            elif linears.isdisjoint(path_of(name)):
                 self._hook(name, module, self._enter_module, self._leave_module)
         return super().__enter__()
 
@@ -278,9 +278,3 @@ class _Watch(TorchFunctionMode):
 
 def _copy(x: Tensor) -> Tensor:
     return x.detach().clone()
-
-
-def _outside(name: str) -> list[str]:
-    """Return the names of the modules around a module."""
-    parts = name.split(".")
-    return [".".join(parts[:i]) for i in range(len(parts))]
