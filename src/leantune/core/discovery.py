@@ -110,11 +110,11 @@ def _join(name: str, key: str) -> str:
 
 
 def _blocks(modules: Mapping[str, nn.Module]) -> tuple[str, ...]:
-    named = [name for name, module in modules.items() if name and _has_flag(module)]
+    named = [name for name, module in modules.items() if name and checkpoints_itself(module)]
     return _outermost(named or _repeated(modules, 2) or _repeated(modules, 1))
 
 
-def _has_flag(module: nn.Module) -> bool:
+def checkpoints_itself(module: nn.Module) -> bool:
     """Return whether transformers can checkpoint the module by itself: its class has the flag.
 
     Stacks and whole models have it, too, but as instances.
