@@ -14,7 +14,7 @@ from typing import Any
 from bench import rows
 from bench.cases import models, sparse_grad_quality, spt_language, spt_quality, wta_crs_quality
 from leantune.cli.sites import print_survey
-from leantune.core.files import write_atomic
+from leantune.core.disk import write_atomic
 from leantune.core.survey import survey
 from leantune.training.models import build_model
 

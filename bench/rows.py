@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import transformers
 
-from leantune.core.files import write_atomic
+from leantune.core.disk import write_atomic
 
 RESULTS = Path(os.environ.get("LEANTUNE_RESULTS", Path(__file__).parent / "results"))
 """Folder of the result files; a run elsewhere writes to a folder of its own."""

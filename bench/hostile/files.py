@@ -22,7 +22,7 @@ from integration.tiny import bert
 import leantune as lt
 from bench.hostile.case import Cases, command, untouched
 from bench.hostile.runs import write_inputs
-from leantune.core.files import MANIFEST_FILE, find_damage, write_manifest
+from leantune.core.manifest import MANIFEST_FILE, find_damage, write_manifest
 from leantune.errors import LeantuneError
 
 CASES = Cases("files")
@@ -293,7 +293,7 @@ _SMALL = """
 import sys
 from pathlib import Path
 import leantune as lt
-from leantune.core.files import find_damage
+from leantune.core.manifest import find_damage
 from leantune.errors import LeantuneError
 options = dict(task="text", model="model", data="data", output="small/run", max_steps=6,
                save_steps=2, batch_size=4, max_length=32, methods=["wta_crs"])

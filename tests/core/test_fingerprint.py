@@ -8,7 +8,8 @@ from models import MODELS
 from torch import nn
 
 import leantune as lt
-from leantune.core.files import BASE_FILE, load_tensors
+from leantune.core.disk import load_tensors
+from leantune.core.files import BASE_FILE
 from leantune.core.fingerprint import check_fingerprint, fingerprint
 from leantune.errors import ConfigError
 

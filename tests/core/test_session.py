@@ -13,6 +13,8 @@ import leantune as lt
 from leantune.core import registry
 from leantune.core.config import MethodConfig, option
 from leantune.core.conversion import Conversion, SwapConversion
+from leantune.core.files import SESSION
+from leantune.core.manifest import write_manifest
 from leantune.core.registry import MethodSpec
 from leantune.core.runtime import IGNORED_LABEL, BatchInfo
 from leantune.errors import ConfigError, UnsupportedError
@@ -416,6 +418,7 @@ def test_a_format_of_another_version_is_refused(tmp_path) -> None:
     data = json.loads(recipe.read_text())
     for version in (-5, 0, 2.0, True, "2", None, 10**30):
         recipe.write_text(json.dumps({**data, "format": version}))
+        write_manifest(recipe.parent, SESSION)
         with pytest.raises(ConfigError, match="format must be 2, got"):
             lt.load(TINY.build(), tmp_path / "saved")
 

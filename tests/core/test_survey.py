@@ -66,3 +66,26 @@ def test_no_weight_is_read() -> None:
     with torch.device("meta"):
         model = type(real)(real.config)
     assert survey(model) == survey(real)
+
+
+@pytest.mark.parametrize("name", ["mamba", "mixtral", "qwen3_next", "t5", "xlnet"])
+def test_every_matrix_of_a_block_is_a_linears_or_named_as_none(name: str) -> None:
+    model, _ = zoo.build(name)
+    sites, result = lt.find_sites(model), survey(model)
+    inside = tuple(f"{site.name}." for site in sites if site.role == "block")
+    linears = {f"{site.name}.weight" for site in sites if site.role == "linear"}
+    others = [
+        p.numel()
+        for n, p in model.named_parameters()
+        if p.ndim > 1 and n.startswith(inside) and n not in linears
+    ]
+    named = sum(item.share for item in result.left if "is no linear's weight" in item.why)
+    assert named * result.num_parameters == pytest.approx(sum(others)) and others
+
+
+def test_a_quantised_weight_is_named() -> None:
+    model = nn.ModuleDict({"layers": nn.ModuleList(nn.Linear(8, 8) for _ in range(2))})
+    weight = nn.Parameter(torch.zeros(8, 8, dtype=torch.int8), requires_grad=False)
+    model.get_submodule("layers.0").weight = weight
+    reasons = {item.name: item.why for item in survey(model).left}
+    assert "floating point, got int8" in reasons["layers.0.weight"]

@@ -334,7 +334,7 @@ def test_a_site_that_only_has_the_names_is_refused_by_name() -> None:
     model = Model(Block(lambda m, x: x + m.mlp(x), mlp=LlamaLike(1.0)))
     model.layers[1].mlp.factor = 2.0
     modules = dict(model.named_modules())
-    with pytest.raises(SiteError, match=r"1 of 2 .*: layers\.1\.mlp: output must stay the same"):
+    with pytest.raises(SiteError, match=r"1 of 2 .*: layers\.1\.mlp: FFN must have up"):
         lt.apply(model, lt.RoutedFFN())
     assert dict(model.named_modules()) == modules
     lt.apply(model, lt.RoutedFFN(sites=["layers.0.mlp"]))

@@ -16,7 +16,7 @@ import torch
 from integration.tiny import bert
 
 import leantune as lt
-from leantune.core.files import find_damage
+from leantune.core.manifest import find_damage
 from leantune.report.page import _cards, _recipe_rows, headline, write_report
 from leantune.report.plots import BARS, block_of, place_in_block, saved_table
 from leantune.training.results import RunResult

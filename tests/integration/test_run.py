@@ -22,7 +22,8 @@ from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback
 
 import leantune as lt
-from leantune.core.files import STATE_FILE, find_damage, write_manifest
+from leantune.core.files import STATE_FILE
+from leantune.core.manifest import find_damage, write_manifest
 from leantune.errors import WriteError
 from leantune.training.data import get_task, load_task
 from leantune.training.interrupt import handled_by

@@ -102,7 +102,7 @@ def _cell(text: str, note: str) -> str:
 
 def _interrupted(folder: Path) -> str:
     """Say which checkpoint an interrupted run has kept and how to go on from it."""
-    from leantune.core.files import MANIFEST_FILE
+    from leantune.core.manifest import MANIFEST_FILE
 
     kept = [path.parent for path in folder.glob(f"checkpoints*/checkpoint-*/{MANIFEST_FILE}")]
     if not kept:

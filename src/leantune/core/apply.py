@@ -8,22 +8,13 @@ from leantune.core import registry
 from leantune.core.config import MethodConfig
 from leantune.core.conversion import Conversion
 from leantune.core.discovery import Layout, discover, find_sites
-from leantune.core.files import (
-    BASE_FILE,
-    RECIPE_FILE,
-    SESSION,
-    STATE_FILE,
-    as_folder,
-    find_damage,
-    load_tensors,
-    load_weights,
-    read_json,
-)
+from leantune.core.disk import as_folder, load_tensors, read_json
+from leantune.core.files import BASE_FILE, SESSION, STATE_FILE, load_weights
 from leantune.core.fingerprint import check_fingerprint, fingerprint
-from leantune.core.linear import has_own_call
+from leantune.core.manifest import find_damage
 from leantune.core.neutral import refusals
 from leantune.core.ownership import refuse_idle
-from leantune.core.recipe import Recipe
+from leantune.core.recipe import RECIPE_FILE, Recipe
 from leantune.core.registry import MethodSpec
 from leantune.core.runtime import Runtime
 from leantune.core.session import SESSIONS, Session
@@ -54,22 +45,19 @@ def apply(model: nn.Module, *methods: MethodConfig, seed: int = 0) -> Session:
     """
     _check_request(model, methods)
     recipe = Recipe(methods=methods, seed=seed)
-    # As the user left them: LoRA freezes weights that another method of the recipe trains.
-    frozen = {id(p) for p in model.parameters() if not p.requires_grad}
     layout = discover(model, trace=any(map(_needs_parts, methods)))
-    _check_conflicts(find_sites(model, layout), methods, frozen)
+    _check_conflicts(find_sites(model, layout), methods)
     runtime = Runtime(model, recipe.seed)
     base = fingerprint(model)
-    conversions: dict[str, Conversion] = {}
+    conversions: list[Conversion] = []
     try:
-        for axis in _ORDER:
-            for number, config in enumerate(methods):
-                if registry.get(config.method).axis == axis:
-                    name = f"{number}.{config.method}"
-                    conversions[name] = _convert(model, layout, config, runtime, frozen)
-        refuse_idle(conversions.values())
+        for number in sorted(range(len(methods)), key=lambda i: _rank(methods[i])):
+            config = methods[number]
+            conversions.append(_convert(model, layout, config, runtime))
+            conversions[-1].name = f"{number}.{config.method}"
+        refuse_idle(conversions)
     except BaseException:
-        for conversion in reversed(conversions.values()):
+        for conversion in reversed(conversions):
             conversion.undo()
         raise
     return Session(model, recipe.methods, runtime, conversions, base)
@@ -105,6 +93,10 @@ def load(model: nn.Module, folder: str | Path) -> Session:
         session.remove()
         raise
     return session
+
+
+def _rank(config: MethodConfig) -> int:
+    return _ORDER.index(registry.get(config.method).axis)
 
 
 def _check_request(model: nn.Module, methods: tuple[MethodConfig, ...]) -> None:
@@ -155,32 +147,32 @@ def _needs_parts(config: MethodConfig) -> bool:
     return spec.needs_parts or not _OF_PARTS.isdisjoint((*spec.roles, *(sites or ())))
 
 
-def _chosen(
-    sites: list[Site], config: MethodConfig, spec: MethodSpec, frozen: set[int]
-) -> list[Site]:
+def _chosen(sites: list[Site], config: MethodConfig, spec: MethodSpec) -> list[Site]:
     def default(site: Site) -> bool:
-        is_lost = site.unusable is not None or (spec.trains_weight and _is_frozen(site, frozen))
-        return not is_lost and spec.default_sites(site, config)
+        return _why_not(site, spec) is None and spec.default_sites(site, config)
 
     ours = [s for s in sites if s.role in spec.roles]
     return match_sites(ours, config.sites, default, type(config).__name__)
 
 
-def _is_frozen(site: Site, frozen: set[int]) -> bool:
-    held = dict(site.module.named_parameters(recurse=False))
-    return id(held.get("weight")) in frozen
+def _why_not(site: Site, spec: MethodSpec) -> str | None:
+    """Say why no config of a method can act at a site, or None."""
+    if site.unusable is None and spec.trains_weight and site.is_frozen:
+        return (
+            "the weight must train, got a frozen one, as all are beside a PEFT adapter; unfreeze "
+            "it, or leave it out with sites="
+        )
+    return site.unusable
 
 
-def _check_conflicts(
-    sites: list[Site], methods: tuple[MethodConfig, ...], frozen: set[int]
-) -> None:
+def _check_conflicts(sites: list[Site], methods: tuple[MethodConfig, ...]) -> None:
     """Refuse two methods of one axis on one site or on nested ones, before anything is swapped."""
     taken: dict[str, list[tuple[Site, MethodConfig]]] = {}
     clashes: list[str] = []
     for config in methods:
         spec = registry.get(config.method)
         try:
-            chosen = _chosen(sites, config, spec, frozen)
+            chosen = _chosen(sites, config, spec)
         except SiteError:
             # It may match what another method adds (LoRA's factors); judged when it is applied.
             continue
@@ -202,32 +194,22 @@ def _check_conflicts(
 
 
 def choose(
-    sites: list[Site], config: MethodConfig, spec: MethodSpec, frozen: set[int]
+    sites: list[Site], config: MethodConfig, spec: MethodSpec
 ) -> tuple[list[Site], dict[str, str]]:
-    """Return the sites that a config means, and why the method cannot act on some: name -> why.
-
-    Args:
-        frozen: ids of the parameters that do not train.
-    """
-    chosen = _chosen(sites, config, spec, frozen)
-    reasons = {
-        s.name: s.unusable or _idle(s, spec, frozen) or spec.check(s, config) for s in chosen
-    }
+    """Return the sites that a config means, and why the method cannot act on some: name -> why."""
+    chosen = _chosen(sites, config, spec)
+    reasons = {s.name: _why_not(s, spec) or spec.check(s, config) for s in chosen}
     return chosen, {name: reason for name, reason in reasons.items() if reason is not None}
 
 
 def _convert(
-    model: nn.Module,
-    layout: Layout,
-    config: MethodConfig,
-    runtime: Runtime,
-    frozen: set[int],
+    model: nn.Module, layout: Layout, config: MethodConfig, runtime: Runtime
 ) -> Conversion:
     """Apply one method; every site is checked before the first is changed."""
     spec = registry.get(config.method)
     who = type(config).__name__
     every = find_sites(model, layout)
-    sites, bad = choose(every, config, spec, frozen)
+    sites, bad = choose(every, config, spec)
     if not sites:
         ours = [s for s in every if s.role in spec.roles]
         no = [f"{s.name}: {s.unusable}" for s in ours if s.unusable]
@@ -250,15 +232,3 @@ def _convert(
     conversion = spec.convert(model, sites, config, runtime)
     conversion.config, conversion.sites = config, tuple(sites)
     return conversion
-
-
-def _idle(site: Site, spec: MethodSpec, frozen: set[int]) -> str | None:
-    """Say why a method would do nothing at a site, or None."""
-    if spec.trains_weight and _is_frozen(site, frozen):
-        return (
-            "the weight must train, got a frozen one, as all are beside a PEFT adapter; unfreeze "
-            "it, or leave it out with sites="
-        )
-    if spec.acts_on_weight and has_own_call(site.module):
-        return "forward must be that of its class, got a compiled one; apply the recipe first"
-    return None

@@ -21,8 +21,9 @@ class Conversion(ABC):
     reverse. Two configs of one method are two conversions that never see each other.
 
     Attributes:
+        name: its place in the recipe and its method; entries of a session's state begin with it.
         config: the method's options.
-        sites: where it acts, as they were before; set together with ``config`` once it is made.
+        sites: where it acts, as they were before; set with ``name`` and ``config`` once it is made.
         can_merge: whether plain modules can compute what the converted model computes.
         num_calibration_batches: how many batches :meth:`calibrate` wants; 0 where none is needed.
         sparse_parameters: trained parameters whose gradients are sparse tensors.
@@ -30,6 +31,7 @@ class Conversion(ABC):
             which the conversion takes out before the model sees the batch.
     """
 
+    name: str
     config: Any
     sites: Sequence[Site] = ()
     can_merge: bool = True

@@ -3,14 +3,13 @@
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from torch import nn
 
 from leantune.core.adapters import base_name, is_factor, is_second_factor
 from leantune.core.architectures import parts_of
 from leantune.core.linear import is_called_linear, refusal
-from leantune.core.sites import Child, Part, Site
+from leantune.core.sites import Child, Part, Site, path_of
 from leantune.core.trace import Trace, trace_parts
 
 
@@ -25,6 +24,7 @@ class Layout:
         parts: attentions and FFNs of the blocks.
         heads: modules whose linears are heads or embeddings, outside every block.
         ties: module -> another place that has the same module or one of its own parameters.
+        frozen: modules whose weight does not train; LoRA freezes weights that others train.
         failure: why parts could not be seen in a forward, or None.
     """
 
@@ -32,15 +32,8 @@ class Layout:
     parts: tuple[Part, ...]
     heads: frozenset[str]
     ties: Mapping[str, str]
+    frozen: frozenset[str]
     failure: str | None = None
-
-
-class Unreached(NamedTuple):
-    """A matrix that no method reaches: its parameter's name and size, and why."""
-
-    name: str
-    num_parameters: int
-    why: str
 
 
 def discover(model: nn.Module, *, trace: bool = False) -> Layout:
@@ -74,6 +67,7 @@ def discover(model: nn.Module, *, trace: bool = False) -> Layout:
         parts=(*named, *others),
         heads=frozenset(_heads(modules, blocks, ties)),
         ties=ties,
+        frozen=frozenset(_own_name(n) for n, m in modules.items() if _is_frozen(m)),
         failure=seen.failure,
     )
 
@@ -96,53 +90,31 @@ def find_sites(model: nn.Module, layout: Layout | None = None) -> list[Site]:
     return sorted(sites, key=lambda s: order[s.name])
 
 
-def unreached(model: nn.Module, layout: Layout) -> list[Unreached]:
-    """List the matrices inside blocks that are no usable linear's weight, so no method's.
+def _own_name(name: str) -> str:
+    """Return a module's name as it is with and without a LoRA layer around it."""
+    return name if is_factor(name) else base_name(name)
 
-    Experts as one tensor, convolutions, routers, quantised weights: what is missing from the share
-    of the model that methods can make smaller.
-    """
-    reached = {s.name for s in find_sites(model, layout) if s.role == "linear" and not s.unusable}
-    blocks = set(layout.blocks)
-    found: list[Unreached] = []
-    for name, module in model.named_modules():
-        if name in reached or _around(name, blocks) is None:
-            continue
-        for key, parameter in module.named_parameters(recurse=False):
-            if parameter.ndim < 2:
-                continue
-            why = refusal(module) if is_called_linear(module) else None
-            if why is None:
-                shape = " x ".join(map(str, parameter.shape))
-                why = f"{key} of {type(module).__name__}, {shape}, is no linear's weight"
-            found.append(Unreached(f"{name}.{key}", parameter.numel(), why))
-    return found
+
+def _is_frozen(module: nn.Module) -> bool:
+    weight = dict(module.named_parameters(recurse=False)).get("weight")
+    return weight is not None and not weight.requires_grad
 
 
 def _around(name: str, blocks: set[str]) -> str | None:
     """Return the block that a module is or lies in, or None."""
-    return next((n for n in _path(name) if n in blocks), None)
+    return next((n for n in path_of(name) if n in blocks), None)
 
 
 def _join(name: str, key: str) -> str:
     return f"{name}.{key}" if name else key
 
 
-def _path(name: str) -> Iterator[str]:
-    """Yield the names of the modules around a module, from the outermost in, and its own."""
-    end = name.find(".")
-    while end >= 0:
-        yield name[:end]
-        end = name.find(".", end + 1)
-    yield name
-
-
 def _blocks(modules: Mapping[str, nn.Module]) -> tuple[str, ...]:
-    named = [name for name, module in modules.items() if name and _has_flag(module)]
+    named = [name for name, module in modules.items() if name and checkpoints_itself(module)]
     return _outermost(named or _repeated(modules, 2) or _repeated(modules, 1))
 
 
-def _has_flag(module: nn.Module) -> bool:
+def checkpoints_itself(module: nn.Module) -> bool:
     """Return whether transformers can checkpoint the module by itself: its class has the flag.
 
     Stacks and whole models have it, too, but as instances.
@@ -180,8 +152,6 @@ def _outermost(names: Iterable[str]) -> tuple[str, ...]:
             kept.add(name)
     return tuple(name for name in dict.fromkeys(names) if name in kept)
 
-
-# Heads and ties.
 
 _HEAD = re.compile(
     r"(^|[._])(\w*heads?|classifiers?|score|pooler|pre_classifier|qa_outputs|embed\w*|wte|wpe"
@@ -283,12 +253,13 @@ def _leaf_sites(modules: Mapping[str, nn.Module], layout: Layout) -> Iterator[Si
             is_head_or_embedding=block is None and _is_head(name, layout),
             tied_to=None if is_factor(name) else layout.ties.get(base),
             unusable=refusal(module) if is_linear else None,
+            is_frozen=_own_name(name) in layout.frozen,
             shared_input=_shared_input(name, part, key),
         )
 
 
 def _is_head(name: str, layout: Layout) -> bool:
-    return bool(_HEAD.search(name)) or any(n in layout.heads for n in _path(name))
+    return bool(_HEAD.search(name)) or any(n in layout.heads for n in path_of(name))
 
 
 def _reads_together(part: Part) -> tuple[str, ...]:

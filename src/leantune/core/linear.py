@@ -259,8 +259,11 @@ def refusal(module: nn.Module) -> str | None:
         dtype = str(weight.dtype).removeprefix("torch.")
         way_out = "leave it out with sites=, or train LoRA factors beside it"
         return f"weight must be floating point, got {dtype}; {way_out}"
-    if "forward" in vars(module):
-        return "forward must be that of its class, got one that was put on the module itself"
+    if has_own_call(module):
+        return (
+            "forward must be that of its class, got one that was put on the module itself, as "
+            "module.compile() does; apply the recipe first"
+        )
     if kind is NonDynamicallyQuantizableLinear:
         return (
             "weight must be read by its own module, got torch's attention, which reads it past it"

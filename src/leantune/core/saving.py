@@ -10,24 +10,13 @@ from leantune.errors import UnsupportedError
 _NAME = "save_pretrained"
 
 
-class RefusedSaving:
-    """A refusal stands before a model's ``save_pretrained``, whose files would load as another one.
-
-    It lies on this one object, and leaves it with the session.
-
-    Args:
-        model: the converted model.
-
-    Attributes:
-        checkpoints: how the paths begin that may be written all the same, since whoever writes them
-            sees to it that only a resumed run can read them.
-    """
+class _RefusedSaving:
+    """A refusal stands on one model, before its class's ``save_pretrained``."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._before = vars(model).get(_NAME)
+        self.own = vars(model).get(_NAME)
         self.checkpoints: str | None = None
-        vars(model)[_NAME] = self
 
     def __call__(self, save_directory: str | Path, *args: Any, **options: Any) -> Any:
         """Save a run's checkpoint; refuse everything else.
@@ -42,15 +31,27 @@ class RefusedSaving:
                 "by a method that the files would lack; keep it with session.save(folder), or call "
                 "session.remove() first to save the plain one"
             )
-        save = self._before or getattr(type(self._model), _NAME).__get__(self._model)
+        save = self.own or getattr(type(self._model), _NAME).__get__(self._model)
         return save(save_directory, *args, **options)
 
-    def lift(self) -> None:
-        """Give the model its own ``save_pretrained`` back, unless others have replaced it since."""
-        if vars(self._model).get(_NAME) is self:
-            del vars(self._model)[_NAME]
-            if self._before is not None:
-                vars(self._model)[_NAME] = self._before
+
+def refuse_saving(model: nn.Module) -> None:
+    """Refuse ``save_pretrained`` from now on: the model that its files give computes another thing.
+
+    Args:
+        model: a converted model; one without that method is left as it is.
+    """
+    if hasattr(model, _NAME):
+        vars(model)[_NAME] = _RefusedSaving(model)
+
+
+def allow_saving(model: nn.Module) -> None:
+    """Give a model its own ``save_pretrained`` back, unless others have replaced it since."""
+    refused = vars(model).get(_NAME)
+    if isinstance(refused, _RefusedSaving):
+        del vars(model)[_NAME]
+        if refused.own is not None:
+            vars(model)[_NAME] = refused.own
 
 
 def allow_checkpoints(model: nn.Module, prefix: str) -> None:
@@ -62,5 +63,5 @@ def allow_checkpoints(model: nn.Module, prefix: str) -> None:
             run can read them.
     """
     refused = vars(model).get(_NAME)
-    if isinstance(refused, RefusedSaving):
+    if isinstance(refused, _RefusedSaving):
         refused.checkpoints = prefix

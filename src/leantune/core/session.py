@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from leantune.core.calibration import checked_batches, seeded_generators
 from leantune.core.config import MethodConfig
 from leantune.core.conversion import Conversion, split_state
-from leantune.core.files import as_folder, write_session
+from leantune.core.disk import as_folder
+from leantune.core.files import write_session
 from leantune.core.optim import paired
 from leantune.core.ownership import refuse_copies, refuse_idle, refuse_not_ours
 from leantune.core.recipe import Recipe
 from leantune.core.runtime import Runtime
-from leantune.core.saving import RefusedSaving
+from leantune.core.saving import allow_saving, refuse_saving
 from leantune.errors import ConfigError, UnsupportedError
 
 
@@ -35,20 +36,17 @@ class Session:
         model: nn.Module,
         methods: tuple[MethodConfig, ...],
         runtime: Runtime,
-        conversions: Mapping[str, Conversion],
+        conversions: list[Conversion],
         base: Mapping[str, Tensor],
     ) -> None:
         self.model = model
         self.methods = methods
-        self.conversions = list(conversions.values())
-        self._names = list(conversions)
+        self.conversions = conversions
         self._runtime = runtime
         self._base = base
-        num_sites = {id(c.config): len(c.sites) for c in self.conversions}
-        self._num_sites = [num_sites[id(config)] for config in methods]
-        self._saving: RefusedSaving | None = None
-        if not self.can_merge and hasattr(model, "save_pretrained"):
-            self._saving = RefusedSaving(model)
+        self._done = [f"{c.config!r} at {len(c.sites)} sites" for c in conversions]
+        if not self.can_merge:
+            refuse_saving(model)
         self._first = model.register_forward_pre_hook(self._check_first_forward)
         runtime.install_hooks(model)
         model._leantune_session = self  # type: ignore[assignment]
@@ -61,10 +59,7 @@ class Session:
     def __repr__(self) -> str:
         state = "open" if self.conversions else "closed"
         title = f"Session of {type(self.model).__name__}: {state}, step {self.step}"
-        pairs = zip(self.methods, self._num_sites, strict=True)
-        return (
-            "\n  ".join([f"<{title}", *(f"{config!r} at {n} sites" for config, n in pairs)]) + ">"
-        )
+        return "\n  ".join([f"<{title}", *self._done]) + ">"
 
     @property
     def seed(self) -> int:
@@ -176,11 +171,9 @@ class Session:
         while self.conversions:
             end(self.conversions[-1])
             self.conversions.pop()
-            self._names.pop()
         self._first.remove()
         self._runtime.remove_hooks()
-        if self._saving is not None:
-            self._saving.lift()
+        allow_saving(self.model)
         if getattr(self.model, "_leantune_session", None) is self:
             del self.model._leantune_session
         SESSIONS.discard(self)
@@ -196,8 +189,8 @@ class Session:
         """Return what a resumed run needs besides weights and optimiser, as flat tensors."""
         check_open(self, "session.state_dict")
         out = self._runtime.state_dict()
-        for name, conversion in zip(self._names, self.conversions, strict=True):
-            out.update({f"{name}/{k}": v for k, v in conversion.state_dict().items()})
+        for conversion in self.conversions:
+            out.update({f"{conversion.name}/{k}": v for k, v in conversion.state_dict().items()})
         return out
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -216,7 +209,7 @@ class Session:
 
     def _load(self, state: Mapping[str, Tensor]) -> None:
         self._runtime.load_state_dict(state)
-        parts = split_state(state, self._names)
+        parts = split_state(state, [conversion.name for conversion in self.conversions])
         for conversion, part in zip(self.conversions, parts, strict=True):
             conversion.load_state_dict(part)
 
@@ -236,11 +229,7 @@ class Session:
 
 
 def check_open(session: Session, who: str) -> None:
-    """Raise where the session has ended.
-
-    Args:
-        session: the session.
-        who: what was called; the first words of the error.
+    """Raise where the session has ended; the error begins with ``who``, what was called.
 
     Raises:
         ConfigError: ``merge`` or ``remove`` has been called.

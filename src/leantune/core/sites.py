@@ -2,7 +2,7 @@
 
 import fnmatch
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -66,6 +66,7 @@ class Site:
             embeddings, by its name or place.
         tied_to: another place of the model that has this very module or its weight, or None.
         unusable: why no method can act on what is a linear by its class, or None.
+        is_frozen: whether its weight did not train in the plain model.
         shared_input: key that linears reading one and the same input share, or None.
         is_cross: for attention, whether keys come from another sequence than queries.
     """
@@ -80,6 +81,7 @@ class Site:
     is_head_or_embedding: bool = False
     tied_to: str | None = None
     unusable: str | None = None
+    is_frozen: bool = False
     shared_input: str | None = None
     is_cross: bool = False
 
@@ -94,6 +96,15 @@ class Site:
         if self.tied_to is None:
             return None
         return f"weight must not be shared, got one that {self.tied_to} has, too"
+
+
+def path_of(name: str) -> Iterator[str]:
+    """Yield the names of the modules around a module, from the outermost in, and its own."""
+    end = name.find(".")
+    while end >= 0:
+        yield name[:end]
+        end = name.find(".", end + 1)
+    yield name
 
 
 def is_nested(one: str, other: str) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from leantune.core.apply import choose
-from leantune.core.discovery import Layout, discover, find_sites, unreached
+from leantune.core.discovery import Layout, discover, find_sites
 from leantune.core.registry import list_methods
 from leantune.core.sites import Site
 
@@ -95,13 +95,12 @@ def survey(model: nn.Module) -> Survey:
     layout = discover(model, trace=True)
     sites = find_sites(model, layout)
     sizes = {id(p): p.numel() for p in model.parameters()}
-    frozen = {id(p) for p in model.parameters() if not p.requires_grad}
     total = max(1, sum(sizes.values()))
     takers: dict[tuple[str, str], list[str]] = {}
     choices: list[Choice] = []
     taken: set[int] = set()
     for method, spec in list_methods().items():
-        chosen, bad = choose(sites, spec.config(), spec, frozen)
+        chosen, bad = choose(sites, spec.config(), spec)
         why_not = None
         if not chosen:
             why_not = f"nothing that it takes by itself (roles: {', '.join(spec.roles)})"
@@ -144,19 +143,20 @@ def _left(
     model: nn.Module, layout: Layout, sites: Iterable[Site], taken: Iterable[int]
 ) -> Iterator[Left]:
     linears = {site.name: site for site in sites if site.role == "linear"}
-    reasons = {matrix.name: matrix.why for matrix in unreached(model, layout)}
+    inside = tuple(f"{block}." for block in layout.blocks)
     marks: list[tuple[str, tuple[int, str]]] = []
     seen = set(taken)
     for owner, module in model.named_modules():
         for key, parameter in module.named_parameters(recurse=False):
             if parameter.ndim > 1 and id(parameter) not in seen:
                 seen.add(id(parameter))
-                name, shape = f"{owner}.{key}" if owner else key, _shape(parameter)
-                why = f"{type(module).__name__}, {' x '.join(map(str, shape))}"
+                name = f"{owner}.{key}" if owner else key
+                why = f"{type(module).__name__}, {' x '.join(map(str, parameter.shape))}"
                 if owner in linears:
-                    site = linears[owner]
-                    why += f"; {site.unusable or 'sites= takes it'}"
-                marks.append((name, (parameter.numel(), reasons.get(name, why))))
+                    why += f"; {linears[owner].unusable or 'sites= takes it'}"
+                elif name.startswith(inside):
+                    why = f"{key} of {why}, is no linear's weight"
+                marks.append((name, (parameter.numel(), why)))
     total = sum(p.numel() for p in model.parameters())
     for name, (size, why), count in _in_ranges(marks):
         yield Left(name, count * size / total, why)

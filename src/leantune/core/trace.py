@@ -19,7 +19,7 @@ from leantune.core.adapters import base_name
 from leantune.core.linear import is_called_linear
 from leantune.core.origins import FFN, MIXED, Attention, Dropped, LinearCall, Origin
 from leantune.core.rehearsal import can_rehearse, rehearse
-from leantune.core.sites import Part
+from leantune.core.sites import Part, path_of
 from leantune.core.tensors import iter_tensors
 from leantune.errors import UnsupportedError
 
@@ -105,7 +105,7 @@ class _Watch(TorchFunctionMode):
         for name, module in modules.items():
             if name in linears:
                 self._hook(name, module, self._enter_linear, self._leave_linear)
-            elif linears.isdisjoint(_outside(name)):
+            elif linears.isdisjoint(path_of(name)):
                 self._hook(name, module, self._enter_module, self._leave_module)
         return super().__enter__()
 
@@ -143,8 +143,6 @@ class _Watch(TorchFunctionMode):
         self._is_following = False
         yield
         self._is_following = True
-
-    # What torch's functions make of marked tensors.
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run a function of torch and mark what it returns."""
@@ -195,8 +193,6 @@ class _Watch(TorchFunctionMode):
         if frame.name != self._block:
             self._attentions.setdefault(frame.name, seen)
         return seen
-
-    # What modules make of them.
 
     def _enter_module(self, name: str, module: nn.Module, inputs: list[Tensor]) -> None:
         origin = self._origin(inputs[0]) if inputs else ()
@@ -262,8 +258,6 @@ class _Watch(TorchFunctionMode):
         if isinstance(output, Tensor):
             self._mark(output, (LinearCall(name, inputs[0], _copy(output)),))
 
-    # What it comes to.
-
     def parts(self) -> list[Part]:
         """Return what was seen, each part once."""
         mlps = [self._mlp_part(block, ffn) for block, ffn in self._ffns.values()]
@@ -284,9 +278,3 @@ class _Watch(TorchFunctionMode):
 
 def _copy(x: Tensor) -> Tensor:
     return x.detach().clone()
-
-
-def _outside(name: str) -> list[str]:
-    """Return the names of the modules around a module."""
-    parts = name.split(".")
-    return [".".join(parts[:i]) for i in range(len(parts))]

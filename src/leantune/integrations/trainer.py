@@ -17,13 +17,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
 from leantune.core.conversion import SAMPLE_ID
-from leantune.core.files import (
-    load_tensors,
-    read_json,
-    save_tensors,
-    trained_weights,
-    write_atomic,
-)
+from leantune.core.disk import load_tensors, read_json, save_tensors, write_atomic
+from leantune.core.files import trained_weights
 from leantune.core.ownership import refuse_idle
 from leantune.core.saving import allow_checkpoints
 from leantune.core.session import Session, check_open

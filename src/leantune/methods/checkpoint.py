@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from leantune.core.config import MethodConfig
 from leantune.core.conversion import Conversion
+from leantune.core.discovery import checkpoints_itself
 from leantune.core.registry import MethodSpec, register
 from leantune.core.runtime import Runtime
 from leantune.core.sites import Site
@@ -71,14 +72,9 @@ def _convert(
     for module in [*(site.module for site in sites), *_holders(model, sites)]:
         blocks.switch_on(module)
     for site in sites:
-        if not _has_flag(site):
+        if not checkpoints_itself(site.module):
             blocks.replace_forward(site.name, site.module)
     return blocks
-
-
-def _has_flag(site: Site) -> bool:
-    """Return whether the block's class checkpoints itself where its flag is set."""
-    return hasattr(type(site.module), "gradient_checkpointing")
 
 
 def _recomputed(
@@ -113,7 +109,7 @@ def _holders(model: nn.Module, sites: list[Site]) -> list[nn.Module]:
 
     A recomputed block would write its keys into the cache a second time.
     """
-    names = [site.name for site in sites if _has_flag(site)]
+    names = [site.name for site in sites if checkpoints_itself(site.module)]
     return [
         module
         for name, module in model.named_modules()
@@ -123,7 +119,7 @@ def _holders(model: nn.Module, sites: list[Site]) -> list[nn.Module]:
 
 
 def _check(site: Site, config: Checkpoint) -> str | None:
-    if _has_flag(site):
+    if checkpoints_itself(site.module):
         return None
     for module in site.module.modules():
         if isinstance(module, _BatchNorm) and module.track_running_stats:

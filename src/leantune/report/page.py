@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from leantune.core.files import atomic_folder, write_atomic
+from leantune.core.disk import write_atomic
+from leantune.core.manifest import atomic_folder
 from leantune.core.recipe import RECIPE_FILE
 from leantune.measure.text import format_bytes
 from leantune.report.plots import BARS, draw, round_bytes, saved_table

@@ -16,19 +16,10 @@ from typing import Any, Self
 import torch
 from transformers import TrainerCallback
 
+from leantune.core.disk import check_writable, free_bytes, read_json, write_atomic, writing
 from leantune.core.distributed import is_distributed, is_first_process
-from leantune.core.files import (
-    MANIFEST_FILE,
-    SESSION,
-    check_replaceable,
-    check_writable,
-    find_damage,
-    free_bytes,
-    read_json,
-    write_atomic,
-    write_manifest,
-    writing,
-)
+from leantune.core.files import SESSION
+from leantune.core.manifest import MANIFEST_FILE, check_replaceable, find_damage, write_manifest
 from leantune.core.recipe import RECIPE_FILE
 from leantune.errors import ConfigError, WriteError
 from leantune.training.recipe import RunRecipe

@@ -11,7 +11,9 @@ import torch
 import transformers
 
 from leantune.core.apply import load
-from leantune.core.files import STATE_FILE, atomic_folder, check_replaceable, read_json
+from leantune.core.disk import read_json
+from leantune.core.files import STATE_FILE
+from leantune.core.manifest import atomic_folder, check_replaceable
 from leantune.core.recipe import RECIPE_FILE, Recipe
 from leantune.errors import ConfigError, shown
 from leantune.training.data import Task

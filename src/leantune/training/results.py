@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self, TypeVar, get_args, get_origin
 
-from leantune.core.files import read_json
+from leantune.core.disk import read_json
 from leantune.errors import ConfigError
 
 METRICS_FILE = "metrics.json"

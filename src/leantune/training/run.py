@@ -24,8 +24,9 @@ import transformers
 from leantune._version import __version__
 from leantune.core.apply import apply
 from leantune.core.conversion import SAMPLE_ID
+from leantune.core.disk import write_atomic, writing
 from leantune.core.distributed import is_first_process
-from leantune.core.files import atomic_folder, write_atomic, writing
+from leantune.core.manifest import atomic_folder
 from leantune.core.recipe import RECIPE_FILE
 from leantune.core.session import Session
 from leantune.errors import ConfigError

@@ -15,7 +15,7 @@ from leantune.core.distributed import broadcast, is_distributed, is_sharded, sum
 from leantune.core.linear import converted, swap
 from leantune.core.runtime import Runtime
 from leantune.core.sites import Site
-from leantune.errors import ConfigError, SiteError, UnsupportedError
+from leantune.errors import ConfigError, UnsupportedError
 from leantune.measure.step import calibration_step
 from leantune.methods.sparse_grad import maths
 from leantune.methods.sparse_grad.config import SparseGrad
@@ -46,7 +46,6 @@ class SparseGradConversion(SwapConversion):
     def __init__(
         self, model: nn.Module, sites: list[Site], config: SparseGrad, runtime: Runtime
     ) -> None:
-        refuse_tied(model, sites)
         super().__init__([])
         self.model, self.config, self.runtime = model, config, runtime
         self.num_calibration_batches = config.num_calibration_batches
@@ -272,24 +271,6 @@ class SparseGradConversion(SwapConversion):
             if self.config.selection == "fixed":
                 shapes[f"{rule.name}:indices"] = (rule.num_entries,)
         return shapes
-
-
-def refuse_tied(model: nn.Module, sites: list[Site]) -> None:
-    """Raise where another module has the weight of a site, and would train it, too.
-
-    Raises:
-        SiteError: there is such a weight.
-    """
-    owners: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
-    names = [owners[id(site.module.get_parameter("weight"))] for site in sites]
-    tied = [shared for shared in names if len(shared) > 1]
-    if tied:
-        raise SiteError(
-            f"SparseGrad: weights must not be tied, got {' = '.join(tied[0])} ({len(tied)} such "
-            "sites); leave them out with sites=, or untie them"
-        )
 
 
 def _other_model(got: str) -> ConfigError:
