@@ -89,14 +89,14 @@ def parts(kind: str, dtype: torch.dtype = torch.float64) -> Parts:
     if "gated" in kind:
         modules["gate"] = build(D, F)
     ffn = Parts(modules, is_halved).to(dtype)
+    runtime = Runtime(ffn, 0)
     if "lora" in kind:
         linears = [n for n, m in ffn.named_children() if hasattr(m, "weight")]
-        lt.apply(ffn, lt.LoRA(rank=2, alpha=5.0, sites=linears))
+        runtime = lt.apply(ffn, lt.LoRA(rank=2, alpha=5.0, sites=linears))._runtime
         for name, parameter in ffn.named_parameters():
             if "lora_B" in name:
                 nn.init.normal_(parameter)
     if "converted" in kind:
-        runtime = Runtime(ffn, 0)
         for name, module in list(ffn.named_modules()):
             if name and not list(module.children()) and hasattr(module, "weight"):
                 swap(ffn, name, converted(module, runtime, rows=AllRows()))

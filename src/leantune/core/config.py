@@ -235,7 +235,7 @@ def _rule(
         name = " or ".join(
             sorted({"float": "number", "int": "integer"}.get(k.__name__, k.__name__) for k in kinds)
         )
-        limits = " and ".join(f"{_SIGN[b]} {v:g}" for b, v in bounds.items() if v is not None)
+        limits = " and ".join(f"{_SIGN[b]} {v:,}" for b, v in bounds.items() if v is not None)
         parts.append(f"{name} {limits}".strip())
     if choices:
         parts.append("one of " + ", ".join(repr(c) for c in choices))

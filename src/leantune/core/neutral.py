@@ -15,7 +15,7 @@ from leantune.core.rehearsal import Rehearsal, can_rehearse, rehearse
 from leantune.core.runtime import Runtime
 from leantune.core.sites import Site
 from leantune.core.tensors import iter_tensors
-from leantune.errors import UnsupportedError
+from leantune.errors import LeantuneError
 
 
 def refusals(model: nn.Module, spec: MethodSpec, sites: Sequence[Site]) -> dict[str, str]:
@@ -28,7 +28,7 @@ def refusals(model: nn.Module, spec: MethodSpec, sites: Sequence[Site]) -> dict[
         return {}
     try:
         plain = rehearse(model)
-    except UnsupportedError:
+    except LeantuneError:  # The model's own, or that of a method which awaits its calibration.
         return {}
     together = _refusal(model, spec, sites, plain)
     if together is None:
@@ -45,7 +45,7 @@ def _refusal(
     conversion = spec.convert(model, list(sites), config, Runtime(model, seed=0))
     try:
         output = rehearse(model, plain.batch).output
-    except UnsupportedError as error:
+    except LeantuneError as error:
         return str(error)
     finally:
         conversion.undo()
