@@ -131,7 +131,10 @@ NONE: dict[str, tuple[Callable[[Any, Tensor], Any], dict[str, nn.Module]]] = {
     "unused": (lambda m, x: x, {"act": nn.GELU()}),
     "no activation": (lambda m, x: m.b(m.a(x)), {}),
     "identity": (plain, {"act": nn.Identity()}),
+    "identity by value": (plain, {"act": nn.Dropout1d(0.1)}),
     "constant": (lambda m, x: m.b(m.act(m.a(x)) + torch.ones(2, 5, D_HIDDEN)), {"act": nn.GELU()}),
+    "matrix": (lambda m, x: m.b(m.act(m.a(x)) @ torch.eye(D_HIDDEN)), {"act": nn.GELU()}),
+    "mean": (lambda m, x: m.b(m.act(m.a(x)).mean(1, keepdim=True)), {"act": nn.GELU()}),
     "two inputs": (
         lambda m, x: m.b(m.act(m.a(x)) * m.c(x + 1)),
         {"act": nn.GELU(), "c": up()},

@@ -38,10 +38,19 @@ REFUSED: dict[str, dict[str, str]] = {
 CASES = [(m, reason, n) for m, of in REFUSED.items() for reason in of for n in of[reason].split()]
 
 
+LAYOUTS = (
+    "albert bart bert bloom deberta_v2 gemma2 gpt2 gpt_oss llama mamba mixtral modernbert phi phi3 "
+    "t5 vit whisper"
+)
+"""One type of each layout; the others are the same in other words, and their tests slow."""
+
+
 def runs(*methods: str) -> Any:
     """Parametrise by the types that no refusal of these methods names."""
     refused = {name for method, _, name in CASES if method in methods}
-    return pytest.mark.parametrize("name", [n for n in zoo.NAMES if n not in refused])
+    fast = LAYOUTS.split()
+    names = [pytest.param(n, marks=() if n in fast else pytest.mark.slow) for n in zoo.NAMES]
+    return pytest.mark.parametrize("name", [p for p in names if p.values[0] not in refused])
 
 
 @pytest.mark.parametrize(

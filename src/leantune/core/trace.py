@@ -150,7 +150,7 @@ class _Watch(TorchFunctionMode):
         if self._is_following:
             name = getattr(func, "__name__", "")
             read = list(iter_tensors((args, kwargs)))
-            made = read[:1] if name == "__setitem__" else list(iter_tensors(output))
+            made = list(iter_tensors(output))
             if made and any(map(self._origin, read)):
                 rate = (kwargs or {}).get("p", 1.0) if name == "dropout" else 0.0
                 origin = self._origin_of_call(name, read, made)
