@@ -94,13 +94,13 @@ PRIVATE_OPS = {
     "spt_attention": ("ops/sparse_attention",),
 }
 PRICES = {
-    "checkpoint": (1, 90),
-    "lora": (1, 140),
+    "checkpoint": (1, 145),
+    "lora": (1, 190),
     "meprop": (1, 160),
-    "routed_ffn": (7, 620),
+    "routed_ffn": (7, 630),
     "sparse_grad": (6, 730),
     "spt_attention": (9, 1300),
-    "wta_crs": (7, 850),
+    "wta_crs": (9, 1150),
 }
 NEW_METHOD = (5, 700)
 MAX_LINES, MAX_FILE, MAX_FUNCTION, MAX_SESSION = 15_000, 400, 60, 250

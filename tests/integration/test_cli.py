@@ -141,7 +141,10 @@ class TestRecipe:
         ((*WTA, "keep_ratio=much"), "keep_ratio must be number > 0 and <= 1, got 'much'"),
         ((*WTA, "keep_ratoi=0.3"), "got 'keep_ratoi'; did you mean 'keep_ratio'"),
         (("batch_szie=3",), "got 'batch_szie'; did you mean 'batch_size'"),
-        (("batch_size=0",), "RunRecipe: batch_size must be integer >= 1 and <= 1,000,000,000, got 0"),
+        (
+            ("batch_size=0",),
+            "RunRecipe: batch_size must be integer >= 1 and <= 1,000,000,000, got 0",
+        ),
         (("min_rows=3",), "min_rows must belong to a chosen method.*add --method wta_crs"),
         (("lora.rank=3",), "lora.rank must belong to a chosen method.*add --method lora"),
         ((*WTA, "--method", "lora", "sites=linear"), "got wta_crs.sites and lora.sites"),

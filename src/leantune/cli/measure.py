@@ -115,8 +115,7 @@ def measure_step(
             if any(c.needs_sample_ids for c in session.conversions):
                 batch[SAMPLE_ID] = torch.arange(len(batch["input_ids"]))
             session.calibrate([batch])
-            after = ledger(model, batch)
-            ledgers["+".join(m.method for m in recipe.methods)] = after
+            after = ledgers["+".join(m.method for m in recipe.methods)] = ledger(model, batch)
             held = find_still_held(ledgers[BASELINE], after, sampled_linears(model))
     return batch, ledgers, held
 

@@ -212,6 +212,21 @@ def merge_checkpoint(
     _check_apart(output, source, session_folder, Path(model).expanduser())
     trust = {"trust_remote_code": is_trusted}
     place = model if trained is None else str(trained)
+    network = _load_base(model, place, session_folder, trust)
+    session = load(network, session_folder)
+    session.merge()
+    with atomic_folder(output, "model") as fresh:
+        network.save_pretrained(fresh)
+        load_tokenizer(model, **trust).save_pretrained(fresh)
+    return [method.method for method in session.methods]
+
+
+def _load_base(name: str, place: str, session_folder: Path, trust: dict[str, bool]) -> Any:
+    """Load the model that a session was applied to, in the class that ``place`` names.
+
+    Raises:
+        ConfigError: transformers has no such class.
+    """
     config = _load(transformers.AutoConfig, place, "a config", **trust)
     architecture = (config.architectures or ["none"])[0]
     kind = getattr(transformers, architecture, None)
@@ -223,13 +238,7 @@ def merge_checkpoint(
     with torch.random.fork_rng(devices=[]):
         # Weights that are not in the base's file are those that the run began with.
         torch.manual_seed(Recipe.from_dict(read_json(session_folder / RECIPE_FILE)).seed)
-        network = _load(kind, model, architecture, config=config, dtype=torch.float32, **trust)
-    session = load(network, session_folder)
-    session.merge()
-    with atomic_folder(output, "model") as fresh:
-        network.save_pretrained(fresh)
-        load_tokenizer(model, **trust).save_pretrained(fresh)
-    return [method.method for method in session.methods]
+        return _load(kind, name, architecture, config=config, dtype=torch.float32, **trust)
 
 
 def _check_apart(output: Path, *sources: Path) -> None:
