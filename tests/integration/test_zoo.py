@@ -219,9 +219,10 @@ def test_lora_adapts_every_linear_asked_for_and_samples_beside_it(name: str) -> 
     model, _ = convert(name, lt.LoRA(rank=4), lt.WTACRS())
     adapters = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
     assert adapters.keys() == asked
-    torch.testing.assert_close(outputs(model, batch), outputs(plain, batch))
+    torch.testing.assert_close(outputs(model, batch), outputs(plain, batch), rtol=1e-4, atol=1e-5)
     grads = step(model, batch)
-    for adapter in adapters:
+    # Without a token of global attention nothing runs through its linears.
+    for adapter in [name for name in adapters if not name.endswith("_global")]:
         assert torch.isfinite(grads[f"{adapter}.lora_B.default.weight"]).all()
 
 

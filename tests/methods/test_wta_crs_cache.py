@@ -381,7 +381,7 @@ def test_a_session_that_has_seen_nothing_makes_the_round_trip() -> None:
 @pytest.mark.parametrize("end", ["remove", "merge"])
 def test_the_end_leaves_no_hook(end: str) -> None:
     model, session = converted()
-    assert session.conversions[0].needs_sample_ids and len(model._forward_pre_hooks) == 3
+    assert session.conversions[0].needs_sample_ids and model._forward_pre_hooks
     model(**TINY.batch(), sample_id=IDS)
     getattr(session, end)()
     assert not model._forward_pre_hooks and not linears(model)
