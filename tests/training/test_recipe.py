@@ -87,7 +87,7 @@ def test_variants_are_named_and_the_recipe_is_last() -> None:
         ({"resume": True, "overwrite": True}, "overwrite must be False where resume is True"),
         ({"batch_size": 2**63}, "batch_size must be integer >= 1 and <= 1,000,000,000"),
         ({"max_steps": 10**5000}, "max_steps must be .* got a int that cannot be shown"),
-        ({"epochs": 10**400}, "epochs must be number > 0 and <= 1e"),
+        ({"epochs": 10**400}, "epochs must be number > 0 and <= 1,000,000,000"),
         ({"methods": [{"method": "lora", "rank": 2**63}]}, "LoRA: rank must be integer"),
         *(({"model": m}, "model must be a path or a name") for m in ("", " ", "a\0b", "m" * 256)),
         ({"output": "\ud800"}, "output must be a path or a name"),
