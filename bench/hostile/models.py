@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bench.hostile.case import Cases, command
-from bench.hostile.runs import write_inputs, write_text_inputs
+from bench.hostile.runs import tiny_inputs, write_inputs, write_text_inputs
 
-CASES = Cases("models")
+CASES = Cases("models", prepare=tiny_inputs)
 
 
 def _config(folder: Path, changes: dict[str, Any], name: str = "config.json") -> None:

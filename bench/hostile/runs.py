@@ -12,11 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from bench.hostile.case import Cases, command, raised
 
-CASES = Cases("runs")
-
 
 @cache
-def _tiny() -> tempfile.TemporaryDirectory[str]:
+def tiny_inputs() -> tempfile.TemporaryDirectory[str]:
+    """Return a folder with tiny models and data, which goes with this process."""
     place = tempfile.TemporaryDirectory()
     folder = Path(place.name)
     bert().bert.save_pretrained(folder / "model")
@@ -28,9 +27,12 @@ def _tiny() -> tempfile.TemporaryDirectory[str]:
     return place
 
 
+CASES = Cases("runs", prepare=tiny_inputs)
+
+
 def write_inputs(folder: Path, *options: str) -> list[str]:
     """Write tiny models and data; return the command of a run of two steps, ``options`` last."""
-    shutil.copytree(_tiny().name, folder, dirs_exist_ok=True)
+    shutil.copytree(tiny_inputs().name, folder, dirs_exist_ok=True)
     own = ("task=text", "model=model", "data=data", "output=run", "max_steps=2", "batch_size=4")
     given = {option.partition("=")[0] for option in options}
     kept = [pair for pair in own if pair.partition("=")[0] not in given]
