@@ -11,6 +11,7 @@ from integration.tiny import bert, llama, tokenizer, write_sentences
 from safetensors.torch import load_file, save_file
 
 from bench.hostile.case import Cases, command, raised
+from leantune.core.files import write_manifest
 
 
 @cache
@@ -320,7 +321,7 @@ for _what, _options in {
 
 @CASES.refused
 def resume_from_nan(folder: Path) -> None:
-    """Resuming from a checkpoint whose weights are NaN."""
+    """Resuming from a checkpoint whose weights are NaN, and whose manifest vouches for them."""
     arguments = write_text_inputs(folder, "save_steps=1", "max_steps=3")
     command(*arguments)
     (folder / "run" / "metrics.json").unlink()
@@ -328,6 +329,7 @@ def resume_from_nan(folder: Path) -> None:
     path = folder / "run" / "checkpoints" / "checkpoint-2" / "model.safetensors"
     tensors = load_file(path)
     save_file({name: t * float("nan") for name, t in tensors.items()}, path, {"format": "pt"})
+    write_manifest(path.parent, "checkpoint")
     command(*arguments, "resume=true", may_write=True)
 
 

@@ -603,6 +603,7 @@ def test_a_checkpoint_that_is_not_finite_is_refused(base: dict[str, Any]) -> Non
     path = Path(base["output"]) / "checkpoints" / "checkpoint-3" / "model.safetensors"
     weights = {name: tensor * torch.nan for name, tensor in load_file(path).items()}
     save_file(weights, path, {"format": "pt"})
+    write_manifest(path.parent, "checkpoint")
     with pytest.raises(lt.ConfigError, match="weights must be finite at step 3"):
         lt.train(base, resume=True)
 
