@@ -30,7 +30,7 @@ class _CutOff(transformers.TrainerCallback):
 
 
 def _options(folder: Path) -> dict[str, Any]:
-    options = dict(pair.split("=") for pair in write_inputs(folder))
+    options = dict(pair.split("=") for pair in write_inputs(folder)[1:])
     return options | {"max_steps": 6, "save_steps": 2, "batch_size": 4, "max_length": 32}
 
 
@@ -256,7 +256,7 @@ def _overwrite(place: str, folder: Path) -> None:
     _copy(folder)
     (folder / "run" / place).mkdir(exist_ok=True)
     (folder / "run" / place / "notes.txt").write_text("mine")
-    command("train", *write_inputs(folder / "inputs"), f"output={folder}/run", "overwrite=true")
+    command(*write_inputs(folder, "overwrite=true"))
 
 
 for _place in ("model", "session", "adapter", "plots", "checkpoints", "checkpoints/checkpoint-4"):
@@ -272,14 +272,7 @@ for _place in ("model", "session", "adapter", "plots", "checkpoints", "checkpoin
 def overwrite_a_session(folder: Path) -> None:
     """overwrite=true onto a folder that session.save wrote, which has a recipe.json, too."""
     lt.apply(bert(), lt.LoRA(rank=2)).save(folder / "run")
-    command("train", *write_inputs(folder), "overwrite=true")
-
-
-@CASES.refused
-def output_below_a_file(folder: Path) -> None:
-    """A run's output below a file."""
-    (folder / "file").write_text("mine")
-    command("train", *write_inputs(folder), "output=file/run")
+    command(*write_inputs(folder, "overwrite=true"))
 
 
 @CASES.works
@@ -288,7 +281,7 @@ def output_in_the_home_folder(folder: Path) -> str:
     before = os.environ["HOME"]
     os.environ["HOME"] = str(folder)
     try:
-        command("train", *write_inputs(folder), "output=~/x")
+        command(*write_inputs(folder, "output=~/x"))
     finally:
         os.environ["HOME"] = before
     assert (folder / "x" / "model" / "model.safetensors").is_file() and not Path("~").exists()
@@ -337,7 +330,7 @@ def _full_disk(kib: int, folder: Path) -> str:
     return said
 
 
-for _kib in (16, 64, 128, 192, 256, 320, 448, 640, 4096):
+for _kib in (16, 64, 128, 192, 256, 320, 640, 4096):
     CASES.add(
         f"disk of {_kib} KiB",
         "works",

@@ -22,7 +22,7 @@ from leantune.core.files import find_damage
 from leantune.training import run
 
 CASES = Cases("kill", prepare=tiny_inputs)
-NUM_ROUNDS, NUM_KILLS = 4, 5
+NUM_ROUNDS, NUM_KILLS = 2, 10
 """Of each method; a round is a case."""
 _LOG = Path("log")
 _OPTIONS: Mapping[str, Any] = {
@@ -67,20 +67,28 @@ def _digests(output: str) -> dict[str, str]:
 
 
 def _killed(method: str, kill_round: int, folder: Path) -> str:
+    """Kill a run and whoever resumes it, again and again; start another where one comes through."""
     write_inputs(folder)
     start = time.perf_counter()
     assert _fork(partial(_train, method, "whole")) == 0, _LOG.read_text()
     duration = time.perf_counter() - start
-    wanted, kept = _digests("whole"), set[str]()
-    moments = random.Random(f"{method} {kill_round}")
+    wanted, moments = _digests("whole"), random.Random(f"{method} {kill_round}")
     assert wanted
-    for number in range(NUM_KILLS):
-        output = f"run-{number}"
-        _fork(partial(_train, method, output), moments.uniform(0, duration))
-        kept |= {path.name for path in Path(output).glob("checkpoints/*")}
-        assert _fork(partial(_train, method, output)) == 0, f"kill {number}: {_LOG.read_text()}"
-        assert _digests(output) == wanted, f"kill {number}: the resumed run has other weights"
-    return f"{NUM_KILLS} times equal to the bit; found after kills: {', '.join(sorted(kept))}"
+    num_kills, num_runs, found = 0, 0, set[str]()
+    is_whole = True
+    while num_kills < NUM_KILLS or not is_whole:
+        num_runs += is_whole
+        output = f"run-{num_runs}"
+        seconds = moments.uniform(0, duration) if num_kills < NUM_KILLS else None
+        code = _fork(partial(_train, method, output), seconds)
+        is_whole = code == 0
+        assert is_whole or (code == -signal.SIGKILL and seconds is not None), _LOG.read_text()
+        if is_whole:
+            assert _digests(output) == wanted, f"{output}: other weights, {_LOG.read_text()}"
+        num_kills += not is_whole
+        found |= {path.name for path in Path(output).glob("checkpoints/*")}
+    names = ", ".join(sorted(found))
+    return f"{num_kills} kills, the end of {num_runs} runs equal to the bit; kills left {names}"
 
 
 for _method in registry.list_methods():
@@ -104,15 +112,15 @@ def _start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
 @CASES.works
 def two_runs(folder: Path) -> str:
     """Two runs started at once into one folder."""
-    options = write_inputs(folder)
-    both = [_start(folder, "train", *options, "max_steps=60") for _ in range(2)]
+    arguments = write_inputs(folder, "max_steps=60")
+    both = [_start(folder, *arguments) for _ in range(2)]
     said = {process.communicate()[1]: process.returncode for process in both}
     assert sorted(said.values()) == [0, 2], said
     return next(text.splitlines()[-1] for text, code in said.items() if code)
 
 
 def _signal(name: str, code: int, folder: Path) -> str:
-    process = _start(folder, "train", *write_inputs(folder), "max_steps=100000", "save_steps=50000")
+    process = _start(folder, *write_inputs(folder, "max_steps=100000", "save_steps=50000"))
     while not (folder / "run" / "checkpoints").exists():
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
@@ -135,7 +143,7 @@ for _name, _code in (("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)):
 
 
 def _early(seconds: float, folder: Path) -> str:
-    process = _start(folder, "train", *write_inputs(folder), "max_steps=100000")
+    process = _start(folder, *write_inputs(folder, "max_steps=100000"))
     time.sleep(seconds)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate()
