@@ -190,6 +190,7 @@ def test_sparse_gradients_are_refused(ranks: Ranks) -> None:
         ranks.run(sparse_grad, "step", "ddp")
 
 
+@pytest.mark.slow
 def test_a_run_of_two_processes_is_resumed(
     ranks: Ranks, model_folder: Path, data_folder: Path, tmp_path: Path
 ) -> None:
