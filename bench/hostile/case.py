@@ -182,7 +182,8 @@ def try_case(case: Case) -> dict[str, Any]:
     elif outcome == "refused" and case.expected == "works":
         outcome, said = "silent", f"refused what should work: {said}"
     said = said.replace(f"{folder}/", "").replace(folder, "FOLDER").replace(_PARENT, "")
-    said = " ".join(_OTHER_FOLDER.sub("", said).split())
+    said = _OTHER_FOLDER.sub("", said).replace(str(Path.home()), "~")
+    said = " ".join(said.split())
     if len(said) > _LONGEST_SAID:
         said = f"{said[: _LONGEST_SAID // 2]} ... {said[-_LONGEST_SAID // 2 :]}"
     row = {"area": case.area, "name": case.name, "tried": case.tried}
