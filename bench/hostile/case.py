@@ -18,6 +18,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from tqdm.std import TqdmDefaultWriteLock
 from typer.testing import CliRunner
 
 from bench import rows
@@ -28,6 +29,8 @@ SECONDS_EACH = 90
 MEMORY_EACH = 6 * 2**30
 _LONGEST_SAID = 400
 _PARENT = str(Path(__file__).parents[2])
+# Forks share the lock of progress bars: one that is killed with it would stop all others for good.
+TqdmDefaultWriteLock.mp_lock = None
 _OTHER_FOLDER = re.compile(rf"{re.escape(tempfile.gettempdir())}/\w+/?")
 
 
