@@ -207,7 +207,7 @@ def _outcome(case: Case, folder: Path) -> tuple[str, str]:
 
 
 def try_areas(areas: Sequence[str], name: str, num_workers: int) -> None:
-    """Try the cases whose name fits a glob; what was found of whole areas replaces their rows.
+    """Try the cases whose name fits a glob, and replace their rows; of ``*`` the whole areas'.
 
     Args:
         num_workers: cases tried side by side.
@@ -231,6 +231,8 @@ def try_areas(areas: Sequence[str], name: str, num_workers: int) -> None:
         tried = {row["area"] for row in found}
         kept = [row for row in rows.read("hostile") if row["area"] not in tried]
         rows.write("hostile", sorted([*kept, *found], key=lambda row: row["area"]))
+    else:
+        rows.replace("hostile", ("area", "name"), found)
     counts = Counter(row["outcome"] for row in found)
     print(f"{len(found)} cases: {dict(counts)}")
     if counts["traceback"] or counts["silent"]:
