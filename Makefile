@@ -53,7 +53,7 @@ wheel: $(VENV)/installed
 
 # What was tried against the library and what it said; fails where that is no named refusal.
 hostile: $(VENV)/demo-model
-	$(RUN) -m bench hostile --threads 1
+	$(RUN) -m bench hostile --threads 1 --num-workers $$(nproc)
 
 format: $(VENV)/installed
 	$(VENV)/bin/ruff check --fix .

@@ -45,7 +45,8 @@ def main() -> None:
                 # Quality takes hours, and several workers share its rows.
                 run(args.worker, args.num_workers)
             else:
-                run(*(args.area, args.case) if name == "hostile" else ())
+                hostile = (args.area, args.case, args.num_workers)
+                run(*hostile if name == "hostile" else ())
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import io
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from functools import partial
@@ -181,14 +182,19 @@ def variance() -> str:
 
 
 def hostile() -> str:
-    """Return one table for each area: what was tried, and what was said."""
+    """Return how many cases of each area ended how, and what was said in each."""
     found = rows.read("hostile")
-    parts = []
-    for area in dict.fromkeys(r["area"] for r in found):
+    areas = dict.fromkeys(r["area"] for r in found)
+    outcomes = ("refused", "works", *sorted({r["outcome"] for r in found} - {"refused", "works"}))
+    counts = Counter((r["area"], r["outcome"]) for r in found)
+    counts += Counter(("all", r["outcome"]) for r in found)
+    lines = [{"area": a, **{o: counts[a, o] for o in outcomes}} for a in (*areas, "all")]
+    parts = [rows.table(lines, {"area": "area"} | {o: o for o in outcomes})]
+    for area in areas:
         keys = ("tried", "outcome", "said")
         lines = [{k: _escape(r[k]) for k in keys} for r in found if r["area"] == area]
         table = rows.table(lines, {k: k for k in keys})
-        parts.append(f"### {area}: {len(lines)} cases\n\n{table}")
+        parts.append(f"## {area.capitalize()}: {len(lines)} cases\n\n{table}")
     return "\n\n".join(parts)
 
 

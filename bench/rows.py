@@ -67,8 +67,8 @@ def append(name: str, row: dict[str, Any]) -> None:
 
 
 def write(name: str, rows: list[dict[str, Any]]) -> None:
-    """Replace one result file by ``rows``, each with the environment."""
-    _write(name, [row | environment() for row in rows])
+    """Replace one result file by ``rows``, each with the environment that it was measured in."""
+    _write(name, [row if "commit" in row else row | environment() for row in rows])
 
 
 def _write(name: str, rows: list[dict[str, Any]]) -> None:

@@ -12,11 +12,12 @@ from pathlib import Path
 AREAS = sorted({path.stem for path in Path(__file__).parent.glob("[a-z]*.py")} - {"case"})
 
 
-def main(area: str | None, name: str) -> None:
+def main(area: str | None, name: str, num_workers: int) -> None:
     """Try the cases, without network, with a cache of their own and the tests' tiny models."""
     sys.path.append(str(Path(__file__).parents[2] / "tests"))
     with tempfile.TemporaryDirectory() as cache:
         # Before any import of a library that reads them.
         offline = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
         os.environ.update(dict.fromkeys(offline, "1") | {"HF_HOME": cache})
-        import_module("bench.hostile.case").try_areas([area] if area else AREAS, name)
+        areas = [area] if area else AREAS
+        import_module("bench.hostile.case").try_areas(areas, name, num_workers)

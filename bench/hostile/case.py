@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import chdir, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,6 +18,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from tqdm.std import TqdmDefaultWriteLock
 from typer.testing import CliRunner
 
 from bench import rows
@@ -27,6 +29,9 @@ SECONDS_EACH = 90
 MEMORY_EACH = 6 * 2**30
 _LONGEST_SAID = 400
 _PARENT = str(Path(__file__).parents[2])
+# Forks share the lock of progress bars: one that is killed with it would stop all others for good.
+TqdmDefaultWriteLock.mp_lock = None
+_OTHER_FOLDER = re.compile(rf"{re.escape(tempfile.gettempdir())}/\w+/?")
 
 
 class Refused(LeantuneError):
@@ -54,9 +59,14 @@ class Case:
 
 @dataclass(frozen=True)
 class Cases:
-    """An area's cases, in order; ``refused`` and ``works`` decorate functions of a folder."""
+    """An area's cases, in order; ``refused`` and ``works`` decorate functions of a folder.
+
+    Args:
+        prepare: makes once what many of the cases copy, before the first of them.
+    """
 
     area: str
+    prepare: Callable[[], Any] = lambda: None
     found: dict[str, Case] = field(default_factory=dict)
 
     def add(self, name: str, expected: str, tried: str, run: Callable[[Path], Any]) -> None:
@@ -130,20 +140,13 @@ def command(*arguments: object, typed: str = "", may_write: bool = False) -> str
     raise Refused(last.removeprefix("error "))
 
 
-def in_child(work: Callable[[], Any]) -> int:
-    """Run ``work`` in a forked child; return 0, or minus the signal that ended it.
+def in_child(work: Callable[[], Any]) -> tuple[int, Any]:
+    """Run ``work`` in a forked child, for as long and in as much memory as a case may take.
 
-    Raises:
-        BaseException: what ``work`` raised.
+    Returns:
+        0, or minus the signal that ended the child; what ``work`` returned or raised, None if it
+        was killed.
     """
-    ended, found = _fork(work)
-    if isinstance(found, BaseException):
-        raise found
-    return ended
-
-
-def _fork(work: Callable[[], Any]) -> tuple[int, Any]:
-    """Return how a forked child ended, and what its work returned or raised, None if killed."""
     context = multiprocessing.get_context("fork")
     receive, send = context.Pipe(duplex=False)
 
@@ -174,7 +177,7 @@ def try_case(case: Case) -> dict[str, Any]:
     """Try one case in a fresh folder, in a child of its own, and return its row."""
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        ended, found = _fork(partial(_outcome, case, Path(folder)))
+        ended, found = in_child(partial(_outcome, case, Path(folder)))
     seconds = round(time.perf_counter() - start, 1)
     outcome, said = found or ("traceback", f"ended by signal {-ended} after {seconds} s")
     if outcome == "works" and case.expected == "refused":
@@ -182,6 +185,7 @@ def try_case(case: Case) -> dict[str, Any]:
     elif outcome == "refused" and case.expected == "works":
         outcome, said = "silent", f"refused what should work: {said}"
     said = said.replace(f"{folder}/", "").replace(folder, "FOLDER").replace(_PARENT, "")
+    said = _OTHER_FOLDER.sub("", said).replace(str(Path.home()), "~")
     said = " ".join(said.split())
     if len(said) > _LONGEST_SAID:
         said = f"{said[: _LONGEST_SAID // 2]} ... {said[-_LONGEST_SAID // 2 :]}"
@@ -202,24 +206,43 @@ def _outcome(case: Case, folder: Path) -> tuple[str, str]:
             return "traceback", f"{type(error).__name__}: {error}"
 
 
-def try_areas(areas: Sequence[str], name: str) -> None:
-    """Try the cases whose name fits a glob; what was found of whole areas replaces their rows.
+def try_areas(areas: Sequence[str], name: str, num_workers: int) -> None:
+    """Try the cases whose name fits a glob, and replace their rows; of ``*`` the whole areas'.
+
+    Args:
+        num_workers: cases tried side by side.
 
     Raises:
         SystemExit: there was a traceback, or something silent.
     """
+    wanted = []
+    for area in areas:
+        names = fnmatch.filter(_cases(area).found, name)
+        wanted += [(area, one) for one in names]
+        if names:
+            _cases(area).prepare()
     found = []
-    for module in areas:
-        cases = import_module(f"bench.hostile.{module}").CASES.found.values()
-        for case in cases:
-            if fnmatch.fnmatch(case.name, name):
-                found.append(row := try_case(case))
-                print(*(row[key] for key in ("area", "outcome", "name", "said")), flush=True)
+    # Workers that are forked have the cases, which no pickle could hold.
+    with ProcessPoolExecutor(num_workers, multiprocessing.get_context("fork")) as workers:
+        for row in workers.map(_try_named, wanted):
+            found.append(row)
+            print(*(row[key] for key in ("area", "outcome", "name", "said")), flush=True)
     if name == "*":
         tried = {row["area"] for row in found}
         kept = [row for row in rows.read("hostile") if row["area"] not in tried]
         rows.write("hostile", sorted([*kept, *found], key=lambda row: row["area"]))
+    else:
+        rows.replace("hostile", ("area", "name"), found)
     counts = Counter(row["outcome"] for row in found)
     print(f"{len(found)} cases: {dict(counts)}")
     if counts["traceback"] or counts["silent"]:
         raise SystemExit(1)
+
+
+def _cases(area: str) -> Cases:
+    return import_module(f"bench.hostile.{area}").CASES
+
+
+def _try_named(place: tuple[str, str]) -> dict[str, Any]:
+    area, name = place
+    return try_case(_cases(area).found[name])

@@ -9,9 +9,9 @@ from pathlib import Path
 import pandas
 
 from bench.hostile.case import Cases, command
-from bench.hostile.runs import write_inputs, write_text_inputs
+from bench.hostile.runs import tiny_inputs, write_inputs, write_text_inputs
 
-CASES = Cases("data")
+CASES = Cases("data", prepare=tiny_inputs)
 
 GOOD = "good w1\t1\nbad w2\t0\n" * 4
 HEAD = "sentence1\tlabel\n"

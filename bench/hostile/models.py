@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bench.hostile.case import Cases, command
-from bench.hostile.runs import write_inputs, write_text_inputs
+from bench.hostile.runs import tiny_inputs, write_inputs, write_text_inputs
 
-CASES = Cases("models")
+CASES = Cases("models", prepare=tiny_inputs)
 
 
 def _config(folder: Path, changes: dict[str, Any], name: str = "config.json") -> None:
@@ -95,16 +95,16 @@ def _weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> 
     arguments = write_inputs(folder)
     path = folder / "model" / "model.safetensors"
     tensors = load_file(path)
-    save_file(change(tensors) or tensors, path, {"format": "pt"})
+    save_file(change(tensors), path, {"format": "pt"})
     command(*arguments)
 
 
 KEY = "encoder.layer.0.attention.self.query.weight"
 WEIGHTS: dict[str, Callable[[dict[str, torch.Tensor]], Any]] = {
-    "one tensor missing": lambda t: t.pop(KEY) and None,
-    "one tensor of another shape": lambda t: t.update({KEY: torch.zeros(3, 3)}),
-    "one tensor of NaN": lambda t: t.update({KEY: t[KEY] * float("nan")}),
-    "one infinite value": lambda t: t.update({KEY: t[KEY] / 0}),
+    "one tensor missing": lambda t: {name: v for name, v in t.items() if name != KEY},
+    "one tensor of another shape": lambda t: t | {KEY: torch.zeros(3, 3)},
+    "one tensor of NaN": lambda t: t | {KEY: t[KEY] * float("nan")},
+    "one infinite value": lambda t: t | {KEY: t[KEY] / 0},
     "all under other names": lambda t: {f"other.{name}": v for name, v in t.items()},
     "no tensors": lambda t: {"other": torch.zeros(1)},
 }
@@ -127,7 +127,7 @@ def _pickle(folder: Path, content: bytes | None) -> None:
 
 
 CASES.add(
-    "a pickle", "refused", "A model with nothing but a pickle", partial(_pickle, content=None)
+    "a pickle", "works", "A model with a pickle of tensors alone", partial(_pickle, content=None)
 )
 HARM = b"cos\nsystem\n(S'touch harmed'\ntR."
 CASES.add(
@@ -154,7 +154,6 @@ def _own_code(folder: Path, *options: str, of: str, typed: str) -> None:
     else:
         path, kind = model / "config.json", {"AutoConfig": "own.Own"}
         base, changes = "BertConfig", {"model_type": "own"}
-        (model / "tokenizer_config.json").unlink()
     (model / "own.py").write_text(CODE.format(base=base))
     path.write_text(json.dumps(json.loads(path.read_text()) | changes | {"auto_map": kind}))
     try:
@@ -165,8 +164,10 @@ def _own_code(folder: Path, *options: str, of: str, typed: str) -> None:
 
 for _of in ("model", "tokenizer"):
     for _typed in ("", "y\n" * 5):
-        _what = f"code of a {_of}, {'y typed' if _typed else 'nothing typed'}"
-        CASES.add(_what, "refused", _what, partial(_own_code, of=_of, typed=_typed))
+        _what = f"Code of a {_of}, {'y typed' if _typed else 'nothing typed'}: it does not run"
+        # Of a tokenizer the class is not needed: tokenizer.json says it all.
+        _expected = "refused" if _of == "model" else "works"
+        CASES.add(_what, _expected, _what, partial(_own_code, of=_of, typed=_typed))
 
 
 @CASES.works
@@ -217,7 +218,7 @@ def a_head_of_other_classes(folder: Path) -> None:
 
 def write_inputs_again() -> list[str]:
     """Return the command of a run whose inputs are there."""
-    return ["train", "task=text", "model=model", "data=data", "output=run", "max_steps=2"]
+    return ["train", "task=text", "model=model", "data=data", "output=run", "max_length=32"]
 
 
 @CASES.refused

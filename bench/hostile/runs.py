@@ -11,12 +11,12 @@ from integration.tiny import bert, llama, tokenizer, write_sentences
 from safetensors.torch import load_file, save_file
 
 from bench.hostile.case import Cases, command, raised
-
-CASES = Cases("runs")
+from leantune.core.manifest import write_manifest
 
 
 @cache
-def _tiny() -> tempfile.TemporaryDirectory[str]:
+def tiny_inputs() -> tempfile.TemporaryDirectory[str]:
+    """Return a folder with tiny models and data, which goes with this process."""
     place = tempfile.TemporaryDirectory()
     folder = Path(place.name)
     bert().bert.save_pretrained(folder / "model")
@@ -28,9 +28,12 @@ def _tiny() -> tempfile.TemporaryDirectory[str]:
     return place
 
 
+CASES = Cases("runs", prepare=tiny_inputs)
+
+
 def write_inputs(folder: Path, *options: str) -> list[str]:
     """Write tiny models and data; return the command of a run of two steps, ``options`` last."""
-    shutil.copytree(_tiny().name, folder, dirs_exist_ok=True)
+    shutil.copytree(tiny_inputs().name, folder, dirs_exist_ok=True)
     own = ("task=text", "model=model", "data=data", "output=run", "max_steps=2", "batch_size=4")
     given = {option.partition("=")[0] for option in options}
     kept = [pair for pair in own if pair.partition("=")[0] not in given]
@@ -318,7 +321,7 @@ for _what, _options in {
 
 @CASES.refused
 def resume_from_nan(folder: Path) -> None:
-    """Resuming from a checkpoint whose weights are NaN."""
+    """Resuming from a checkpoint whose weights are NaN, and whose manifest vouches for them."""
     arguments = write_text_inputs(folder, "save_steps=1", "max_steps=3")
     command(*arguments)
     (folder / "run" / "metrics.json").unlink()
@@ -326,6 +329,7 @@ def resume_from_nan(folder: Path) -> None:
     path = folder / "run" / "checkpoints" / "checkpoint-2" / "model.safetensors"
     tensors = load_file(path)
     save_file({name: t * float("nan") for name, t in tensors.items()}, path, {"format": "pt"})
+    write_manifest(path.parent, "checkpoint")
     command(*arguments, "resume=true", may_write=True)
 
 

@@ -121,7 +121,9 @@ def test_two_methods_of_one_axis_on_one_site_list_every_site() -> None:
     model = bert()
     before = Fingerprint(model)
     with pytest.raises(SiteError, match="at most one method per axis, got 2 with two") as error:
-        lt.apply(model, lt.WTACRS(sites="query"), lt.WTACRS(keep_ratio=0.1, sites=["query", "key"]))
+        third = lt.WTACRS(keep_ratio=0.2, sites="query")  # its sites would count twice more
+        second = lt.WTACRS(keep_ratio=0.1, sites=["query", "key"])
+        lt.apply(model, lt.WTACRS(sites="query"), second, third)
     for i in range(2):
         assert f"layer.{i}.attention.self.query (WTACRS and WTACRS, axis 'rows')" in str(
             error.value

@@ -1,10 +1,13 @@
 """Short trainings that run alike in one process, under DDP and under FSDP2."""
 
 import copy
+import os
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+import transformers
 from models import MODELS, Batch
 from torch import Tensor, nn
 from torch import distributed as dist
@@ -212,3 +215,24 @@ def save_sharded(folder: str) -> None:
 
 def forward_uncalibrated(method: MethodConfig) -> None:
     lt.apply(MODELS["bert"].build(), method).model(**batch("bert", 0))
+
+
+class CutOff(transformers.TrainerCallback):
+    """End a run at once when its fourth step begins."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+
+
+def whole_and_resumed(options: Mapping[str, Any], whole: str, cut_off: str) -> None:
+    """Train a recipe in one go; and once more, cut off and resumed."""
+    # What torchrun tells each process; the group is there already.
+    own, size = str(rank()), str(dist.get_world_size())
+    os.environ.update(RANK=own, LOCAL_RANK=own, WORLD_SIZE=size, LOCAL_WORLD_SIZE=size)
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="29500")
+    lt.train(options, output=whole)
+    try:
+        lt.train(options, output=cut_off, callbacks=[CutOff()])
+    except KeyboardInterrupt:
+        lt.train(options, output=cut_off, resume=True)

@@ -36,13 +36,14 @@ def touch_and_refuse(folder: Path) -> None:
         ("refused", lambda folder: command("methods", "wta_csr"), "refused"),
         ("works", lambda folder: command("methods"), "works"),
         ("works", refuse, "silent"),
-        ("works", lambda folder: in_child(lambda: refuse(folder)), "silent"),
     ],
 )
 def test_outcomes(expected: str, run: object, found: str) -> None:
     assert outcome(expected, run) == found
 
 
-def test_a_child_says_which_signal_ended_it() -> None:
-    assert in_child(lambda: os.kill(os.getpid(), signal.SIGKILL)) == -signal.SIGKILL
-    assert in_child(lambda: None) == 0
+def test_a_child_says_how_it_ended() -> None:
+    assert in_child(lambda: os.kill(os.getpid(), signal.SIGKILL)) == (-signal.SIGKILL, None)
+    assert in_child(lambda: 3) == (0, 3)
+    ended, error = in_child(lambda: {}["key"])
+    assert ended == 0 and isinstance(error, KeyError)

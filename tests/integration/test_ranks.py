@@ -13,12 +13,17 @@ from integration.rank_runs import (
     save_sharded,
     sharded_order,
     sparse_grad,
+    whole_and_resumed,
 )
+from integration.tiny import same
 from models import MODELS
 from ranks import Ranks
+from safetensors.torch import load_file
 from torch import distributed as dist
 
 import leantune as lt
+from leantune.core.disk import read_json
+from leantune.core.manifest import MANIFEST_FILE
 
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="needs torch built with gloo"
@@ -184,3 +189,28 @@ def test_a_sharded_session_is_not_saved(ranks: Ranks, tmp_path: Path) -> None:
 def test_sparse_gradients_are_refused(ranks: Ranks) -> None:
     with pytest.raises(AssertionError, match=r"selection must be 'block' or .*got 'step'"):
         ranks.run(sparse_grad, "step", "ddp")
+
+
+@pytest.mark.slow
+def test_a_run_of_two_processes_is_resumed(
+    ranks: Ranks, model_folder: Path, data_folder: Path, tmp_path: Path
+) -> None:
+    """Each process goes on from a state of its own, and the manifest vouches for both."""
+    options = {
+        "model": str(model_folder),
+        "task": "text",
+        "data": str(data_folder),
+        "methods": [lt.WTACRS(keep_ratio=0.3, min_rows=2)],
+        "max_steps": 4,
+        "save_steps": 2,
+        "batch_size": 4,
+        "max_length": 32,
+    }
+    whole, cut_off = tmp_path / "whole", tmp_path / "cut off"
+    ranks.run(whole_and_resumed, options, str(whole), str(cut_off))
+    states = {f"leantune_session_{number}.safetensors" for number in range(2)}
+    for step in (2, 4):
+        checkpoint = cut_off / "checkpoints" / f"checkpoint-{step}"
+        assert states <= read_json(checkpoint / MANIFEST_FILE)["files"].keys()
+    a, b = (load_file(run / "model" / "model.safetensors") for run in (whole, cut_off))
+    assert same(a, b)

@@ -572,12 +572,30 @@ def test_a_run_that_diverges_ends_at_once_and_keeps_what_is_good(
     base: dict[str, Any], how: dict[str, Any]
 ) -> None:
     options = {"learning_rate": 1e30, "max_grad_norm": 0, "schedule": "constant", **how}
-    with pytest.raises(lt.ConfigError, match=r"at step \d|compute: predictions"):
+    with pytest.raises(lt.ConfigError, match=r"wta_crs: .* must be finite, .* at step \d"):
         lt.train(base, max_steps=20, **options)
     output = Path(base["output"])
     for path in output.rglob("*.safetensors"):
         assert all(tensor.isfinite().all() for tensor in load_file(path).values()), path
     assert not (output / "model").exists() and not (output / "metrics.json").exists()
+
+
+class SpoilEvaluation(TrainerCallback):
+    """Let the second step's evaluation give NaN, though loss and weights are finite."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 2:
+            kwargs["model"].register_forward_hook(self._spoil)
+
+    def _spoil(self, model: torch.nn.Module, args: Any, output: Any) -> None:
+        if not model.training:
+            output.logits = output.logits * torch.nan
+
+
+def test_a_run_that_an_evaluation_finds_diverged_names_the_step(base: dict[str, Any]) -> None:
+    with pytest.raises(lt.ConfigError, match=r"wta_crs: accuracy on the validation .* at step 2;"):
+        lt.train(base, eval_steps=2, callbacks=[SpoilEvaluation()])
+    assert not (Path(base["output"]) / "model").exists()
 
 
 def test_a_checkpoint_that_is_not_finite_is_refused(base: dict[str, Any]) -> None:

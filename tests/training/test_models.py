@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import leantune as lt
 from leantune.training.data import get_task
-from leantune.training.models import load_model
+from leantune.training.models import load_model, load_tokenizer
 
 KEY = "encoder.layer.0.attention.self.query.weight"
 
@@ -45,6 +45,14 @@ def test_an_impossible_config_is_named(folder: Path, changes: Any, message: str)
     change(folder / "config.json", **changes)
     with pytest.raises(lt.ConfigError, match=message):
         load(folder)
+
+
+def test_a_tokenizer_must_know_words(folder: Path) -> None:
+    assert len(load_tokenizer(str(folder))) == len(tokenizer())
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(lt.ConfigError, match="must have a vocabulary, got special tokens alone"):
+        load_tokenizer(str(folder))
 
 
 def test_weights_must_be_whole_and_finite(folder: Path) -> None:

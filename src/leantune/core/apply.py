@@ -168,7 +168,6 @@ def _why_not(site: Site, spec: MethodSpec) -> str | None:
 def _check_conflicts(sites: list[Site], methods: tuple[MethodConfig, ...]) -> None:
     """Refuse two methods of one axis on one site or on nested ones, before anything is swapped."""
     taken: dict[str, list[tuple[Site, MethodConfig]]] = {}
-    clashes: list[str] = []
     for config in methods:
         spec = registry.get(config.method)
         try:
@@ -177,6 +176,7 @@ def _check_conflicts(sites: list[Site], methods: tuple[MethodConfig, ...]) -> No
             # It may match what another method adds (LoRA's factors); judged when it is applied.
             continue
         on_axis = taken.setdefault(spec.axis, [])
+        clashes: list[str] = []
         for site in chosen:
             names = (site.name, *site.also_replaced)
             for other, first in on_axis:
@@ -185,12 +185,12 @@ def _check_conflicts(sites: list[Site], methods: tuple[MethodConfig, ...]) -> No
                     where = site.name if site.name == other.name else f"{other.name}, {site.name}"
                     methods_there = f"{type(first).__name__} and {type(config).__name__}"
                     clashes.append(f"{where} ({methods_there}, axis {spec.axis!r})")
+        if clashes:
+            raise SiteError(
+                f"apply: sites must take at most one method per axis, got {len(clashes)} with two: "
+                f"{'; '.join(clashes[:10])}; keep one of the methods, or give each its own sites="
+            )
         on_axis.extend((site, config) for site in chosen)
-    if clashes:
-        raise SiteError(
-            f"apply: sites must take at most one method per axis, got {len(clashes)} with two: "
-            f"{'; '.join(clashes[:10])}; keep one of the methods, or give each its own sites="
-        )
 
 
 def choose(

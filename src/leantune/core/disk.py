@@ -59,8 +59,9 @@ def writing(path: Path) -> Generator[None]:
         is_ours = isinstance(error, OSError) and error.errno in _ERRNOS
         if not is_ours and not _SAYS_FULL.search(str(error)):
             raise
+        said = getattr(error, "strerror", None) or error
         raise WriteError(
-            f"write: {path} must be writable and have room, got {error} with {free_bytes(path):,} "
+            f"write: {path} must be writable and have room, got {said} with {free_bytes(path):,} "
             "bytes free; make room there or choose another folder, what was whole before still is"
         ) from error
 

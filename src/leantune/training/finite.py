@@ -1,5 +1,6 @@
 """The trainer callback that ends a run at its first number that is none."""
 
+import math
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from leantune.errors import ConfigError
+from leantune.training.progress import scores
 
 
 class StopOnNonFinite(TrainerCallback):
@@ -49,8 +51,9 @@ class StopOnNonFinite(TrainerCallback):
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any
     ) -> None:
-        if not torch.tensor(metrics["eval_loss"]).isfinite():
-            raise _diverged(args, "the loss on the validation split", state.global_step)
+        for name, value in scores(metrics).items():
+            if not math.isfinite(value):
+                raise _diverged(args, f"{name} on the validation split", state.global_step)
 
     def on_train_end(
         self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any

@@ -37,16 +37,20 @@ def compute(task: Task, predictions: ArrayLike, references: ArrayLike) -> dict[s
 
 
 def metrics_of_logits(task: Task) -> Callable[[Any], dict[str, float]] | None:
-    """Return the ``compute_metrics`` of ``transformers.Trainer``; None for a language model."""
+    """Return the ``compute_metrics`` of ``transformers.Trainer``; None for a language model.
+
+    Of logits that are not finite every metric is NaN: who watches the training knows the step.
+    """
 
     def compute_metrics(evaluated: Any) -> dict[str, float]:
         outputs = evaluated.predictions
         logits = np.asarray(outputs[0] if isinstance(outputs, tuple) else outputs)
-        if task.kind == "regression":
-            return compute(task, logits.reshape(-1), evaluated.label_ids)
         # The arg max of NaN is a class id like any other.
-        ids = np.where(np.isfinite(logits).all(axis=-1), logits.argmax(axis=-1), np.nan)
-        return compute(task, ids, evaluated.label_ids)
+        if not np.isfinite(logits).all():
+            return dict.fromkeys(task.metrics, float("nan"))
+        is_score = task.kind == "regression"
+        predictions = logits.reshape(-1) if is_score else logits.argmax(axis=-1)
+        return compute(task, predictions, evaluated.label_ids)
 
     return None if task.kind == "causal_lm" else compute_metrics
 

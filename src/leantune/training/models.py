@@ -38,10 +38,16 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
         trust_remote_code: whether code that comes with it may run.
 
     Raises:
-        ConfigError: there is none, or it cannot pad.
+        ConfigError: there is none, it knows no words, or it cannot pad.
     """
     kind = transformers.AutoTokenizer
     tokenizer = _load(kind, name, "a tokenizer", trust_remote_code=trust_remote_code)
+    # What transformers makes of a folder without a tokenizer's files.
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise ConfigError(
+            f"load_tokenizer: tokenizer of {name!r} must have a vocabulary, got special tokens "
+            "alone; put the model's tokenizer.json beside its weights"
+        )
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     if tokenizer.pad_token is None:
         raise ConfigError(
