@@ -427,11 +427,15 @@ def test_a_file_system_without_locks_lets_runs_in(
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
 def test_other_signals_keep_a_checkpoint_as_well(run: dict[str, Any], name: str) -> None:
     number = getattr(signal, name)
-    with pytest.raises(KeyboardInterrupt, match=name) as stop:
-        lt.train(run, resume=True, callbacks=[Interrupt(9, number=number)])
+    before = signal.signal(number, signal.SIG_DFL)  # nohup, say, has the tests ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt, match=name) as stop:
+            lt.train(run, resume=True, callbacks=[Interrupt(9, number=number)])
+        assert signal.getsignal(number) is signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
     assert stop.value.number == number  # type: ignore[attr-defined]
     assert find_damage(Path(run["output"]) / "checkpoints" / "checkpoint-9", "checkpoint") is None
-    assert signal.getsignal(number) is signal.SIG_DFL
 
 
 def test_a_signal_before_training_leaves_nothing(
