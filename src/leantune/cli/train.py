@@ -1,8 +1,12 @@
 """``leantune train``: one recipe to a trained model, its results and its report."""
 
 import contextlib
+import os
 import shlex
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -45,9 +49,10 @@ def train(
     """
     with reported_errors(debug):
         note("loading torch")
-        from leantune.cli.recipe import build_recipe
-        from leantune.core.extras import require
-        from leantune.training.recipe import RunRecipe
+        with _ended_at_once():
+            from leantune.cli.recipe import build_recipe
+            from leantune.core.extras import require
+            from leantune.training.recipe import RunRecipe
 
         start = [f"resume_from={resume_from}"] if resume_from else []
         recipe = build_recipe(RunRecipe, [*(arguments or []), *start], method or [])
@@ -56,13 +61,16 @@ def train(
         folder = Path(recipe.output)
         hide_loading_bars(recipe.model)
         note(f"training {', '.join(recipe.variants())}: loading transformers")
-        import leantune
-        from leantune.core.distributed import is_first_process
+        with _ended_at_once():
+            import leantune
+            from leantune.core.distributed import is_first_process
+
+            train_recipe = leantune.train
 
         try:
             # Stdout belongs to the result: what the libraries print goes elsewhere.
             with contextlib.redirect_stdout(sys.stderr):
-                result = leantune.train(recipe)
+                result = train_recipe(recipe)
         except KeyboardInterrupt as stop:
             if is_first_process():
                 err().print(_interrupted(folder), soft_wrap=True)
@@ -79,6 +87,23 @@ def train(
             print_json({**document, "runs": runs})
         else:
             _print_results(result, folder, report)
+
+
+@contextlib.contextmanager
+def _ended_at_once() -> Iterator[None]:
+    """Let Ctrl-C end the process inside, where all is imports: one cut off raises anything."""
+
+    def end(*_: object) -> None:
+        os.write(2, b"interrupted\n")
+        os._exit(130)
+
+    is_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, end) if is_main else None
+    try:
+        yield
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGINT, before)
 
 
 def _print_results(result: Any, folder: Path, report: Path) -> None:
