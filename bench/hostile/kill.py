@@ -149,7 +149,7 @@ def _early(seconds: float, folder: Path) -> str:
     _, said = process.communicate()
     assert process.returncode == 130 and "Traceback" not in said, (process.returncode, said)
     assert not (folder / "run").exists() or list(folder.glob("run/checkpoints/checkpoint-*"))
-    return said.strip().splitlines()[-1]
+    return (said.strip() or "nothing").splitlines()[-1]
 
 
 for _tenths in (2, 6, 10, 15, 20, 30, 60):
