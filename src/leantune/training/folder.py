@@ -226,21 +226,27 @@ class SealCheckpoints(TrainerCallback):
     """
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if is_distributed():
-            torch.distributed.barrier()
-        if not state.is_world_process_zero:
-            return
-        found = _checkpoints(Path(args.output_dir))
-        write_manifest(found[state.global_step], CHECKPOINT)
-        # Those of later steps are of the way that this run has left.
-        whole = [
-            step
-            for step, path in found.items()
-            if step <= state.global_step and (path / MANIFEST_FILE).is_file()
-        ]
-        for step in found.keys() - set(whole[:KEPT_CHECKPOINTS]):
-            if _find_stranger(found[step], f"{found[step].name}/") is None:
-                shutil.rmtree(found[step], ignore_errors=True)
+        _wait_for_all()
+        if state.is_world_process_zero:
+            _seal(Path(args.output_dir), state.global_step)
+        # No process takes a checkpoint for one that was cut off.
+        _wait_for_all()
+
+
+def _wait_for_all() -> None:
+    if is_distributed():
+        torch.distributed.barrier()
+
+
+def _seal(folder: Path, last: int) -> None:
+    """Write the manifest of the checkpoint of step ``last``, and drop those that are not kept."""
+    found = _checkpoints(folder)
+    write_manifest(found[last], CHECKPOINT)
+    # Those of later steps are of the way that this run has left.
+    whole = [s for s, path in found.items() if s <= last and (path / MANIFEST_FILE).is_file()]
+    for step in found.keys() - set(whole[:KEPT_CHECKPOINTS]):
+        if _find_stranger(found[step], f"{found[step].name}/") is None:
+            shutil.rmtree(found[step], ignore_errors=True)
 
 
 def _checkpoints(folder: Path) -> dict[int, Path]:
