@@ -193,7 +193,7 @@ def test_sparse_gradients_are_refused(ranks: Ranks) -> None:
 
 @pytest.mark.slow
 def test_a_run_of_two_processes_is_resumed(
-    ranks: Ranks, model_folder: Path, data_folder: Path, tmp_path: Path
+    model_folder: Path, data_folder: Path, tmp_path: Path
 ) -> None:
     """Each process goes on from a state of its own, and the manifest vouches for both."""
     options = {
@@ -207,7 +207,12 @@ def test_a_run_of_two_processes_is_resumed(
         "max_length": 32,
     }
     whole, cut_off = tmp_path / "whole", tmp_path / "cut off"
-    ranks.run(whole_and_resumed, options, str(whole), str(cut_off))
+    # Processes of its own: accelerate keeps what it saw of a process's first environment.
+    pool = Ranks()
+    try:
+        pool.run(whole_and_resumed, options, str(whole), str(cut_off))
+    finally:
+        pool.close()
     states = {f"leantune_session_{number}.safetensors" for number in range(2)}
     for step in (2, 4):
         checkpoint = cut_off / "checkpoints" / f"checkpoint-{step}"
