@@ -143,8 +143,8 @@ class Speaker(nn.Module):
         self.body, self.say, self.speaks = nn.Linear(4, 4), nn.Linear(4, 8), speaks
 
     def get_output_embeddings(self) -> nn.Module:
-        if not self.speaks:
-            raise NotImplementedError
+        if not self.speaks:  # as a model of transformers without any does
+            raise NotImplementedError("it has no output embeddings")
         return self.say
 
 
