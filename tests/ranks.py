@@ -67,6 +67,8 @@ class Ranks:
 def _serve(rank: int, store: str, pipe: Any, path: list[str]) -> None:
     sys.path[:] = path
     os.environ["HF_HUB_OFFLINE"] = "1"
+    # As torchrun sets it; accelerate warns where several processes share the cores without it.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
     warnings.simplefilter("error")
     dist.init_process_group(
