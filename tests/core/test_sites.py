@@ -287,6 +287,11 @@ def test_linear_classes_are_taken_by_their_value() -> None:
     assert [type(m) for m in model] == [Same, Named]
 
 
+def test_a_class_is_tried_without_starting_every_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert find_sites(nn.Sequential(Same(4, 4)))[0].unusable is None
+
+
 @pytest.mark.parametrize(
     ("make", "why"),
     [

@@ -32,7 +32,7 @@ def test_numbers_of_unlike_places_stay_apart() -> None:
     assert names == {"layers.0-2": 3, "layers.3-4": 2}
 
 
-@pytest.mark.parametrize("name", ["bert", "gpt2", "mixtral"])
+@pytest.mark.parametrize("name", ["bert", "gpt2", "mixtral", "gpt_oss"])
 def test_a_survey_says_what_apply_does(name: str) -> None:
     model, _ = zoo.build(name)
     choices = {choice.method: choice for choice in survey(model).choices}
@@ -61,11 +61,20 @@ def test_every_weight_is_taken_or_named() -> None:
     assert taken + vectors + sum(item.share for item in left.values()) == pytest.approx(1.0)
 
 
-def test_no_weight_is_read() -> None:
-    real, _ = zoo.build("bert")
+@pytest.mark.parametrize("name", ["bert", "falcon"])
+def test_no_weight_is_read(name: str) -> None:
+    real, _ = zoo.build(name)
     with torch.device("meta"):
         model = type(real)(real.config)
     assert survey(model) == survey(real)
+
+
+def test_parts_that_no_forward_could_show_are_no_silence() -> None:
+    real, _ = zoo.build("phi3")
+    with torch.device("meta"):
+        model = type(real)(real.config)
+    (choice,) = [c for c in survey(model).choices if c.method == "routed_ffn"]
+    assert choice.why_not and choice.why_not.endswith("got a model on the meta device")
 
 
 @pytest.mark.parametrize("name", ["mamba", "mixtral", "qwen3_next", "t5", "xlnet"])

@@ -54,6 +54,12 @@ def test_start_is_the_plain_model_and_depends_on_the_seed_alone() -> None:
     assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
 
 
+def test_the_start_is_drawn_without_starting_every_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = TINY.build()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    lt.apply(model, lt.LoRA(rank=3))
+
+
 def test_scaling_is_alpha_by_rank() -> None:
     model = TINY.build()
     lt.apply(model, lt.LoRA(rank=4, alpha=6.0, sites="query"))

@@ -194,12 +194,13 @@ def _check_conflicts(sites: list[Site], methods: tuple[MethodConfig, ...]) -> No
 
 
 def choose(
-    sites: list[Site], config: MethodConfig, spec: MethodSpec
+    model: nn.Module, sites: list[Site], config: MethodConfig, spec: MethodSpec
 ) -> tuple[list[Site], dict[str, str]]:
     """Return the sites that a config means, and why the method cannot act on some: name -> why."""
     chosen = _chosen(sites, config, spec)
     reasons = {s.name: _why_not(s, spec) or spec.check(s, config) for s in chosen}
-    return chosen, {name: reason for name, reason in reasons.items() if reason is not None}
+    bad = {name: reason for name, reason in reasons.items() if reason is not None}
+    return chosen, bad or refusals(model, spec, chosen)
 
 
 def _convert(
@@ -209,7 +210,7 @@ def _convert(
     spec = registry.get(config.method)
     who = type(config).__name__
     every = find_sites(model, layout)
-    sites, bad = choose(every, config, spec)
+    sites, bad = choose(model, every, config, spec)
     if not sites:
         ours = [s for s in every if s.role in spec.roles]
         no = [f"{s.name}: {s.unusable}" for s in ours if s.unusable]
@@ -225,7 +226,6 @@ def _convert(
             f"{who}: sites must match at least one module, got none by {how} "
             f"(roles: {', '.join(spec.roles)}); {way_out}{why}"
         )
-    bad = bad or refusals(model, spec, sites)
     if bad:
         listed = "; ".join(f"{name}: {reason}" for name, reason in bad.items())
         raise SiteError(f"{who}: {len(bad)} of {len(sites)} sites cannot be used: {listed}")

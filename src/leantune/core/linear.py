@@ -11,6 +11,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from leantune.core.runtime import Runtime
 from leantune.errors import SiteError
+from leantune.ops.backend import on_gpu
 from leantune.ops.codec import EXACT, Codec
 from leantune.ops.linear import TrainedSubspace, linear
 from leantune.ops.rows import RowPolicy
@@ -289,21 +290,30 @@ def _computes_linear(module: nn.Linear) -> bool:
     held = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
     if held - {"weight", "bias"}:
         return False  # It has a state, which a try might move.
-    weight, was_training = module.weight, module.training
+    twin = share_parameters_as(type(module), module)
+    if module.weight.is_meta:
+        vars(twin)["_parameters"] = {k: _few_rows(p) for k, p in module._parameters.items()}
+    weight, used = twin.weight, [twin.weight.device] if on_gpu(twin.weight) else []
     x = torch.linspace(-1, 1, 3 * module.in_features, dtype=weight.dtype, device=weight.device)
     x = x.view(1, 3, -1)
     try:
-        with torch.no_grad(), torch.random.fork_rng():
-            wanted = F.linear(x, weight, module.bias)
-            for module.training in (True, False):
-                output = type(module).forward(module, x)
+        with torch.no_grad(), torch.random.fork_rng(devices=used):
+            wanted = F.linear(x, weight, twin.bias)
+            for twin.training in (True, False):
+                output = twin.forward(x)
                 if not isinstance(output, Tensor) or not torch.equal(output, wanted):
                     return False
     except Exception:  # whatever a foreign class may raise, it is no linear then
         return False
-    finally:
-        module.training = was_training
     return True
+
+
+def _few_rows(parameter: nn.Parameter | None) -> nn.Parameter | None:
+    """Return numbers in place of the first rows of what lies on the meta device."""
+    if parameter is None:
+        return None
+    shape, dtype = parameter[:4].shape, parameter.dtype
+    return nn.Parameter(torch.linspace(-1, 1, shape.numel(), dtype=dtype, device="cpu").view(shape))
 
 
 def is_conv1d(module: nn.Module) -> bool:

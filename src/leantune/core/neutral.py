@@ -24,7 +24,8 @@ def refusals(model: nn.Module, spec: MethodSpec, sites: Sequence[Site]) -> dict[
     The model is run on its dummy inputs, plain and converted, and converted site by site where
     that differs; it is left as it was. A model that cannot be run so is not checked.
     """
-    if spec.axis != "evaluated" or spec.identity_options is None or not can_rehearse(model):
+    has_neutral = spec.axis == "evaluated" and spec.identity_options is not None
+    if not (sites and has_neutral and can_rehearse(model)):
         return {}
     try:
         plain = rehearse(model)

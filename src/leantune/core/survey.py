@@ -90,7 +90,7 @@ class Survey:
 def survey(model: nn.Module) -> Survey:
     """List what is found in a model, what each method would take of it, and what is left over.
 
-    Nothing is changed and no weight is read: a model on the meta device will do.
+    The model is left as it was. One on the meta device will do, though it cannot be run.
     """
     layout = discover(model, trace=True)
     sites = find_sites(model, layout)
@@ -100,10 +100,11 @@ def survey(model: nn.Module) -> Survey:
     choices: list[Choice] = []
     taken: set[int] = set()
     for method, spec in list_methods().items():
-        chosen, bad = choose(sites, spec.config(), spec)
+        chosen, bad = choose(model, sites, spec.config(), spec)
         why_not = None
         if not chosen:
             why_not = f"nothing that it takes by itself (roles: {', '.join(spec.roles)})"
+            why_not += f"; {layout.failure}" if layout.failure else ""
         elif bad:
             why_not = f"{len(bad)} of {len(chosen)}: {'; '.join(dict.fromkeys(bad.values()))}"
             chosen = []

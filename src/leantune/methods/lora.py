@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from leantune.core.adapters import adapted_layers, saved_name, trained_by_adapter
+from leantune.core.calibration import seeded_generators
 from leantune.core.config import MethodConfig, option
 from leantune.core.conversion import SwapConversion
 from leantune.core.extras import require
@@ -155,8 +156,7 @@ def _convert(
     injected = InjectedAdapter(model)
     names = [site.name for site in sites]
     # The factors' start is the session's choice, and the caller's generators do not move.
-    with torch.random.fork_rng():
-        torch.manual_seed(runtime.seed)
+    with seeded_generators(model, runtime.seed):
         try:
             _inject(model, wanted, names)
         except BaseException:
