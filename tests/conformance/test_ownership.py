@@ -1,6 +1,8 @@
 """What every registered method owes to others' modules, to frozen weights and after its end; a new
 method is tested here by being registered."""
 
+import copy
+import gc
 import inspect
 from collections.abc import Callable
 from pathlib import Path
@@ -134,6 +136,17 @@ def test_nested_models_are_refused_both_ways(method: str) -> None:
         assert objects(model) == converted
         session.remove()
         assert objects(model) == before
+
+
+def test_a_part_of_a_converted_model_is_converted_whoever_still_has_the_rest() -> None:
+    model = TINY.build()
+    lt.apply(model, lt.WTACRS())
+    parts = [copy.deepcopy(model.model), model.model]
+    del model
+    gc.collect()
+    for part in parts:
+        with pytest.raises(lt.ConfigError, match="not be converted already"):
+            lt.apply(part, lt.WTACRS())
 
 
 @pytest.mark.parametrize("end", ENDS)

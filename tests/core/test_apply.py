@@ -86,7 +86,7 @@ def test_model_converted_already() -> None:
     model = bert()
     session = lt.apply(model, lt.WTACRS())
     with pytest.raises(
-        ConfigError, match=r"must not be converted already, .* got one with wta_crs; "
+        ConfigError, match=r"must not be converted already, .* got BertFor\w+ with wta_crs; "
     ):
         lt.apply(model, lt.LoRA())
     session.remove()

@@ -17,7 +17,7 @@ from leantune.core.ownership import refuse_idle
 from leantune.core.recipe import RECIPE_FILE, Recipe
 from leantune.core.registry import MethodSpec
 from leantune.core.runtime import Runtime
-from leantune.core.session import SESSIONS, Session
+from leantune.core.session import MARK, Session
 from leantune.core.sites import PARTS, Site, is_nested, match_sites
 from leantune.errors import ConfigError, SiteError, UnsupportedError, shown
 
@@ -116,17 +116,11 @@ def _check_request(model: nn.Module, methods: tuple[MethodConfig, ...]) -> None:
                 f"apply: methods must be method configs, got {shown(config)}; for example "
                 "leantune.WTACRS(keep_ratio=0.3)"
             )
-    inside = set(model.modules())
-    for session in SESSIONS:
-        is_apart = session.model not in inside and model not in set(session.model.modules())
-        if is_apart or not session.conversions:
-            continue
-        names = ", ".join(config.method for config in session.methods)
-        kind = type(session.model).__name__
-        where = f"one with {names}" if session.model is model else f"{kind} with {names}"
+    marks = [vars(module)[MARK] for module in model.modules() if MARK in vars(module)]
+    if marks:
         raise ConfigError(
             "apply: model must not be converted already, nor a model inside it or around it, got "
-            f"{where}; give all methods in one call, or call session.remove() first"
+            f"{marks[0]}; give all methods in one call, or call session.remove() first"
         )
     meta = [n for n, p in model.named_parameters() if p.is_meta]
     if meta:

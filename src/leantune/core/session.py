@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +19,9 @@ from leantune.core.recipe import Recipe
 from leantune.core.runtime import Runtime
 from leantune.core.saving import allow_saving, refuse_saving
 from leantune.errors import ConfigError, UnsupportedError
+
+MARK = "_leantune_converted"
+"""What each module of a converted model holds: nothing in it is converted again, nor around it."""
 
 
 class Session:
@@ -50,11 +52,9 @@ class Session:
         self._first = model.register_forward_pre_hook(self._check_first_forward)
         runtime.install_hooks(model)
         model._leantune_session = self  # type: ignore[assignment]
-        SESSIONS.add(self)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        SESSIONS.add(self)
+        names = ", ".join(config.method for config in methods)
+        for module in model.modules():
+            vars(module)[MARK] = f"{type(model).__name__} with {names}"
 
     def __repr__(self) -> str:
         state = "open" if self.conversions else "closed"
@@ -174,9 +174,9 @@ class Session:
         self._first.remove()
         self._runtime.remove_hooks()
         allow_saving(self.model)
-        if getattr(self.model, "_leantune_session", None) is self:
-            del self.model._leantune_session
-        SESSIONS.discard(self)
+        del self.model._leantune_session
+        for module in self.model.modules():
+            vars(module).pop(MARK, None)
 
     def _check_first_forward(self, model: nn.Module, args: Any) -> None:
         if model.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -239,7 +239,3 @@ def check_open(session: Session, who: str) -> None:
             f"{who}: session must be open, got one after merge() or remove(); apply the recipe "
             "again, and use the new session"
         )
-
-
-SESSIONS: WeakSet[Session] = WeakSet()
-"""All sessions of this process, so that no model is converted inside another or around one."""
