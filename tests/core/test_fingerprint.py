@@ -11,7 +11,7 @@ import leantune as lt
 from leantune.core.disk import load_tensors
 from leantune.core.files import BASE_FILE
 from leantune.core.fingerprint import check_fingerprint, fingerprint
-from leantune.errors import ConfigError
+from leantune.errors import ConfigError, UnsupportedError
 
 
 @pytest.mark.parametrize("method", [lt.LoRA(rank=2), lt.SparseGrad()])
@@ -38,6 +38,19 @@ def test_weights_that_train_are_no_part_of_it(tmp_path: Path) -> None:
     lt.apply(tiny.build(seed=1), lt.WTACRS(min_rows=2)).save(tmp_path / "all")
     assert load_tensors(tmp_path / "all" / BASE_FILE) == {}
     lt.load(tiny.build(seed=2), tmp_path / "all")
+
+
+def test_what_was_frozen_after_training_is_not_lost(tmp_path: Path) -> None:
+    model = MODELS["bert"].build()
+    session = lt.apply(model, lt.WTACRS(min_rows=2))
+    embeddings = model.get_input_embeddings().weight
+    nn.init.normal_(embeddings)
+    embeddings.requires_grad_(False)
+    with pytest.raises(UnsupportedError, match=r"got 1 that have changed .*word_embeddings\.wei"):
+        session.save(tmp_path / "s")
+    assert not (tmp_path / "s").exists()
+    embeddings.requires_grad_(True)
+    session.save(tmp_path / "s")
 
 
 def test_training_does_not_change_the_base(tmp_path: Path) -> None:

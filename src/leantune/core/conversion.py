@@ -49,12 +49,6 @@ class Conversion(ABC):
     def on_step(self, step: int) -> None:  # noqa: B027 (optional)
         """Act after optimiser step number ``step``, counted from 1; does nothing by default."""
 
-    @property
-    def is_idle(self) -> bool:
-        """Whether the sites' own parameters are all frozen."""
-        held = [p for site in self.sites for p in site.module.parameters(recurse=False)]
-        return bool(held) and not any(p.requires_grad for p in held)
-
     def not_ours(self, owned: Ownership) -> list[str]:
         """Return the names of modules that others have since put where :meth:`undo` would act.
 

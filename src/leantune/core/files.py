@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from leantune.core.adapters import original_name
 from leantune.core.disk import load_tensors, save_tensors, write_atomic
 from leantune.core.distributed import is_sharded
+from leantune.core.fingerprint import refuse_lost
 from leantune.core.manifest import atomic_folder
 from leantune.core.recipe import RECIPE_FILE
 from leantune.errors import ConfigError, UnsupportedError
@@ -53,7 +54,7 @@ def write_session(
 
     Raises:
         ConfigError: the folder holds something else.
-        UnsupportedError: parameters are sharded.
+        UnsupportedError: parameters are sharded, or were frozen after they had trained.
         WriteError: the disk is full; what was there before survives.
     """
     trained = _trained_parameters(model)
@@ -67,9 +68,11 @@ def write_session(
         )
     tied = model.named_parameters(remove_duplicate=False)
     saved = {original_name(name) for name, parameter in tied if parameter.requires_grad}
+    lacking = {name: value for name, value in base.items() if name not in saved}
+    refuse_lost(model, lacking)
     with atomic_folder(folder, SESSION) as fresh:
         write_atomic(fresh / RECIPE_FILE, json.dumps(recipe, indent=2) + "\n")
-        save_tensors(fresh / BASE_FILE, {n: v for n, v in base.items() if n not in saved})
+        save_tensors(fresh / BASE_FILE, lacking)
         save_tensors(fresh / WEIGHTS_FILE, trained_weights(model))
         save_tensors(fresh / STATE_FILE, make_state())
 

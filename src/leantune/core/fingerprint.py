@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from leantune.core.distributed import is_sharded
-from leantune.errors import ConfigError
+from leantune.core.linear import Converted, trained_in_place_of_weight
+from leantune.errors import ConfigError, UnsupportedError
 
 _NUM_ENTRIES = 16
 
@@ -20,13 +21,43 @@ def fingerprint(model: nn.Module) -> dict[str, Tensor]:
     Returns:
         Name -> up to 16 entries, on the CPU.
     """
-    found: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if parameter.is_floating_point() and parameter.numel() and not is_sharded(parameter):
-            flat, size = parameter.detach().reshape(-1), parameter.numel()
-            places = [i * (size - 1) // (_NUM_ENTRIES - 1) for i in range(_NUM_ENTRIES)]
-            found[name] = flat[sorted(set(places))].cpu()
-    return found
+    named = model.named_parameters(remove_duplicate=False)
+    return {name: _entries(p) for name, p in named if _has_numbers(p)}
+
+
+def _has_numbers(weight: Tensor) -> bool:
+    return weight.is_floating_point() and weight.numel() > 0 and not is_sharded(weight)
+
+
+def _entries(weight: Tensor) -> Tensor:
+    flat, size = weight.detach().reshape(-1), weight.numel()
+    places = [i * (size - 1) // (_NUM_ENTRIES - 1) for i in range(_NUM_ENTRIES)]
+    return flat[sorted(set(places))].cpu()
+
+
+def refuse_lost(model: nn.Module, base: Mapping[str, Tensor]) -> None:
+    """Raise where a weight that does not train any more is another one than the base has.
+
+    A session's folder holds what trains, and would lack it without a word. A weight in whose place
+    a method trains something follows that.
+
+    Args:
+        model: converted.
+        base: fingerprint of the weights that the folder would lack.
+
+    Raises:
+        UnsupportedError: there is such a weight.
+    """
+    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, Converted)]
+    follow = {f"{name}.weight" for name, layer in layers if trained_in_place_of_weight(layer)}
+    now = {n: v for n, v in model.state_dict().items() if n in base and n not in follow}
+    lost = [n for n, v in now.items() if _has_numbers(v) and not _is_same(base[n], _entries(v))]
+    if lost:
+        raise UnsupportedError(
+            "session.save: weights that do not train must be those of the base, got "
+            f"{len(lost)} that have changed since leantune.apply ({lost[0]}, ...); what was frozen "
+            "after training must train while it is saved, and in the model that it is loaded onto"
+        )
 
 
 def check_fingerprint(model: nn.Module, saved: Mapping[str, Tensor]) -> None:

@@ -292,7 +292,8 @@ def _computes_linear(module: nn.Linear) -> bool:
         return False  # It has a state, which a try might move.
     twin = share_parameters_as(type(module), module)
     if module.weight.is_meta:
-        vars(twin)["_parameters"] = {k: _few_rows(p) for k, p in module._parameters.items()}
+        parameters: dict[str, nn.Parameter | None] = vars(module)["_parameters"]
+        vars(twin)["_parameters"] = {key: _few_rows(value) for key, value in parameters.items()}
     weight, used = twin.weight, [twin.weight.device] if on_gpu(twin.weight) else []
     x = torch.linspace(-1, 1, 3 * module.in_features, dtype=weight.dtype, device=weight.device)
     x = x.view(1, 3, -1)

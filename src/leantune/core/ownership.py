@@ -46,7 +46,10 @@ def refuse_idle(conversions: Iterable[Conversion]) -> None:
         SiteError: there is such a method.
     """
     for conversion in conversions:
-        if registry.get(conversion.config.method).acts_on_weight and conversion.is_idle:
+        modules = [site.module for site in conversion.sites]
+        held = [p for module in modules for p in module.parameters(recurse=False)]
+        is_idle = bool(held) and not any(p.requires_grad for p in held)
+        if is_idle and registry.get(conversion.config.method).acts_on_weight:
             raise SiteError(
                 f"{type(conversion.config).__name__}: sites must have a weight that trains, got "
                 f"{len(conversion.sites)} whose weights are all frozen "

@@ -219,7 +219,7 @@ class Session:
         Raises:
             ConfigError: no path, or a predicate in ``sites``, which no file can hold; or ``folder``
                 holds what no session wrote.
-            UnsupportedError: parameters are sharded.
+            UnsupportedError: parameters are sharded, or were frozen after they had trained.
             WriteError: the disk is full; what was there before survives.
         """
         check_open(self, "session.save")

@@ -90,14 +90,15 @@ class SPTConversion(Conversion):
 
 def _shape(site: Site, config: SPTAttention) -> tuple[int, int, int, int]:
     """Return the shape of a site's codebooks: key heads, subspaces, codewords, their width."""
-    key = site.children["key"].module if "key" in site.children else None
-    head_width, num_heads = (
-        registry.head_width(site.module),
-        registry.num_key_heads(site.module, key),
-    )
+    head_width, num_heads = registry.head_width(site.module), _num_key_heads(site)
     assert head_width is not None and num_heads is not None, site.name
     width = config.subspace_width
     return num_heads, head_width // width, config.num_codewords, width
+
+
+def _num_key_heads(site: Site) -> int | None:
+    key = site.children["key"].module if "key" in site.children else None
+    return registry.num_key_heads(site.module, key)
 
 
 def check(site: Site, config: SPTAttention) -> str | None:
@@ -111,4 +112,6 @@ def check(site: Site, config: SPTAttention) -> str | None:
             f"subspace_width must divide the head width {width}, got {config.subspace_width}; "
             f"give one of {divisors}"
         )
+    if _num_key_heads(site) is None:
+        return "module must say how many key heads it has, got none; leave it out with sites="
     return None
