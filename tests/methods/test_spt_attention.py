@@ -690,3 +690,13 @@ def test_fine_tuning_keeps_up_on_a_task_that_needs_distant_keys(one_thread: None
         losses[name] = tune(model, 40, seed=2, rate=2e-3)
     assert losses["adc"] < 1.25 * losses["dense"] + 0.1, losses
     assert losses["recent"] > 3, losses
+
+
+def test_a_module_that_does_not_say_how_many_heads_is_refused_by_name() -> None:
+    model = MODELS["gpt2"].build()
+    options = {"subspace_width": 2, "sites": "h.0.attn"}
+    (site,) = [s for s in lt.find_sites(model) if s.name == "transformer.h.0.attn"]
+    assert lt.list_methods()["spt_attention"].check(site, lt.SPTAttention(**options)) is None
+    site.module.num_heads, site.module.config = None, transformers.PretrainedConfig()
+    with pytest.raises(lt.SiteError, match=r"h\.0\.attn: module must say how many key heads"):
+        lt.apply(model, lt.SPTAttention(**options))
