@@ -44,10 +44,11 @@ def drop_tensor(path: Path) -> None:
     save_file(tensors, path)
 
 
-TENSORS = ("model.safetensors", "leantune_session.safetensors")
-TEXTS = ("trainer_state.json", MANIFEST_FILE)
-FILES = (*TENSORS, *TEXTS, "optimizer.pt", "scheduler.pt", "rng_state.pth")
+FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth")
+FILES += ("trainer_state.json", "leantune_session.safetensors", MANIFEST_FILE)
 """Of a checkpoint."""
+TENSORS = tuple(name for name in FILES if name.endswith(".safetensors"))
+TEXTS = tuple(name for name in FILES if name.endswith(".json"))
 
 DAMAGES: dict[str, Callable[[Path], Any]] = {
     "missing": Path.unlink,
