@@ -1,7 +1,9 @@
 """``python -m bench NAME``: run one measurement and write its rows under ``bench/results``."""
 
 import argparse
+import sys
 from importlib import import_module
+from pathlib import Path
 
 import torch
 
@@ -27,7 +29,8 @@ _WHOLE = ("wta-crs", "sparse-grad", "spt")
 
 
 def main() -> None:
-    """Parse the command line and run."""
+    """Parse the command line and run, with the tests' tiny models at hand."""
+    sys.path.append(str(Path(__file__).parents[1] / "tests"))
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("name", choices=(*_WHOLE, *_PARTS))
     parser.add_argument("--worker", type=int, default=0, help="number of this worker, from 0")

@@ -3,7 +3,6 @@
 import io
 import os
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable
 from contextlib import redirect_stdout
@@ -11,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
+
+import zoo
 
 from bench import rows
 from bench.cases import models, sparse_grad_quality, spt_language, spt_quality, wta_crs_quality
@@ -204,9 +205,6 @@ def _escape(text: str) -> str:
 
 def sites(name: str) -> str:
     """Return what ``leantune sites`` prints of the demo model, or of a tiny one of a model type."""
-    sys.path.append(str(ROOT / "tests"))
-    import zoo
-
     os.environ["COLUMNS"] = "80"
     with redirect_stdout(io.StringIO()) as printed:
         print_survey(survey(build_model(name) if name == "demo" else zoo.build(name)[0]))

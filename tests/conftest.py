@@ -8,6 +8,7 @@ os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import gc
 import random
 from collections.abc import Iterator
 
@@ -30,6 +31,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     # Tiny models: a second thread only waits for the first, on a busy machine for long.
     torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    # Else every look for garbage goes through all that was imported: half the time of a short run.
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

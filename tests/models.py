@@ -50,11 +50,34 @@ class TinyModel:
         """Make a batch of padded samples with labels."""
         return _BATCHES[self.task](torch.Generator().manual_seed(seed))
 
+    def train(self, model: nn.Module, num_steps: int = 1) -> None:
+        """Take steps of plain gradient descent, each on a batch of its own."""
+        for seed in range(num_steps):
+            model.zero_grad()
+            model(**self.batch(seed)).loss.backward()
+            with torch.no_grad():
+                for p in model.parameters():
+                    if p.grad is not None:
+                        p -= 0.5 * p.grad
+
+    def logits(self, model: nn.Module) -> Tensor:
+        """Return what the model computes of a batch in evaluation mode; its own mode stays."""
+        is_training = model.training
+        with torch.no_grad():
+            out = model.eval()(**self.batch(5)).logits
+        model.train(is_training)
+        return out
+
+
+def padded(ids: Tensor, lengths: Tensor) -> Batch:
+    """Make what a model reads of ``ids`` (samples, tokens): zero and masked from each length on."""
+    mask = (torch.arange(ids.shape[1]) < lengths.view(-1, 1)).long()
+    return {"input_ids": ids * mask, "attention_mask": mask}
+
 
 def _tokens(generator: torch.Generator) -> Batch:
     ids = torch.randint(3, VOCABULARY, (NUM_SAMPLES, NUM_TOKENS), generator=generator)
-    mask = (torch.arange(NUM_TOKENS) < torch.tensor(LENGTHS)[:, None]).long()
-    return {"input_ids": ids * mask, "attention_mask": mask}
+    return padded(ids, torch.tensor(LENGTHS))
 
 
 def _classify(generator: torch.Generator) -> Batch:

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
+from models import padded
 from torch import Tensor, nn
 
 VOCABULARY, D_MODEL, D_HIDDEN, NUM_HEADS = 128, 64, 96, 4
@@ -257,8 +258,7 @@ def _set_dropout(config: Any, rate: float) -> None:
 
 def _tokens(generator: torch.Generator) -> dict[str, Tensor]:
     ids = torch.randint(FIRST_WORD, VOCABULARY, (len(LENGTHS), NUM_TOKENS), generator=generator)
-    mask = (torch.arange(NUM_TOKENS) < torch.tensor(LENGTHS)[:, None]).long()
-    return {"input_ids": ids * mask, "attention_mask": mask}
+    return padded(ids, torch.tensor(LENGTHS))
 
 
 def _pixels(generator: torch.Generator) -> Tensor:

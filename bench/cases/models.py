@@ -4,13 +4,13 @@ import re
 from typing import Any
 
 import torch
+import zoo
 
 import leantune as lt
 from bench import rows
 from leantune.core.config import MethodConfig
 from leantune.errors import LeantuneError
 from leantune.measure.ledger import ledger
-from tests import zoo
 
 _TRIED: dict[str, tuple[MethodConfig, ...]] = {
     "Checkpoint": (lt.Checkpoint(),),

@@ -4,7 +4,6 @@ Each module beside this one and the harness is an area, and holds its ``CASES``.
 """
 
 import os
-import sys
 import tempfile
 from importlib import import_module
 from pathlib import Path
@@ -13,8 +12,7 @@ AREAS = sorted({path.stem for path in Path(__file__).parent.glob("[a-z]*.py")} -
 
 
 def main(area: str | None, name: str, num_workers: int) -> None:
-    """Try the cases, without network, with a cache of their own and the tests' tiny models."""
-    sys.path.append(str(Path(__file__).parents[2] / "tests"))
+    """Try the cases, without network and with a cache of their own."""
     with tempfile.TemporaryDirectory() as cache:
         # Before any import of a library that reads them.
         offline = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")

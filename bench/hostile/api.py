@@ -31,14 +31,6 @@ def _lora(**options: Any) -> Any:
     return peft.LoraConfig(**{"r": 2, "target_modules": TARGETS, **options})
 
 
-def _train(model: nn.Module) -> None:
-    model(**TINY.batch()).loss.backward()
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.grad is not None:
-                p -= 0.5 * p.grad
-
-
 def _refused(table: Mapping[str, tuple[str, Callable[[Path], Any]]]) -> None:
     for name, (tried, run) in table.items():
         CASES.add(name, "refused", tried, run)
@@ -211,7 +203,7 @@ def _on_top(method: Any) -> Callable[[Path], Any]:
     def run(folder: Path) -> Any:
         session = _session(method)
         model = peft.get_peft_model(session.model, _lora())
-        return _same_modules(model, lambda: _train(model))
+        return _same_modules(model, lambda: TINY.train(model))
 
     return run
 
@@ -287,7 +279,7 @@ def _kept(method: Any) -> Callable[[Path], Any]:
         session = _session(method)
         session.calibrate([TINY.batch(1), TINY.batch(2)])
         model = peft.get_peft_model(session.model, _lora())
-        _train(model)
+        TINY.train(model)
         before = {n: p.clone() for n, p in model.named_parameters() if ".lora_" in n}
         session.remove()
         after = {n: p for n, p in model.named_parameters() if ".lora_" in n}
@@ -309,7 +301,7 @@ def _peft_first(end: str, **options: Any) -> Callable[[Path], Any]:
     def run(folder: Path) -> None:
         model: Any = peft.get_peft_model(TINY.build(), _lora(**options))
         session = lt.apply(model, _sampled())
-        _train(model)
+        TINY.train(model)
         if end in ("unload", "merge_and_unload"):
             getattr(model, end)()
             session.remove()

@@ -42,8 +42,9 @@ def add(
 
 
 def deep(depth: int) -> str:
-    """Return a line of JSON whose text is brackets within brackets."""
-    return '{"sentence1": ' + "[" * depth + "]" * depth + ', "label": 1}\n'
+    """Return lines of JSON whose text is brackets within brackets."""
+    brackets = "[" * depth + "]" * depth
+    return "".join(f'{{"sentence1": {brackets}, "label": {label}}}\n' for label in (1, 0))
 
 
 def rows(*pairs: tuple[object, object]) -> str:
@@ -70,7 +71,7 @@ add(
 )
 add("a column without a name", "works", "sentence1\tlabel\t\n" + "good\t1\tx\nbad\t0\ty\n" * 4)
 add("rows longer than the header", "refused", HEAD + "good\t1\tmore\nbad\t0\n")
-add("rows shorter than the header", "refused", HEAD + "good\nbad\t0\n")
+add("rows shorter than the header", "refused", HEAD + GOOD + "good\n")
 add("an empty label", "refused", HEAD + "good\t\nbad\t0\ngood\t1\n")
 add("labels of 400 digits", "works", HEAD + f"good\t{'1' * 400}\nbad\t{'2' * 400}\n" * 3)
 add("labels of 400 digits in JSON", "works", rows(("a", 10**400), ("b", 1)), ".jsonl")
@@ -106,7 +107,12 @@ add("texts that are lists", "refused", rows((["a"], 1), (["b"], 0)), ".jsonl")
 add("texts that are empty", "refused", HEAD + "\t1\n\t0\n" * 4)
 add("a text of 100,000 words", "works", HEAD + "good " * 10**5 + "\t1\nbad\t0\n")
 add("lone surrogates in texts", "refused", rows(*[("\ud800", 1), ("b", 0)] * 3), ".jsonl")
-add("lone surrogates in labels", "refused", rows(*[("a", "\ud800"), ("b", "x")] * 3), ".jsonl")
+add(
+    "lone surrogates in labels",
+    "refused",
+    rows(*[("a", "\ud800"), ("b", "x"), ("c", "y")] * 3),
+    ".jsonl",
+)
 add("a label that validation has alone", "refused", HEAD + GOOD, validation=HEAD + "good\tnew\n")
 add("a label that train has alone", "works", HEAD + GOOD + "w1\tmore\n", validation=HEAD + GOOD)
 add("columns that differ between splits", "refused", HEAD + GOOD, validation="text\tlabel\nw1\t1\n")
@@ -145,7 +151,7 @@ add(
 add(
     "NaN in JSON lines",
     "refused",
-    '{"sentence1": "a", "label": NaN}\n{"sentence1": "b", "label": 1}\n',
+    rows(("a", float("nan")), ("b", 1), ("c", 0)),
     ".jsonl",
 )
 add(
@@ -163,7 +169,7 @@ add("a class that the task lacks", "refused", HEAD + "good\t7\nbad\t0\n", task="
 
 
 @CASES.refused
-def three_train_files(folder: Path) -> None:
+def two_train_files(folder: Path) -> None:
     """Two files of one split."""
     arguments = write_inputs(folder)
     (folder / "data" / "train.csv").write_text("sentence1,label\na,1\n")
@@ -277,7 +283,7 @@ for _what, (_expected, _name, _content) in {
 
 
 @CASES.refused
-def parquet_with_columns_twice(folder: Path) -> None:
+def parquet_without_the_columns(folder: Path) -> None:
     """A parquet file without the columns."""
     arguments = write_inputs(folder)
     for split in ("train", "validation"):

@@ -284,12 +284,6 @@ def misspelt_option(folder: Path) -> None:
     command(*write_inputs(folder, "batch_szie=3"))
 
 
-@CASES.refused
-def max_length_above_the_model(folder: Path) -> None:
-    """More tokens than the model can read."""
-    command(*write_text_inputs(folder, "max_length=64"))
-
-
 DIVERGING = ("learning_rate=1e30", "max_steps=20", "max_grad_norm=0", "schedule=constant")
 
 

@@ -375,26 +375,20 @@ def test_merged_checkpoint_loads_without_this_library(tmp_path: Path) -> None:
 PAIRS = list(combinations(SPECS, 2))
 
 
-def chosen(method: str, model: nn.Module) -> set[str]:
+def chosen(method: str, model: nn.Module) -> list[Site]:
     spec, config = SPECS[method], example(method)
-    sites = [s for s in find_sites(model) if s.role in spec.roles]
-    return {s.name for s in sites if spec.default_sites(s, config)}
+    return [s for s in find_sites(model) if s.role in spec.roles and spec.default_sites(s, config)]
 
 
 def clash(one: str, other: str, model: nn.Module) -> bool:
     """Whether two methods act along one axis on one site or on nested ones."""
+    if SPECS[one].axis != SPECS[other].axis:
+        return False
     names = [
-        {
-            n
-            for s in find_sites(model)
-            if s.name in chosen(method, model) and s.role in SPECS[method].roles
-            for n in (s.name, *s.also_replaced)
-        }
+        {n for s in chosen(method, model) for n in (s.name, *s.also_replaced)}
         for method in (one, other)
     ]
-    return SPECS[one].axis == SPECS[other].axis and any(
-        is_nested(a, b) for a in names[0] for b in names[1]
-    )
+    return any(is_nested(a, b) for a in names[0] for b in names[1])
 
 
 def compatible(model: nn.Module) -> list[MethodConfig]:

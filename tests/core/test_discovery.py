@@ -5,6 +5,7 @@ from functools import cache
 import pytest
 import torch
 import zoo
+from stats import mean_check
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -225,14 +226,15 @@ def test_rows_of_tied_linears_are_sampled_and_their_gradients_add_up() -> None:
     plain, model = Tied(), Tied()
     model.load_state_dict(plain.state_dict())
     lt.apply(model, lt.WTACRS(keep_ratio=0.5, min_rows=1, draw_at="forward"), seed=3)
-    x, total = torch.randn(16, 4), torch.zeros(8, 4)
-    plain(x).sum().backward()
-    num_draws = 400
-    for _ in range(num_draws):
+    x = torch.randn(16, 4)
+
+    def gradient(model: Tied) -> Tensor:
         model.zero_grad()
         model(x).sum().backward()
-        total += model.layers[0].up.weight.grad
-    exact = plain.layers[0].up.weight.grad
+        return model.layers[0].up.weight.grad.clone()
+
+    draws, exact = torch.stack([gradient(model) for _ in range(100)]), gradient(plain)
     assert model.layers[0].up.weight is model.layers[1].up.weight
-    # The mean of 400 draws is close; a gradient of one of the two alone is not.
-    assert float((total / num_draws - exact).norm() / exact.norm()) < 0.1
+    assert mean_check(draws, exact, resolution=1e-6).ok
+    plain.layers[1].up.weight = nn.Parameter(plain.layers[0].up.weight.detach().clone())
+    assert not mean_check(draws, gradient(plain), resolution=1e-6).ok  # of one of the two alone

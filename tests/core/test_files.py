@@ -251,7 +251,7 @@ def test_broken_json(tmp_path: Path, text) -> None:
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"format": 3}, "format must be 2, got 3"),
+        *(({"format": f}, "format must be 2, got") for f in (-5, 3, 2.0, True, "2", None, 10**30)),
         ({"methods": [{"method": "wta_crs", "version": 2}]}, "version must be 1, got 2"),
         (
             {"methods": [{"method": "wta_crs", "keep_ratoi": 1}]},

@@ -13,8 +13,6 @@ import leantune as lt
 from leantune.core import registry
 from leantune.core.config import MethodConfig, option
 from leantune.core.conversion import Conversion, SwapConversion
-from leantune.core.files import SESSION
-from leantune.core.manifest import write_manifest
 from leantune.core.registry import MethodSpec
 from leantune.core.runtime import IGNORED_LABEL, BatchInfo
 from leantune.errors import ConfigError, UnsupportedError
@@ -407,20 +405,6 @@ def test_a_file_in_the_folders_place_is_named(tmp_path) -> None:
         with pytest.raises(ConfigError, match=r"folder must be a folder, got .*, which is a file"):
             call(tmp_path / "file")
     assert (tmp_path / "file").read_text() == "mine"
-
-
-def test_a_format_of_another_version_is_refused(tmp_path) -> None:
-    import json
-
-    _, session = make()
-    session.save(tmp_path / "saved")
-    recipe = tmp_path / "saved" / "recipe.json"
-    data = json.loads(recipe.read_text())
-    for version in (-5, 0, 2.0, True, "2", None, 10**30):
-        recipe.write_text(json.dumps({**data, "format": version}))
-        write_manifest(recipe.parent, SESSION)
-        with pytest.raises(ConfigError, match="format must be 2, got"):
-            lt.load(TINY.build(), tmp_path / "saved")
 
 
 def test_two_linears_that_share_a_weight_save_and_load(tmp_path) -> None:

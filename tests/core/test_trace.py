@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-import zoo
 from models import D_HIDDEN, D_MODEL, MODELS
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -341,36 +340,3 @@ def test_a_site_that_only_has_the_names_is_refused_by_name() -> None:
         lt.apply(model, lt.RoutedFFN())
     assert dict(model.named_modules()) == modules
     lt.apply(model, lt.RoutedFFN(sites=["layers.0.mlp"]))
-
-
-def test_attention_with_a_softcap_is_refused_by_name() -> None:
-    model, _ = zoo.build("gemma2")
-    with pytest.raises(SiteError, match=r"model\.layers\.0\.self_attn: .*without softcap"):
-        lt.apply(model, lt.SPTAttention(keep_ratio=1.0))
-    assert not hasattr(model.model.layers[0].self_attn, "leantune_attention")
-
-
-@pytest.mark.parametrize("name", ["phi3", "bloom", "modernbert"])
-def test_a_traced_ffn_is_routed(name: str) -> None:
-    """All groups give the plain model's output; the sites are not in the table."""
-    model, batch = zoo.build(name)
-    ffns = {"mlp"} & {part.role for part in discover(model, trace=False).parts}
-    assert not ffns
-    wanted = model(**batch).logits
-    session = lt.apply(model, lt.RoutedFFN(num_active=4, gate="none"))
-    torch.testing.assert_close(model(**batch).logits, wanted)
-    session.remove()
-    assert torch.equal(model(**batch).logits, wanted)
-
-
-@pytest.mark.parametrize("name", ["phi3", "albert", "deepseek_v3"])
-def test_traced_attention_keeps_every_key(name: str) -> None:
-    model, batch = zoo.build(name)
-    wanted = model(**batch).logits
-    options = {"subspace_width": 4, "num_codewords": 4}
-    session = lt.apply(model, lt.SPTAttention(keep_ratio=1.0, **options))
-    torch.testing.assert_close(model(**batch).logits, wanted)
-    session.remove()
-    session = lt.apply(model, lt.SPTAttention(keep_ratio=0.2, min_keys=2, **options))
-    session.calibrate([batch])
-    model(**batch).loss.backward()

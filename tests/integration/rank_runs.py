@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import transformers
+from integration.damage import CutOff
 from models import MODELS, Batch
 from torch import Tensor, nn
 from torch import distributed as dist
@@ -217,14 +217,6 @@ def forward_uncalibrated(method: MethodConfig) -> None:
     lt.apply(MODELS["bert"].build(), method).model(**batch("bert", 0))
 
 
-class CutOff(transformers.TrainerCallback):
-    """End a run at once when its fourth step begins."""
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == 3:
-            raise KeyboardInterrupt
-
-
 def whole_and_resumed(options: Mapping[str, Any], whole: str, cut_off: str) -> None:
     """Train a recipe in one go; and once more, cut off and resumed."""
     # What torchrun tells each process; the group is there already.
@@ -233,6 +225,6 @@ def whole_and_resumed(options: Mapping[str, Any], whole: str, cut_off: str) -> N
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="29500")
     lt.train(options, output=whole)
     try:
-        lt.train(options, output=cut_off, callbacks=[CutOff()])
+        lt.train(options, output=cut_off, callbacks=[CutOff(3)])
     except KeyboardInterrupt:
         lt.train(options, output=cut_off, resume=True)

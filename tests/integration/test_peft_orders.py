@@ -9,7 +9,7 @@ import pytest
 import torch
 from models import MODELS
 from peft import LoraConfig, get_peft_model
-from torch import Tensor, nn
+from torch import nn
 
 import leantune as lt
 from leantune.core.linear import ConvertedLinear
@@ -29,21 +29,6 @@ def lora(**options: Any) -> Any:
 
 def sampled() -> lt.WTACRS:
     return lt.WTACRS(min_rows=2)
-
-
-def train(model: nn.Module, num_steps: int = 1) -> None:
-    for seed in range(num_steps):
-        model.zero_grad()
-        model(**TINY.batch(seed)).loss.backward()
-        with torch.no_grad():
-            for p in model.parameters():
-                if p.grad is not None:
-                    p -= 0.5 * p.grad
-
-
-def logits(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        return model.eval()(**TINY.batch(5)).logits
 
 
 def num_converted(model: nn.Module) -> int:
@@ -69,11 +54,11 @@ def test_an_adapter_that_was_there_first(variant: str, end: str) -> None:
     before = list(model.named_modules())
     session = lt.apply(model, sampled())
     assert num_converted(model) == 6
-    train(model, 2)
-    wanted = logits(model)
+    TINY.train(model, 2)
+    wanted = TINY.logits(model)
     getattr(session, end)()
     assert list(model.named_modules()) == before
-    assert torch.equal(logits(model), wanted)
+    assert torch.equal(TINY.logits(model), wanted)
 
 
 @pytest.mark.parametrize(
@@ -98,29 +83,29 @@ def test_an_adapter_without_linears_leaves_nothing_to_sample(config: Any) -> Non
 def test_an_adapter_that_peft_takes_out_again(how: str, end: str) -> None:
     model = get_peft_model(TINY.build(), lora())
     session = lt.apply(model, sampled())
-    train(model)
+    TINY.train(model)
     plain = getattr(model, how)()
-    wanted = logits(plain)
+    wanted = TINY.logits(plain)
     getattr(session, end)()
     assert [type(m) for m in plain.modules()] == [type(m) for m in TINY.build().modules()]
     assert not (session.conversions or model._forward_hooks or model._forward_pre_hooks)
-    assert torch.equal(logits(plain), wanted)
+    assert torch.equal(TINY.logits(plain), wanted)
 
 
 @pytest.mark.parametrize("is_first_deleted", [False, True])
 def test_a_second_adapter_comes_and_goes(is_first_deleted: bool) -> None:
     model = get_peft_model(TINY.build(), lora())
     session = lt.apply(model, sampled())
-    train(model)
+    TINY.train(model)
     model.add_adapter("second", lora())
     model.set_adapter("second")
-    train(model)
+    TINY.train(model)
     model.set_adapter("default")
     with model.disable_adapter():
         model(**TINY.batch())
     model.merge_adapter()
     model.unmerge_adapter()
-    train(model)
+    TINY.train(model)
     if is_first_deleted:
         model.delete_adapter("default")
     second = {n: p.clone() for n, p in model.named_parameters() if "second" in n}
@@ -134,7 +119,7 @@ def test_a_second_adapter_comes_and_goes(is_first_deleted: bool) -> None:
 def test_our_own_adapter_with_another_beside_it_is_left_alone() -> None:
     model = TINY.build()
     session = lt.apply(model, lt.LoRA(rank=2), sampled())
-    train(model)
+    TINY.train(model)
     model.add_adapter(lora(), adapter_name="theirs")
     before = list(model.named_modules())
     with pytest.raises(lt.UnsupportedError, match=r"got 6 that others have .*q_proj"):
@@ -142,9 +127,9 @@ def test_our_own_adapter_with_another_beside_it_is_left_alone() -> None:
     assert list(model.named_modules()) == before and session.conversions
     model.delete_adapter("theirs")
     model.set_adapter("default")
-    wanted = logits(model)
+    wanted = TINY.logits(model)
     session.merge()
-    torch.testing.assert_close(logits(model), wanted)
+    torch.testing.assert_close(TINY.logits(model), wanted)
 
 
 def test_an_adapter_on_a_model_inside_an_adapted_one_is_refused() -> None:
@@ -181,7 +166,7 @@ def in_sequence(model: nn.Module) -> None:
 
 def compiled(model: nn.Module) -> None:
     layers = model.get_submodule("model.layers")
-    layers[0] = torch.compile(layers[0])  # type: ignore[index, operator]
+    layers[0] = torch.compile(layers[0], backend="eager")  # type: ignore[index, operator]
 
 
 def checkpointed(model: nn.Module) -> None:
@@ -224,7 +209,7 @@ def hooked(model: nn.Module) -> None:
 
 
 def compiled_in_place(model: nn.Module) -> None:
-    linear(model)[1].compile()
+    linear(model)[1].compile(backend="eager")
 
 
 @pytest.mark.parametrize("change", [replaced, copied, hooked, compiled_in_place])
@@ -259,11 +244,11 @@ def test_our_adapter_beside_trained_weights_in_either_order(order: int) -> None:
     recipe = [lt.LoRA(rank=2, sites=["q_proj", "v_proj"]), sparse]
     session = lt.apply(model, *recipe[::order])
     session.calibrate([TINY.batch()])
-    train(model, 2)
-    wanted = logits(model)
+    TINY.train(model, 2)
+    wanted = TINY.logits(model)
     session.merge()
-    torch.testing.assert_close(logits(model), wanted, rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(logits(TINY.build()), wanted, atol=1e-3)
+    torch.testing.assert_close(TINY.logits(model), wanted, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(TINY.logits(TINY.build()), wanted, atol=1e-3)
     assert all(p.requires_grad for p in model.parameters())
 
 

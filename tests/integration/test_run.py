@@ -5,7 +5,6 @@ import fcntl
 import json
 import math
 import os
-import pickle
 import shutil
 import signal
 import sys
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from integration.damage import DAMAGES, FILES, Payload
 from integration.tiny import bert, llama, same, tokenizer, write_sentences
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -240,23 +240,6 @@ def run(stopped: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
     return {**stopped, "output": str(tmp_path / "run")}
 
 
-def flip(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-
-
-FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth")
-FILES += ("trainer_state.json", "leantune_session.safetensors", "leantune_manifest.json")
-DAMAGES: dict[str, Any] = {
-    "missing": Path.unlink,
-    "flipped": flip,
-    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-9]),
-    "empty": lambda path: path.write_bytes(b""),
-    "garbage": lambda path: path.write_bytes(b"\xff[[{" * 9),
-}
-
-
 @pytest.fixture
 def at_the_start(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the checkpoints that runs would go on from, in place of what follows."""
@@ -271,7 +254,7 @@ def at_the_start(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return begun
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("damage", ["missing", "flipped", "short", "empty", "garbage"])
 def test_a_damaged_checkpoint_is_passed_over_or_refused(
     run: dict[str, Any], at_the_start: list[str], damage: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -322,11 +305,6 @@ def test_going_on_from_an_earlier_checkpoint_ends_with_the_same_weights(
         lt.train(run, resume_from="checkpoint-8")
 
 
-class Payload:
-    def __reduce__(self) -> Any:
-        return os.mkdir, ("ran",)
-
-
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
 def test_a_planted_pickle_does_not_run(
     run: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
@@ -334,7 +312,7 @@ def test_a_planted_pickle_does_not_run(
     """Neither where the manifest tells of it, nor where that was forged as well."""
     monkeypatch.chdir(tmp_path)
     checkpoint = Path(run["output"]) / "checkpoints" / "checkpoint-6"
-    for plant in (lambda path: torch.save(Payload(), path), lambda path: path.write_bytes(PICKLE)):
+    for plant in (lambda path: torch.save(Payload(), path), DAMAGES["pickled"]):
         plant(checkpoint / name)
         with pytest.raises(lt.ConfigError, match=rf"{name} with "):
             lt.train(run, resume_from="checkpoint-6")
@@ -342,9 +320,6 @@ def test_a_planted_pickle_does_not_run(
         with pytest.raises(lt.ConfigError, match=r"checkpoint-6 with a pickle .* was not run"):
             lt.train(run, resume_from="checkpoint-6")
         assert not (tmp_path / "ran").exists()
-
-
-PICKLE = pickle.dumps(Payload(), protocol=2)
 
 
 def test_a_checkpoint_that_was_cut_off_leaves_the_start(

@@ -8,6 +8,7 @@ from typing import Any
 import datasets
 import torch
 import transformers
+from models import padded
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 VOCABULARY = 64
@@ -84,14 +85,8 @@ def token_rows(num_rows: int = 24, num_tokens: int = 8) -> datasets.Dataset:
     generator = torch.Generator().manual_seed(5)
     ids = torch.randint(5, VOCABULARY, (num_rows, num_tokens), generator=generator)
     lengths = torch.randint(3, num_tokens + 1, (num_rows, 1), generator=generator)
-    mask = (torch.arange(num_tokens) < lengths).long()
-    return datasets.Dataset.from_dict(
-        {
-            "input_ids": (ids * mask).tolist(),
-            "attention_mask": mask.tolist(),
-            "labels": (ids[:, 0] % 2).tolist(),
-        }
-    )
+    batch = padded(ids, lengths) | {"labels": ids[:, 0] % 2}
+    return datasets.Dataset.from_dict({name: values.tolist() for name, values in batch.items()})
 
 
 def make_trainer(model: Any, folder: Path, callbacks: list[Any], **options: Any) -> Trainer:

@@ -9,6 +9,7 @@ import pytest
 import torch
 import zoo
 from models import MODELS
+from single import saved_by
 from torch import Tensor, nn
 
 import leantune as lt
@@ -106,17 +107,10 @@ def test_a_users_own_blocks_copied_pickled_and_chosen() -> None:
         copied = way(model)
         wanted, found = gradients(plain, x), gradients(copied, x)
         assert all(torch.equal(wanted[key], found[key]) for key in wanted)
-        assert 0 < len(saved(copied, x)) < len(saved(plain, x))
+        assert 0 < len(saved_by(lambda c=copied: c(x))) < len(saved_by(lambda: plain(x)))
         copied.eval()
         assert torch.equal(copied(x), plain.eval()(x))
         copied.train(), plain.train()
-
-
-def saved(model: nn.Module, x: Tensor) -> list[Tensor]:
-    kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        model(x)
-    return kept
 
 
 def test_rows_are_drawn_in_the_backward_of_blocks_without_a_flag() -> None:
@@ -129,13 +123,13 @@ def test_rows_are_drawn_in_the_backward_of_blocks_without_a_flag() -> None:
 
 def test_what_others_put_around_a_block_since_stays_and_ours_is_off() -> None:
     model, x = Net(), torch.randn(4, 8)
-    before = len(saved(model, x))
+    before = len(saved_by(lambda: model(x)))
     session = lt.apply(model, lt.Checkpoint())
     theirs = functools.partial(lambda forward, x: 2 * forward(x), model.layers[0].forward)
     model.layers[0].forward = theirs
     session.remove()
     assert model.layers[0].forward is theirs and "forward" not in vars(model.layers[1])
-    assert len(saved(model, x)) == before
+    assert len(saved_by(lambda: model(x))) == before
 
 
 class Cache:

@@ -7,15 +7,13 @@ import weakref
 
 import pytest
 import torch
-import zoo
 from models import MODELS
-from single import samples, saved_by
+from single import samples
 from stats import mean_check
 from torch import Tensor, nn
 
 import leantune as lt
 from leantune.errors import ConfigError
-from leantune.methods.wta_crs.sharing import SamplePool
 
 D, SHAPE = 6, (4, 10, 6)
 
@@ -201,45 +199,3 @@ def test_a_sample_that_is_no_smaller_is_not_drawn() -> None:
         assert bool(samples(lambda model=model: model(data()))) == is_sampled
         size = model.query.rows.nbytes(torch.Size(SHAPE), torch.float32)
         assert size == (int(40 * keep_ratio) * (24 + 8) if is_sampled else 40 * 24)
-
-
-# Parallel blocks, in-place writes to outputs, cross attention, experts, norms that keep outputs.
-POPULAR = ("gptj", "cohere", "deberta", "longformer", "bart", "qwen3_moe", "gemma2")
-
-
-def saved_bytes(model: nn.Module, batch: zoo.Batch) -> int:
-    """Return the bytes that autograd saves in one forward, parameters left out."""
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    storages = [t.untyped_storage() for t in saved_by(lambda: model(**batch))]
-    return sum({s.data_ptr(): s.nbytes() for s in storages if s.data_ptr() not in own}.values())
-
-
-@pytest.mark.parametrize("name", POPULAR)
-def test_popular_models_keep_less_and_share_what_hooks_see(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, batch = zoo.build(name)
-    exact = saved_bytes(model, batch)
-    lt.apply(model, lt.WTACRS())
-    linears = {m for m in model.modules() if getattr(m, "rows", None) is not None}
-    read: list[Tensor] = []
-    num_draws = 0
-    offer = SamplePool.offer
-
-    def see(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        if module.rows.nbytes(args[0].shape, torch.float32) < args[0].nbytes:
-            read.append(args[0])
-
-    def count(*args) -> None:
-        nonlocal num_draws
-        num_draws += 1
-        offer(*args)
-
-    hooks = [module.register_forward_pre_hook(see) for module in linears]
-    monkeypatch.setattr(SamplePool, "offer", count)
-    model(**batch).loss.backward()
-    for hook in hooks:
-        hook.remove()
-    # All are alive, so that no two of them have one id.
-    assert num_draws == len({(id(x), x._version) for x in read}) < len(read)
-    assert saved_bytes(model, batch) < exact
