@@ -33,18 +33,15 @@ from leantune.errors import ConfigError
 from leantune.integrations.trainer import TrainerCallback
 from leantune.measure.ledger import ledger
 from leantune.measure.peak import compare_steps
-from leantune.training.data import check_ids, get_task, load_task, tokenize
-from leantune.training.finite import StopOnNonFinite
-from leantune.training.folder import (
+from leantune.training.checkpoints import (
     RESULT_FILE,
-    RunLock,
     SealCheckpoints,
-    check_folder,
-    check_space,
     find_starts,
-    make_folder,
     variant_folders,
 )
+from leantune.training.data import check_ids, get_task, load_task, tokenize
+from leantune.training.finite import StopOnNonFinite
+from leantune.training.folder import RunLock, check_folder, check_space, make_folder
 from leantune.training.interrupt import StopOnInterrupt, handled_by
 from leantune.training.metrics import floor_score, metrics_of_logits
 from leantune.training.models import load_model, load_tokenizer
@@ -82,9 +79,9 @@ def train(
         _check_device(recipe.precision)
         if (output / RECIPE_FILE).is_file():
             lock.take()
-        starts = find_starts(recipe) if recipe.resume else {}
         if recipe.resume and (output / METRICS_FILE).is_file():
             return RunResult.read(output)
+        starts = find_starts(recipe) if recipe.resume else {}
         experiment = _Experiment(recipe, callbacks)
         drafts = experiment.measure()
         check_space(recipe, max(d.ledger["gradients"] + d.ledger["optimizer"] for d in drafts))
