@@ -413,6 +413,12 @@ class TestMerge:
         weights.write_bytes(weights.read_bytes()[:-100])
         result = invoke("merge", tmp_path / "session", tmp_path / "plain", "--model", model)
         assert result.exit_code == 2 and "weights.safetensors with" in plain(result.stderr)
+        run = tmp_path / "run"
+        shutil.copytree(trained[0], run)
+        for text in ("{}", '{"format": 2}', "[]", "{"):
+            (run / "recipe.json").write_text(text)
+            result = invoke("merge", run, tmp_path / "plain")
+            assert result.exit_code == 2 and "error" in plain(result.stderr), result.exception
         result = invoke("merge", model, tmp_path / "plain")
         assert result.exit_code == 2 and "must be a run folder or a folder" in plain(result.stderr)
         assert not (tmp_path / "plain").exists()

@@ -25,6 +25,7 @@ import leantune as lt
 from leantune.core.files import STATE_FILE
 from leantune.core.manifest import find_damage, write_manifest
 from leantune.errors import WriteError
+from leantune.training.checkpoints import find_starts
 from leantune.training.data import get_task, load_task
 from leantune.training.interrupt import handled_by
 from leantune.training.models import load_model
@@ -278,6 +279,17 @@ def test_a_damaged_checkpoint_is_passed_over_or_refused(
     assert not at_the_start
 
 
+def test_one_process_says_what_is_passed_over(
+    run: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = RunRecipe.read(run, {})
+    (Path(run["output"]) / "checkpoints" / "checkpoint-6" / "optimizer.pt").unlink()
+    for number, num_lines in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("RANK", number)
+        assert find_starts(recipe)["wta_crs"].name == "checkpoint-4"
+        assert capsys.readouterr().err.count("passed over") == num_lines
+
+
 def test_a_checkpoint_is_chosen(run: dict[str, Any], at_the_start: list[str]) -> None:
     for options, start in (
         ({"resume": True}, "checkpoint-6"),
@@ -493,7 +505,9 @@ def test_the_home_folder_is_expanded_once(
     ]
 
 
-def test_resuming_does_not_repeat_what_is_done(base: dict[str, Any]) -> None:
+def test_resuming_does_not_repeat_what_is_done(
+    base: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     base["compare"] = "baseline"
     with pytest.raises(KeyboardInterrupt):
         lt.train(base, callbacks=[Interrupt(2)])
@@ -502,8 +516,12 @@ def test_resuming_does_not_repeat_what_is_done(base: dict[str, Any]) -> None:
     assert {name for name, _ in seen.steps} == {"wta_crs"}
     assert [r.name for r in result.runs] == ["baseline", "wta_crs"]
     again = Steps()
+    # Nobody goes on from these, so nobody asks how they are.
+    for path in Path(base["output"]).glob("checkpoints/*/optimizer.pt"):
+        path.unlink()
+    capsys.readouterr()
     assert lt.train(base, callbacks=[again], resume=True) == result
-    assert not again.steps
+    assert not again.steps and capsys.readouterr().err == ""
 
 
 def test_an_existing_folder_is_kept_unless_told(base: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -69,6 +70,20 @@ def test_exit_codes(error: BaseException, code: int, capsys: pytest.CaptureFixtu
     assert ended.value.exit_code == code
     said = capsys.readouterr()
     assert said.out == "" and len(said.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_ends_imports_at_once(name: str) -> None:
+    """With the signal's exit code and no traceback; nothing slow is loaded to see to it."""
+    number = getattr(signal, name)
+    code = (
+        "import signal, sys\nfrom leantune.training.interrupt import end_process, handled_by\n"
+        f"signal.signal({int(number)}, signal.SIG_DFL)\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules)\n"
+        f"with handled_by(end_process):\n    signal.raise_signal({int(number)})\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (ran.returncode, ran.stderr) == (128 + number, "interrupted\n")
 
 
 def test_a_reader_who_has_seen_enough_is_no_error() -> None:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import leantune as lt
 from leantune.training.data import get_task
-from leantune.training.models import load_model, load_tokenizer
+from leantune.training.models import build_model, load_model, load_tokenizer
 
 KEY = "encoder.layer.0.attention.self.query.weight"
 
@@ -45,6 +45,33 @@ def test_an_impossible_config_is_named(folder: Path, changes: Any, message: str)
     change(folder / "config.json", **changes)
     with pytest.raises(lt.ConfigError, match=message):
         load(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_attention_heads": 0}, "num_attention_heads of .* must be from 1"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers of .* got 1000000000"),
+        ({"pad_token_id": 1000}, "AssertionError: Padding_idx"),
+        ({"hidden_act": "none"}, "KeyError: 'none'"),
+    ],
+)
+def test_a_model_that_cannot_be_built_is_named(folder: Path, changes: Any, message: str) -> None:
+    change(folder / "config.json", **changes)
+    with pytest.raises(lt.ConfigError, match=message):
+        build_model(str(folder))
+
+
+@pytest.mark.parametrize("named", [None, [], [3], {"a": 1}, "BertModel", ["NoSuchModel"]])
+def test_a_class_that_no_one_has_is_the_plain_model(folder: Path, named: Any) -> None:
+    change(folder / "config.json", architectures=named)
+    assert type(build_model(str(folder))).__name__ == "BertModel"
+
+
+def test_a_config_that_asks_for_tuples_still_gives_a_loss_by_name(folder: Path) -> None:
+    change(folder / "config.json", return_dict=False)
+    ids = torch.ones(1, 4, dtype=torch.long)
+    assert load(folder)(input_ids=ids, labels=torch.tensor([1])).loss.isfinite()
 
 
 def test_a_tokenizer_must_know_words(folder: Path) -> None:

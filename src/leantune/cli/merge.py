@@ -28,7 +28,8 @@ def merge(
         ),
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="replace OUTPUT where it exists")
+        bool,
+        typer.Option("--overwrite", help="replace OUTPUT where it is a model that leantune wrote"),
     ] = False,
     json: JsonFlag = False,
     debug: DebugFlag = False,

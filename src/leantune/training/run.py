@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,24 +34,21 @@ from leantune.errors import ConfigError
 from leantune.integrations.trainer import TrainerCallback
 from leantune.measure.ledger import ledger
 from leantune.measure.peak import compare_steps
-from leantune.training.data import check_ids, get_task, load_task, tokenize
-from leantune.training.finite import StopOnNonFinite
-from leantune.training.folder import (
+from leantune.training.checkpoints import (
     RESULT_FILE,
-    RunLock,
     SealCheckpoints,
-    check_folder,
-    check_space,
     find_starts,
-    make_folder,
     variant_folders,
 )
-from leantune.training.interrupt import StopOnInterrupt, handled_by
+from leantune.training.data import check_ids, get_task, load_task, tokenize
+from leantune.training.folder import RunLock, check_folder, check_space, make_folder
+from leantune.training.interrupt import handled_by
 from leantune.training.metrics import floor_score, metrics_of_logits
 from leantune.training.models import load_model, load_tokenizer
 from leantune.training.progress import ProgressLines, has_screen, say, scores
 from leantune.training.recipe import RunRecipe
 from leantune.training.results import METRICS_FILE, RunResult, VariantResult
+from leantune.training.stops import StopOnInterrupt, StopOnNonFinite
 
 MEASURED_ROUNDS = 5
 
@@ -82,9 +80,9 @@ def train(
         _check_device(recipe.precision)
         if (output / RECIPE_FILE).is_file():
             lock.take()
-        starts = find_starts(recipe) if recipe.resume else {}
         if recipe.resume and (output / METRICS_FILE).is_file():
             return RunResult.read(output)
+        starts = find_starts(recipe) if recipe.resume else {}
         experiment = _Experiment(recipe, callbacks)
         drafts = experiment.measure()
         check_space(recipe, max(d.ledger["gradients"] + d.ledger["optimizer"] for d in drafts))
@@ -219,9 +217,8 @@ class _Experiment:
             return VariantResult.read(kept)
         trainer, session = self.build(draft.name, folder)
         stop = StopOnInterrupt()
-        trainer.add_callback(stop)
-        trainer.add_callback(StopOnNonFinite())
-        trainer.add_callback(SealCheckpoints())
+        for last in (stop, StopOnNonFinite(), SealCheckpoints()):
+            trainer.add_callback(last)
         peak = None
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
@@ -274,13 +271,16 @@ class _Experiment:
     def _metrics(self, entry: Mapping[str, Any]) -> dict[str, float]:
         found = scores(entry)
         if self.task.kind == "causal_lm":
-            text = "\n".join(self.data["validation"]["text"])
-            tokens: Any = self.tokenizer(text, add_special_tokens=False, verbose=False)
-            per_byte = len(tokens["input_ids"]) / len(text.encode())
             # Above e^700 the perplexity is no float any more.
             found["perplexity"] = math.exp(min(found["loss"], 700.0))
-            found["bits_per_byte"] = found["loss"] / math.log(2) * per_byte
+            found["bits_per_byte"] = found["loss"] / math.log(2) * self._tokens_per_byte
         return found
+
+    @cached_property
+    def _tokens_per_byte(self) -> float:
+        text = "\n".join(self.data["validation"]["text"])
+        tokens: Any = self.tokenizer(text, add_special_tokens=False, verbose=False)
+        return len(tokens["input_ids"]) / len(text.encode())
 
     def result(self, runs: tuple[VariantResult, ...]) -> RunResult:
         """Put the variants together with what they have in common."""

@@ -1,14 +1,54 @@
-"""The trainer callback that ends a run at its first number that is none."""
+"""The trainer callbacks that end a training: at a signal, and at a number that is none."""
 
 import math
-from typing import Any
+from types import FrameType
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from leantune.errors import ConfigError
+from leantune.training.interrupt import Interrupted, handled_by
 from leantune.training.progress import scores
+
+
+class StopOnInterrupt(TrainerCallback):
+    """End training with a checkpoint at the next step where a signal asks; twice is at once.
+
+    A context manager: inside, the first signal only sets a flag, so that no step and no file is
+    left half done; on leaving, ``Interrupted`` is raised if it was set.
+    """
+
+    def __init__(self) -> None:
+        self._asked: int | None = None
+        self._handled = handled_by(self._ask)
+
+    def __enter__(self) -> Self:
+        self._handled.__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *args: Any) -> None:
+        self._handled.__exit__(None, None, None)
+        if self._asked is not None and kind is None:
+            raise Interrupted(self._asked)
+
+    def _ask(self, number: int, *_: FrameType | None) -> None:
+        if self._asked is not None:
+            raise Interrupted(number)
+        self._asked = number
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._asked is not None:
+            # The log in between keeps the losses since the last one, which no checkpoint holds.
+            control.should_log = control.should_save = control.should_training_stop = True
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._asked is not None and not state.epoch.is_integer():
+            control.should_evaluate = control.should_save = False
+        # An evaluation moves the random stream: this step's checkpoint has to come after it.
+        elif control.should_evaluate:
+            control.should_save = True
 
 
 class StopOnNonFinite(TrainerCallback):
@@ -25,7 +65,7 @@ class StopOnNonFinite(TrainerCallback):
     def __init__(self) -> None:
         self._hook: Any = None
         self._step = 0
-        self._first_bad: Tensor | None = None
+        self._first_bad: Tensor
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
@@ -35,6 +75,7 @@ class StopOnNonFinite(TrainerCallback):
                 f"{args.run_name}: weights must be finite at step {state.global_step}, got NaN or "
                 "infinity in the checkpoint; remove it to resume from an earlier one"
             )
+        self._first_bad = torch.zeros((), dtype=torch.long, device=args.device)
         self._hook = model.register_forward_hook(self._note)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -64,18 +105,12 @@ class StopOnNonFinite(TrainerCallback):
     def _note(self, module: nn.Module, arguments: Any, output: Any) -> None:
         if not module.training:
             return
-        is_good = output.loss.detach().isfinite()
-        before = (
-            torch.zeros_like(is_good, dtype=torch.long)
-            if self._first_bad is None
-            else self._first_bad
-        )
-        self._first_bad = torch.where(is_good | (before > 0), before, self._step)
+        is_good, first = output.loss.detach().isfinite(), self._first_bad
+        self._first_bad = torch.where(is_good | (first > 0), first, self._step)
 
     def _check(self, args: Any, state: Any, model: Any) -> None:
-        first = 0 if self._first_bad is None else int(self._first_bad)
-        if first:
-            raise _diverged(args, "the loss", first)
+        if self._first_bad > 0:
+            raise _diverged(args, "the loss", int(self._first_bad))
         if not _is_finite(model):
             raise _diverged(args, "a weight", state.global_step)
 
