@@ -22,16 +22,16 @@ demo: $(VENV)/demo-model
 	$(VENV)/bin/leantune train examples/demo.yaml overwrite=true
 
 test: $(VENV)/demo-model
-	$(RUN) -m pytest -q
+	$(RUN) -m pytest -q -n auto
 
 # For every save: what takes more than about ten seconds is left out.
 test-fast: $(VENV)/demo-model
-	$(RUN) -m pytest -q -m "not slow"
+	$(RUN) -m pytest -q -n auto -m "not slow"
 
 # The fast tests on the oldest versions that pyproject.toml allows. Elsewhere than on a machine
 # with a CPU build of torch this installs about 5 GB.
 test-oldest: $(OLDEST)/installed
-	$(OLDEST)/bin/python -m pytest -q -m "not slow" $(OLD)
+	$(OLDEST)/bin/python -m pytest -q -n auto -m "not slow" $(OLD)
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
