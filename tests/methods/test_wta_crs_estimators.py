@@ -11,13 +11,20 @@ from oracles import wta_crs as oracle
 from stats import aggregate_check, mean_check
 from torch import Tensor
 
-from leantune.methods.wta_crs.estimators import Estimator, budget, probabilities, sample
+from leantune.methods.wta_crs.estimators import (
+    Estimator,
+    budget,
+    deterministic_size,
+    draw_at,
+    probabilities,
+    sample,
+    tail_mass,
+    with_deterministic_set,
+)
 from leantune.ops.random import RandomKey
-from leantune.ops.rows import deterministic_size, sample_rows
 
 REPLACED: list[Estimator] = ["crs", "wta"]
-UNBIASED: list[Estimator] = [*REPLACED, "systematic"]
-EVERY: list[Estimator] = [*UNBIASED, "topk"]
+EVERY: list[Estimator] = [*REPLACED, "topk"]
 NUM_ROWS, BUDGET = 64, 20
 # Float32 weights and probabilities: the expectation itself is off by about this much.
 FLOAT32_NOISE = 1e-6
@@ -137,12 +144,6 @@ def test_topk_is_biased_and_has_no_luck_in_it() -> None:
     assert not mean_check(got, oracle.grad_weight(h, g).reshape(-1)).ok
 
 
-def test_systematic_is_the_default_sample_of_rows() -> None:
-    p, key = example(), RandomKey(1, torch.tensor(2), 3)
-    ours, theirs = sample(p, BUDGET, "systematic", key), sample_rows(p, BUDGET, key)
-    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-
-
 # Structure.
 
 
@@ -188,6 +189,68 @@ def test_compiles_in_one_graph(estimator: Estimator) -> None:
     for counter in (torch.tensor(1), torch.tensor(2)):
         for a, b in zip(compiled(scores, counter), step(scores, counter), strict=True):
             assert torch.equal(a, b)
+
+
+# The deterministic set, and the parts of a draw.
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.data())
+def test_size_equals_brute_force_and_greedy(data: st.DataObject) -> None:
+    n = data.draw(st.integers(2, 40))
+    k = data.draw(st.integers(1, n - 1))
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    spread = data.draw(st.sampled_from([0.0, 0.01, 0.5, 1.0, 2.0, 4.0]))
+    p = np.sort(np.exp(spread * rng.normal(size=n)))[::-1].copy()
+    p *= data.draw(st.sampled_from([1.0, 1e-20, 1e20])) / p.sum()
+    c = int(deterministic_size(torch.from_numpy(p), k))
+    least = oracle.objective(p, k, oracle.brute_force_size(p, k))
+    for found in (c, oracle.greedy_size(p, k)):
+        assert oracle.objective(p, k, found) <= least * (1 + 1e-12)
+    assert 0 <= c < k
+    if p[0] * k > p.sum() * (1 + 1e-9):
+        assert c >= 1
+    # Inclusion probabilities: no row of the tail is expected twice.
+    assert (k - c) * p[c] <= p[c:].sum() * (1 + 1e-9)
+
+
+def test_tail_mass_lies_in_the_order_of_the_rows() -> None:
+    scores = torch.tensor([1.0, 4.0, 2.0, 3.0])
+    values, order = scores.sort(descending=True)
+    assert tail_mass(values, order, torch.tensor(2)).tolist() == [1.0, 0.0, 2.0, 0.0]
+    assert tail_mass(values, order, torch.tensor(0)).equal(scores)
+
+
+@pytest.mark.parametrize(("point", "row"), [(0.0, 1), (0.999, 1), (1.0, 2), (2.5, 3), (4.0, 3)])
+def test_points_hit_the_row_whose_stretch_they_lie_in(point: float, row: int) -> None:
+    """A row without mass has no stretch, and rounding beyond the end hits the last that has one."""
+    mass = torch.tensor([0.0, 2.0, 2.0, 4.0, 0.0])
+    rows, interval = draw_at(torch.tensor([point]), mass, torch.tensor(4))
+    assert rows.tolist() == [row] and interval.tolist() == [2.0]
+
+
+@pytest.mark.parametrize("number", [0.0, 0.5, 1 - 2**-24])
+def test_extreme_points_stay_inside(number: float) -> None:
+    mass = torch.from_numpy(oracle.norm_products(*oracle.example_rows(1000, 1.0))).float()
+    mass[:7] = mass[-7:] = 0
+    rows, _ = draw_at(torch.arange(300) + number, mass, torch.tensor(300))
+    assert (mass[rows] > 0).all()
+
+
+def test_an_empty_tail_is_not_drawn_from() -> None:
+    rows, interval = draw_at(torch.arange(3) + 0.5, torch.zeros(5), torch.tensor(0))
+    assert interval.item() == 0 and (rows < 5).all()
+    scores, heaviest = torch.tensor([0.0, 7.0, 0.0, 0.0, 0.0]), torch.tensor([1, 0, 2])
+    indices, weights = with_deterministic_set(scores, heaviest, torch.tensor(1), rows, interval)
+    assert indices.tolist() == [1, 1, 1] and weights.tolist() == [1.0, 0.0, 0.0]
+
+
+def test_weights_of_sure_and_drawn_rows() -> None:
+    scores, heaviest = torch.tensor([1.0, 8.0, 2.0, 4.0]), torch.tensor([1, 3, 2])
+    drawn, interval = torch.tensor([3, 2, 0]), torch.tensor([3.5])
+    indices, weights = with_deterministic_set(scores, heaviest, torch.tensor(1), drawn, interval)
+    assert indices.tolist() == [1, 2, 0] and indices.dtype == torch.int32
+    assert weights.tolist() == [1.0, 3.5 / 2, 3.5]
 
 
 # Edges.

@@ -63,8 +63,8 @@ def test_state_makes_the_round_trip_and_the_run_goes_on() -> None:
         model(**TINY.batch()).loss.backward()
         if is_resumed:
             state = {k: v.clone() for k, v in session.state_dict().items()}
-            # Twelve linears, by name.
-            assert sum(k.startswith("0.wta_crs/norms/bert.encoder.layer.") for k in state) == 12
+            # Of two blocks the linears that draw, by name: key and value read the query's sample.
+            assert sum(k.startswith("0.wta_crs/norms/bert.encoder.layer.") for k in state) == 8
             model, session = converted()
             session.load_state_dict(state)
         model.zero_grad()
@@ -108,17 +108,15 @@ def running(*names: str, decay: float = 0.5) -> RunningNorms:
     return RunningNorms(names, decay, [CPU] * len(names))
 
 
-def update(
-    norms: RunningNorms, squares: Tensor, mask: Tensor | None = None, column: int = 0
-) -> None:
+def update(norms: RunningNorms, squares: Tensor, mask: Tensor | None = None) -> None:
     shape = torch.Size((*squares.shape, 3))
-    norms.expect(column, shape, CPU)
+    norms.expect(0, shape, CPU)
     real = None if mask is None else mask.flatten()
-    norms.update(column, squares.sqrt().flatten(), real, shape, None)
+    norms.update(0, squares.sqrt().flatten(), real, shape, None)
 
 
-def guess(norms: RunningNorms, shape: tuple[int, ...], *columns: int) -> Tensor:
-    found = norms.predict(torch.Size((*shape, 9)), columns)
+def guess(norms: RunningNorms, shape: tuple[int, ...]) -> Tensor:
+    found = norms.predict(torch.Size((*shape, 9)), [0])
     assert found is not None
     return found.square()
 
@@ -127,38 +125,50 @@ def test_running_mean_is_relative_and_by_position() -> None:
     norms = running("a")
     update(norms, torch.tensor([[4.0, 0.0], [12.0, 0.0]]))
     # The batch's mean square is 4: relative squares (2, 0), half way from (1, 1).
-    torch.testing.assert_close(norms.state_dict()["a"], torch.tensor([1.5, 0.5]))
-    torch.testing.assert_close(guess(norms, (3, 2), 0), torch.tensor([1.5, 0.5] * 3))
+    torch.testing.assert_close(norms.state_dict()["a"].square(), torch.tensor([1.5, 0.5]))
+    torch.testing.assert_close(guess(norms, (3, 2)), torch.tensor([1.5, 0.5]))
 
 
 def test_running_mean_skips_padding_overflow_and_silence() -> None:
     norms = running("a")
     mask = torch.tensor([[True, False], [True, False]])
     update(norms, torch.tensor([[4.0, 100.0], [4.0, 100.0]]), mask)
-    torch.testing.assert_close(guess(norms, (1, 2), 0), torch.ones(2))
+    torch.testing.assert_close(guess(norms, (1, 2)), torch.ones(2))
     for bad in (float("nan"), float("inf")):
         update(norms, torch.tensor([[bad, 1.0]]))
     update(norms, torch.zeros(1, 2))
-    torch.testing.assert_close(guess(norms, (1, 2), 0), torch.ones(2))
+    torch.testing.assert_close(guess(norms, (1, 2)), torch.ones(2))
 
 
 def test_positions_not_met_yet_count_as_average() -> None:
     norms = running("a", "b")
     update(norms, torch.tensor([[8.0, 0.0]]))
-    torch.testing.assert_close(guess(norms, (1, 4), 0, 1), torch.tensor([1.5, 0.5, 1.0, 1.0]))
+    torch.testing.assert_close(guess(norms, (1, 4)), torch.tensor([1.5, 0.5, 1.0, 1.0]))
     # Also beyond the room that there is.
-    torch.testing.assert_close(guess(norms, (1, 5000), 0)[2:], torch.ones(4998))
+    torch.testing.assert_close(guess(norms, (1, 5000))[2:], torch.ones(4998))
     # Without positions, or without a step yet, there is no guess.
     assert norms.predict(torch.Size((4, 9)), [0]) is None
     assert norms.predict(torch.Size((1, 4, 9)), [1]) is None
 
 
-def test_linears_of_one_input_add_up() -> None:
-    norms = running("a", "b", decay=0.0)
+def test_readers_of_one_sample_add_to_one_guess() -> None:
+    norms = running("a", decay=0.5)
     update(norms, torch.tensor([[4.0, 0.0]]))
-    update(norms, torch.tensor([[1.0, 3.0]]) * 1e6, column=1)
-    # Each relative to its own mean: (2, 0) and (0.5, 1.5).
-    torch.testing.assert_close(guess(norms, (1, 2), 0, 1), torch.tensor([2.5, 1.5]))
+    update(norms, torch.tensor([[1.0, 3.0]]) * 1e6)
+    # Each relative to its own mean, (2, 0) and (0.5, 1.5), so that none drowns the others.
+    torch.testing.assert_close(guess(norms, (1, 2)), torch.tensor([1.0, 1.0]))
+
+
+def test_few_steps_are_looked_at_after_the_first() -> None:
+    model, session = converted()
+    seen = []
+    for step in range(40):
+        before = {k: v.clone() for k, v in session.state_dict().items() if "norms/" in k}
+        model(**TINY.batch(step)).loss.backward()
+        after = {k: v for k, v in session.state_dict().items() if "norms/" in k}
+        seen.append(any(not torch.equal(after[k], before.get(k, after[k][:0])) for k in after))
+        session.on_step()
+    assert seen == [step < 16 or step % 8 == 0 for step in range(40)]
 
 
 @pytest.mark.gpu

@@ -52,6 +52,20 @@ def uniform(key: RandomKey, n: int) -> Tensor:
     return _to_unit(_fold(x, _MULTIPLIERS[2]))
 
 
+def first_word(key: RandomKey) -> int | Tensor:
+    """Return the key's first number in units of 2**-24: ``uniform(key, 1)`` as a whole number.
+
+    Returns:
+        an integer where the counter lies on the host, which takes microseconds; () int64 elsewhere.
+    """
+    if key.counter.device.type != "cpu":
+        return _to_unit(_fold(_words(key, torch.zeros_like(key.counter)), _MULTIPLIERS[2])) * 2**24
+    mixed = _mixed(key.seed, key.stream)
+    x = _fold_int(mixed & _MASK32, _MULTIPLIERS[0])
+    x ^= (int(key.counter) * _DRAW_STEP + (mixed >> 32)) & _MASK32
+    return _fold_int(_fold_int(x, _MULTIPLIERS[1]), _MULTIPLIERS[2]) >> 8
+
+
 def uniform_at(key: RandomKey, rows: Tensor, columns: Tensor) -> Tensor:
     """Return the uniform number that belongs to each (row, column), whatever else is asked for.
 
@@ -76,17 +90,22 @@ def stream_of(name: str) -> int:
 
 def _words(key: RandomKey, x: Tensor) -> Tensor:
     """Turn positions into 32-bit words of (key, position); ``x`` is used up."""
-    mixed = 0
-    # The finaliser of SplitMix64, a bijection of 64-bit words, over seed and stream.
-    for value in (key.seed, key.stream):
-        mixed = (mixed + value + 0x9E3779B97F4A7C15) & _MASK64
-        mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
-        mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & _MASK64
-        mixed ^= mixed >> 31
+    mixed = _mixed(key.seed, key.stream)
     x ^= mixed & _MASK32
     x = _fold(x, _MULTIPLIERS[0])
     x = x ^ ((key.counter * _DRAW_STEP + (mixed >> 32)) & _MASK32)
     return _fold(x, _MULTIPLIERS[1])
+
+
+def _mixed(seed: int, stream: int) -> int:
+    """Return a 64-bit word of both: the finaliser of SplitMix64, a bijection, over each in turn."""
+    mixed = 0
+    for value in (seed, stream):
+        mixed = (mixed + value + 0x9E3779B97F4A7C15) & _MASK64
+        mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+        mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & _MASK64
+        mixed ^= mixed >> 31
+    return mixed
 
 
 def _to_unit(words: Tensor) -> Tensor:
@@ -99,3 +118,8 @@ def _fold(x: Tensor, multiplier: int) -> Tensor:
     product ^= product >> 32
     product &= _MASK32
     return product
+
+
+def _fold_int(x: int, multiplier: int) -> int:
+    product = x * multiplier
+    return (product ^ (product >> 32)) & _MASK32

@@ -1,17 +1,21 @@
-"""Which rows of a linear's input backward keeps: the seam, row norms, and the default sample.
+"""Which rows of a linear's input backward keeps: the seam, scores of rows, and the default sample.
 
 Dimension letters: n rows (all leading dimensions flattened), k kept rows, d features, w features
-kept of each row.
+kept of each row, t token positions.
 """
 
+from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
-from leantune.ops.random import RandomKey, uniform
+from leantune.ops.random import RandomKey, first_word
 
-_FLOAT32_EPS = torch.finfo(torch.float32).eps
+_TINY = torch.finfo(torch.float32).tiny
+_UNITS = 2.0**30
+"""Scores and probabilities are whole numbers of 2**-30: sums are exact, whatever their order."""
 
 
 class KeptRows(NamedTuple):
@@ -81,99 +85,153 @@ class RowPolicy(Protocol):
 def row_norms(x2d: Tensor) -> Tensor:
     """Return the L2 norm of every row of (n, d), (n,) float32, without a float32 copy of it."""
     wide = torch.float64 if x2d.dtype == torch.float64 else torch.float32
-    norms: Tensor = torch.linalg.vector_norm(x2d, dim=-1, dtype=wide)
-    return norms.float()
+    return torch.linalg.vector_norm(x2d, dim=-1, dtype=wide).float()  # type: ignore[no-any-return]
 
 
-def sample_rows(scores: Tensor, k: int, key: RandomKey) -> tuple[Tensor, Tensor]:
+def score_rows(x2d: Tensor, grad: Tensor | None = None) -> Tensor:
+    """Return the norm of each row's outer product as far as it is known, (n,) float32.
+
+    Args:
+        x2d: (n, d) input rows.
+        grad: what is known of the output's gradient: its rows (n, d_out), a guess of their norms by
+            position (t,) float32, where row i stands at position ``i % t``, or nothing.
+    """
+    scores = row_norms(x2d)
+    if grad is None:
+        return scores
+    if grad.ndim == 2:
+        return scores * row_norms(grad)
+    return (scores.view(-1, len(grad)) * grad).view(-1)
+
+
+def draw_rows(
+    x2d: Tensor,
+    k: int,
+    key: RandomKey,
+    *,
+    grad: Tensor | None = None,
+    real: Tensor | None = None,
+    floor: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Choose k rows of (n, d) by their scores; see :func:`score_rows` and :func:`sample_rows`.
+
+    A compiler sees one registered operation.
+    """
+    if is_compiling():
+        seed = (key.seed + 2**63) % 2**64 - 2**63
+        return _draw_rows(x2d, k, seed, key.counter, key.stream, grad, real, floor)
+    return sample_rows(score_rows(x2d, grad), k, key, real=real, floor=floor)
+
+
+@torch.library.custom_op("leantune::draw_rows", mutates_args=())
+def _draw_rows(
+    x2d: Tensor,
+    k: int,
+    seed: int,
+    counter: Tensor,
+    stream: int,
+    grad: Tensor | None,
+    real: Tensor | None,
+    floor: float,
+) -> tuple[Tensor, Tensor]:
+    return draw_rows(x2d, k, RandomKey(seed, counter, stream), grad=grad, real=real, floor=floor)
+
+
+@_draw_rows.register_fake
+def _(x2d: Tensor, k: int, *others: Any) -> tuple[Tensor, Tensor]:
+    return x2d.new_empty(k, dtype=torch.int32), x2d.new_empty(k, dtype=torch.float32)
+
+
+def sample_rows(
+    scores: Tensor, k: int, key: RandomKey, *, real: Tensor | None = None, floor: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """Choose k of n rows so that the weighted sum over them estimates the sum over all rows.
 
     ``E[sum_t weights_t f(indices_t)] = sum_i f(i)`` for every f that is zero where the score is
-    zero. The c heaviest rows are kept with certainty and weight 1. Of the others row i is kept with
-    probability ``pi_i = (k - c) scores_i / tail <= 1`` and weight ``1 / pi_i``, by k - c equally
-    spaced points on the cumulative sum: all k rows are distinct. Rows are laid out as they come,
-    since neighbouring tokens are alike: that lowers the variance and spares a sort.
+    zero. Row i is kept with probability ``pi_i = min(1, scores_i / tau)`` and weight ``1 / pi_i``,
+    where tau makes the probabilities add up to k: the rows above tau are the deterministic set. The
+    probabilities lie side by side on an axis, and k points at distance 1 hit the rows: all are
+    distinct. Rows are laid out as they come, since neighbouring tokens are alike: that lowers the
+    variance, and nothing is sorted by row.
 
-    Positions below c hold the heaviest rows in descending order (ties: lower row first). If
-    nothing is left to draw, the other positions have weight 0 and the estimate is exact.
+    Scores count in units of 2**-30 of the largest one, and smaller ones as 0. Every sum is of whole
+    numbers, so that a kernel finds the same rows to the bit.
 
     Args:
-        scores: (n,) float32, non-negative, any total; NaN gives NaN weights.
+        scores: (n,) float32, non-negative, of any magnitude; NaN or infinity gives NaN weights.
         k: kept rows, in [1, n].
         key: of the one uniform number that places the points.
+        real: (n,) bool, False on rows that are never drawn; None draws from all.
+        floor: share of the probability that is spread evenly over the real rows, in [0, 1): above
+            0 a row whose score is far too small has no weight without bound.
 
     Returns:
-        indices (k,) int32 in [0, n), and weights (k,) float32, non-negative.
+        indices (k,) int32, ascending, and weights (k,) float32, non-negative. Where fewer than k
+        rows have a score, those are kept exactly and the other positions have weight 0.
 
     Source: WTA-CRS, arXiv 2305.15265, for the deterministic set; systematic sampling of the tail is
-    a deviation with lower variance.
+    a deviation with lower variance. Its size minimises ``tail_c / (k - c)``, whose minimum is tau.
     """
-    scores_sorted, order = torch.sort(scores, descending=True, stable=True)
-    c = deterministic_size(scores_sorted, k)
-    t = torch.arange(k, device=scores.device)
-    points = uniform(key, 1) + (t - c).clamp(min=0)
-    mass = tail_mass(scores_sorted, order, c)
-    drawn, interval = draw_at(points, mass, k - c)
-    return with_deterministic_set(scores, order[:k], c, drawn, interval)
+    slots, slots_left = _slots(k, scores.device)
+    if real is not None:
+        scores = torch.where(real, scores, 0.0)
+    if floor > 0:
+        # Above 0: scores that are all 0 say nothing, and every real row is as likely.
+        evenly = scores.mean(dtype=torch.float64).clamp_(min=_TINY)
+        if real is not None:
+            evenly = real * (evenly / real.double().mean().clamp_(min=_TINY)).float()
+        scores = scores.add(evenly, alpha=floor / (1 - floor))
+    largest = scores.amax().clamp_(min=_TINY)
+    mass = scores.div(largest).div_(1 / _UNITS, rounding_mode="trunc")
+    heaviest = mass.topk(k).values
+    head = heaviest.cumsum(0, dtype=torch.float64)
+    # Behind the c heaviest rows lies a tail, for the other k - c: c = 0, 1, ..., k - 1.
+    tails = (mass.sum(dtype=torch.float64) - head).add_(heaviest)
+    tau = tails.div_(slots_left).amin().clamp_(min=1 / _UNITS)
+    pi = mass.div_(tau, rounding_mode="trunc").clamp_(max=_UNITS)
+    edges = pi.cumsum(0, dtype=torch.float64)
+    points = slots - first_word(key) * 2**6
+    # The last row takes what lies beyond the others: points past its edge get weight 0.
+    indices = torch.searchsorted(edges[:-1], points, out_int32=True)
+    weights = pi.index_select(0, indices).reciprocal_().mul_(_UNITS)
+    return indices, weights.masked_fill_(points > edges[-1], 0.0)
 
 
-def deterministic_size(scores_sorted: Tensor, k: int) -> Tensor:
-    """Return c, how many of the heaviest rows are kept with certainty: () int64 in [0, k].
+@lru_cache(maxsize=64)
+def _slots(k: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return 1 to k, in units, and k to 1: (k,) float64 each."""
+    slots = torch.arange(1, k + 1, dtype=torch.float64, device=device).mul_(_UNITS)
+    return slots, slots.flip(0)
 
-    With ``tail_c`` the mass behind the c heaviest rows, c is the first minimum over ``0 <= c < k``
-    of ``tail_c / (k - c)``, which bounds the variance. Where at most k rows have mass, c is their
-    number and the estimate is exact.
+
+def pick_rows(grad_output: Tensor, indices: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return rows (k, d) of (n, d), each times its weight in float32, in ``dtype``."""
+    return (grad_output.index_select(0, indices) * weights[:, None]).to(dtype)
+
+
+def update_norms(
+    guess: Tensor, grad_norms: Tensor, decay: float, real: Tensor | None = None
+) -> None:
+    """Bring a guess of gradient norms up to date in place with those that a backward met.
+
+    The squares of both are averaged, ``decay`` being the weight of the guess, after those of the
+    backward were averaged by position and divided by their mean. A position without a real row
+    keeps its guess, and all do where a norm is not finite, as after an overflowed step.
 
     Args:
-        scores_sorted: (n,) float32, non-negative, descending; any total.
-        k: kept rows, in [1, n].
-
-    Source: arXiv 2305.15265, the theorem's variance bound and its minimiser.
+        guess: (t,) float32 by position.
+        grad_norms: (n,) float32; row i stands at position ``i % t``.
+        decay: in [0, 1).
+        real: (n,) bool; False on rows that do not count.
     """
-    n = scores_sorted.numel()
-    assert 1 <= k <= n, (k, n)
-    num_positive = torch.count_nonzero(scores_sorted[:k])
-    if k == n:
-        return num_positive
-    # Summed from the small end: ``1 - head`` would leave rounding noise where the tail is empty.
-    tail = scores_sorted.flip(0).cumsum(0).flip(0)
-    objective = tail[:k] / torch.arange(k, 0, -1, device=scores_sorted.device)
-    return torch.where(scores_sorted[k] == 0, num_positive, objective.argmin())
-
-
-def tail_mass(scores_sorted: Tensor, order: Tensor, c: Tensor) -> Tensor:
-    """Return the scores (n,) in the order of the rows, 0 on the c heaviest."""
-    in_tail = torch.arange(scores_sorted.numel(), device=scores_sorted.device) >= c
-    return torch.zeros_like(scores_sorted).scatter(0, order, scores_sorted * in_tail)
-
-
-def draw_at(points: Tensor, mass: Tensor, num_draws: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the rows (k,) int64 that points (k,) hit, and the mass per draw, (1,).
-
-    Rows lie side by side on an axis from 0 to ``num_draws``, each as long as its share of the mass
-    (n,): one of mass 0 is never hit.
-    """
-    edges = mass.cumsum(0)
-    total = edges[-1:]
-    interval = total / num_draws.clamp(min=1)
-    # Rounding may put the last point on the far edge, where it would hit no row.
-    points = torch.minimum(points * interval, total * (1.0 - _FLOAT32_EPS))
-    # The first edge above the point: a row without mass adds no edge.
-    hit = torch.searchsorted(edges, points, right=True).clamp(max=mass.numel() - 1)
-    return hit, interval
-
-
-def with_deterministic_set(
-    scores: Tensor, heaviest: Tensor, c: Tensor, drawn: Tensor, interval: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return indices (k,) int32 and weights (k,) float32: the c heaviest rows, then drawn ones.
-
-    Of ``heaviest`` (k,) the first c are read, of ``drawn`` (k,) the others; ``interval`` (1,) is
-    the mass per draw of scores (n,).
-    """
-    is_sure = torch.arange(len(heaviest), device=scores.device) < c
-    # An empty tail leaves nothing to draw: point at a row that is kept anyway, with weight 0.
-    indices = torch.where(is_sure, heaviest, torch.where(interval > 0, drawn, heaviest[:1]))
-    kept = scores.gather(0, indices)
-    weights = torch.where(is_sure, kept, interval)
-    return indices.to(torch.int32), torch.where(kept == 0, 0.0, weights / kept)
+    squares = grad_norms.square().view(-1, len(guess))
+    if real is None:
+        by_position = squares.mean(0)
+        mean = by_position.mean()
+    else:
+        real = real.view_as(squares)
+        squares = torch.where(real, squares, 0.0)
+        by_position, mean = squares.sum(0) / real.sum(0), squares.sum() / real.sum()
+    ratio = by_position / mean + (mean - mean)  # nan everywhere if one is infinite
+    new = guess.square().lerp_(ratio, 1 - decay).sqrt_()
+    guess.copy_(torch.where(new < torch.inf, new, guess))

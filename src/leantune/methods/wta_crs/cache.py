@@ -31,9 +31,12 @@ class CachedNorms:
 
     Attributes:
         ids: (b,) int64 on the host, the samples of the last training forward.
+        by_reader: whether each reader of a sample has norms of its own.
 
     Source: arXiv 2305.15265, the cached gradient norms.
     """
+
+    by_reader = True
 
     def __init__(self, names: Sequence[str], limit_gib: float) -> None:
         self.ids: Tensor | None = None
@@ -61,6 +64,10 @@ class CachedNorms:
         self._flush()
         self._staged.clear()
 
+    def observes(self, step: int) -> bool:
+        """Return True: what was not met at a visit is not there for the next."""
+        return True
+
     def predict(self, shape: torch.Size, columns: Sequence[int]) -> Tensor | None:
         """Return (n,) float32 relative norms for an input of ``shape`` (b, t, d), or None."""
         if self.ids is None or not _fits(shape, self.ids):
@@ -83,7 +90,7 @@ class CachedNorms:
         self,
         column: int,
         grad_norms: Tensor,
-        mask: Tensor | None,
+        real: Tensor | None,
         shape: torch.Size,
         ids: Tensor | None,
     ) -> None:

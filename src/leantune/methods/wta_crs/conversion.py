@@ -104,7 +104,7 @@ def convert(
         runtime.at_forward_begin(masks.begin)
     twins: list[tuple[str, nn.Module]] = []
     for group in groups:
-        columns = range(len(twins), len(twins) + len(group))
+        columns = tuple(range(len(twins), len(twins) + len(group)))
         for column, site in zip(columns, group, strict=True):
             rows = SampledRows(
                 column,

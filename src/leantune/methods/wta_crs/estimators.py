@@ -20,15 +20,10 @@ import torch
 from torch import Tensor
 
 from leantune.ops.random import RandomKey, uniform
-from leantune.ops.rows import (
-    deterministic_size,
-    draw_at,
-    sample_rows,
-    tail_mass,
-    with_deterministic_set,
-)
 
-Estimator = Literal["systematic", "wta", "crs", "topk"]
+Estimator = Literal["wta", "crs", "topk"]
+
+_FLOAT32_EPS = torch.finfo(torch.float32).eps
 
 
 def budget(n: int, keep_ratio: float, min_rows: int = 10) -> int:
@@ -74,12 +69,11 @@ def probabilities(scores: Tensor, row_mask: Tensor | None, floor: float) -> Tens
 
 
 def sample(p: Tensor, k: int, estimator: Estimator, key: RandomKey) -> tuple[Tensor, Tensor]:
-    """Choose k of n rows by the estimator that was asked for.
+    """Choose k of n rows by one of the paper's estimators.
 
     ``E[sum_t w_t f(row t)] = sum_i f(i)`` for every f that is zero where p is zero, except with
     "topk". With ``tail`` the mass outside the deterministic set, the draws are:
 
-    - "systematic": see :func:`leantune.ops.rows.sample_rows`;
     - "wta": k - c rows with replacement, weight ``tail / ((k - c) p_i)``;
     - "crs": the same with c = 0;
     - "topk": none, the k heaviest rows have weight 1; biased, and there for comparison.
@@ -96,8 +90,6 @@ def sample(p: Tensor, k: int, estimator: Estimator, key: RandomKey) -> tuple[Ten
 
     Source: arXiv 2305.15265 for "wta" and "crs".
     """
-    if estimator == "systematic":
-        return sample_rows(p, k, key)
     p_sorted, order = torch.sort(p, descending=True, stable=True)
     heaviest = order[:k]
     if estimator == "topk":
@@ -110,3 +102,65 @@ def sample(p: Tensor, k: int, estimator: Estimator, key: RandomKey) -> tuple[Ten
         mass = tail_mass(p_sorted, order, c)
     drawn, interval = draw_at(uniform(key, k) * (k - c), mass, k - c)
     return with_deterministic_set(p, heaviest, c, drawn, interval)
+
+
+def deterministic_size(scores_sorted: Tensor, k: int) -> Tensor:
+    """Return c, how many of the heaviest rows are kept with certainty: () int64 in [0, k].
+
+    With ``tail_c`` the mass behind the c heaviest rows, c is the first minimum over ``0 <= c < k``
+    of ``tail_c / (k - c)``, which bounds the variance. Where at most k rows have mass, c is their
+    number and the estimate is exact.
+
+    Args:
+        scores_sorted: (n,) float32, non-negative, descending; any total.
+        k: kept rows, in [1, n].
+
+    Source: arXiv 2305.15265, the theorem's variance bound and its minimiser.
+    """
+    n = scores_sorted.numel()
+    assert 1 <= k <= n, (k, n)
+    num_positive = torch.count_nonzero(scores_sorted[:k])
+    if k == n:
+        return num_positive
+    # Summed from the small end: ``1 - head`` would leave rounding noise where the tail is empty.
+    tail = scores_sorted.flip(0).cumsum(0).flip(0)
+    objective = tail[:k] / torch.arange(k, 0, -1, device=scores_sorted.device)
+    return torch.where(scores_sorted[k] == 0, num_positive, objective.argmin())
+
+
+def tail_mass(scores_sorted: Tensor, order: Tensor, c: Tensor) -> Tensor:
+    """Return the scores (n,) in the order of the rows, 0 on the c heaviest."""
+    in_tail = torch.arange(scores_sorted.numel(), device=scores_sorted.device) >= c
+    return torch.zeros_like(scores_sorted).scatter(0, order, scores_sorted * in_tail)
+
+
+def draw_at(points: Tensor, mass: Tensor, num_draws: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the rows (k,) int64 that points (k,) hit, and the mass per draw, (1,).
+
+    Rows lie side by side on an axis from 0 to ``num_draws``, each as long as its share of the mass
+    (n,): one of mass 0 is never hit.
+    """
+    edges = mass.cumsum(0)
+    total = edges[-1:]
+    interval = total / num_draws.clamp(min=1)
+    # Rounding may put the last point on the far edge, where it would hit no row.
+    points = torch.minimum(points * interval, total * (1.0 - _FLOAT32_EPS))
+    # The first edge above the point: a row without mass adds no edge.
+    hit = torch.searchsorted(edges, points, right=True).clamp(max=mass.numel() - 1)
+    return hit, interval
+
+
+def with_deterministic_set(
+    scores: Tensor, heaviest: Tensor, c: Tensor, drawn: Tensor, interval: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return indices (k,) int32 and weights (k,) float32: the c heaviest rows, then drawn ones.
+
+    Of ``heaviest`` (k,) the first c are read, of ``drawn`` (k,) the others; ``interval`` (1,) is
+    the mass per draw of scores (n,).
+    """
+    is_sure = torch.arange(len(heaviest), device=scores.device) < c
+    # An empty tail leaves nothing to draw: point at a row that is kept anyway, with weight 0.
+    indices = torch.where(is_sure, heaviest, torch.where(interval > 0, drawn, heaviest[:1]))
+    kept = scores.gather(0, indices)
+    weights = torch.where(is_sure, kept, interval)
+    return indices.to(torch.int32), torch.where(kept == 0, 0.0, weights / kept)

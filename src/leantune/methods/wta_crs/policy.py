@@ -19,7 +19,14 @@ from leantune.methods.wta_crs.norms import RunningNorms
 from leantune.methods.wta_crs.sharing import Drawn, SamplePool
 from leantune.ops.linear import flatten
 from leantune.ops.random import RandomKey
-from leantune.ops.rows import KeptRows, OuterProduct, row_norms
+from leantune.ops.rows import (
+    KeptRows,
+    OuterProduct,
+    draw_rows,
+    pick_rows,
+    row_norms,
+    score_rows,
+)
 
 _EXTRA_BYTES = torch.int32.itemsize + torch.float32.itemsize
 """What a sampled row takes besides its features: its number and its weight."""
@@ -31,12 +38,14 @@ class Note(NamedTuple):
     Args:
         shape: of the input.
         ids: (b,) the samples, or None.
+        column: of the norms that backward brings up to date; None where it draws.
         used: the mask whose rows were left out of the draw, or None.
         masks: those to check.
     """
 
     shape: torch.Size
     ids: Tensor | None = None
+    column: int | None = None
     used: RowMask | None = None
     masks: Sequence[RowMask] = ()
 
@@ -98,54 +107,77 @@ class SampledRows:
             drawn = self._draw(x, source, masks, k, key)
             if shares:
                 self._pool.offer(source, x.dtype, drawn)
+        column = drawn.column
         if self._norms is not None:
-            self._norms.expect(self._column, source.shape, x.device)
+            column = self._column if self._norms.by_reader else column
+            self._norms.expect(column, source.shape, x.device)
         if masks:
             self._masks.expect(self._column, x.device)
-        return drawn.rows, Note(source.shape, ids, drawn.used, masks)
+        return drawn.rows, Note(source.shape, ids, column, drawn.used, masks)
 
     def _draw(
         self, x: Tensor, source: Tensor, masks: Sequence[RowMask], k: int, key: RandomKey
     ) -> Drawn:
         """Draw for this linear and for those that are known to read the same tensor."""
-        readers = self._compiled_readers if is_compiling() else self._pool.readers[self._column]
+        readers, drawer = self._pool.readers[self._column], self._column
+        if is_compiling():
+            readers, drawer = self._compiled_readers, self._compiled_readers[0]
         used: RowMask | None = None
         for mask in masks:
             if used is None and self._masks.allow(mask, readers):
                 used = mask
-        rows = x.reshape(-1, x.shape[-1])
-        scores = row_norms(rows)
+        guess = None
         if self._norms is not None:
-            guess = self._norms.predict(source.shape, readers)
-            scores = scores if guess is None else scores * guess.to(scores.device)
+            columns = readers if self._norms.by_reader else (drawer,)
+            guess = self._norms.predict(source.shape, columns)
+        rows = x.reshape(-1, x.shape[-1])
         real = None if used is None else used.real
-        p = estimators.probabilities(scores, real, self.config.probability_floor)
-        return Drawn(self._column, self._sample(rows, p, k, key), used)
+        kept = self._sample(rows, guess, real, self.config.probability_floor, k, key)
+        return Drawn(drawer, kept, used)
 
     def outer_product(self, kept: KeptRows, note: Note | None, grad_output: Tensor) -> OuterProduct:
         """Return the estimate's factors from ``grad_output`` (n, d_out), exact without a note."""
         if note is None:
             return OuterProduct(grad_output, flatten(kept.rows))
-        if kept.indices is not None:
-            if self._norms is not None or note.masks:
-                grad_norms = row_norms(grad_output)
-                if self._norms is not None:
-                    real = None if note.used is None else note.used.real
-                    self._norms.update(self._column, grad_norms, real, note.shape, note.ids)
-                for mask in note.masks:
-                    is_used = note.used is not None and note.used.field == mask.field
-                    self._masks.check(self._column, mask, is_used, grad_norms)
+        if note.column is not None:
+            self._observe(note, note.column, grad_output)
             return weighted(kept, grad_output)
         rows = flatten(kept.rows)
-        # Exact norms: padding has none, and nothing else needs a floor.
-        p = estimators.probabilities(row_norms(rows) * row_norms(grad_output), None, 0.0)
         k = estimators.budget(len(rows), self.config.keep_ratio, self.config.min_rows)
+        # Exact norms: padding has none, and nothing else needs a floor.
         key = self._runtime.key(rows.device)
-        return weighted(self._sample(rows, p, k, key), grad_output)
+        return weighted(self._sample(rows, grad_output, None, 0.0, k, key), grad_output)
 
-    def _sample(self, rows: Tensor, p: Tensor, k: int, key: RandomKey) -> KeptRows:
+    def _observe(self, note: Note, column: int, grad_output: Tensor) -> None:
+        """Learn from a backward what the next forward draw may take for granted."""
+        norms = self._norms
+        if norms is not None and not norms.observes(self._runtime.step):
+            norms = None
+        if norms is None and not note.masks:
+            return
+        grad_norms = row_norms(grad_output)
+        if norms is not None:
+            real = None if note.used is None else note.used.real
+            norms.update(column, grad_norms, real, note.shape, note.ids)
+        for mask in note.masks:
+            is_used = note.used is not None and note.used.field == mask.field
+            self._masks.check(self._column, mask, is_used, grad_norms)
+
+    def _sample(
+        self,
+        rows: Tensor,
+        grad: Tensor | None,
+        real: Tensor | None,
+        floor: float,
+        k: int,
+        key: RandomKey,
+    ) -> KeptRows:
         key = key._replace(stream=self._stream)
-        indices, weights = estimators.sample(p, k, self.config.estimator, key)
+        if self.config.estimator == "systematic":
+            indices, weights = draw_rows(rows, k, key, grad=grad, real=real, floor=floor)
+        else:
+            p = estimators.probabilities(score_rows(rows, grad), real, floor)
+            indices, weights = estimators.sample(p, k, self.config.estimator, key)
         return KeptRows(rows.index_select(0, indices), indices, weights)
 
     def _draws_in_backward(self) -> bool:
@@ -175,9 +207,9 @@ def weighted(kept: KeptRows, grad_output: Tensor) -> OuterProduct:
     can carry a weight of thousands.
     """
     assert kept.indices is not None and kept.weights is not None
-    picked = grad_output.index_select(0, kept.indices).float()  # (k, d_out)
     weights, scale = kept.weights, None
     if kept.rows.dtype == torch.float16:
         scale = weights.abs().amax().clamp(min=1)
         weights = weights / scale
-    return OuterProduct((picked * weights[:, None]).to(kept.rows.dtype), kept.rows, scale)
+    picked = pick_rows(grad_output, kept.indices, weights, kept.rows.dtype)
+    return OuterProduct(picked, kept.rows, scale)
