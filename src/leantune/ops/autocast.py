@@ -5,18 +5,23 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+_AS_IT_IS = nullcontext()
+
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """Return the dtype that autocast gives a product of ``x``, or None; float64 is left alone."""
     device = x.device.type
-    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+    if x.dtype == torch.float64 or not _is_on(device):
         return None
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return torch.get_autocast_dtype(device)
 
 
 def autocast_off(x: Tensor) -> AbstractContextManager[object]:
-    """Return a context without autocast; devices such as meta have none to switch off."""
+    """Return a context without autocast; entering one costs more than to ask whether it is on."""
     device = x.device.type
-    if torch.amp.is_autocast_available(device):
-        return torch.autocast(device, enabled=False)
-    return nullcontext()
+    return torch.autocast(device, enabled=False) if _is_on(device) else _AS_IT_IS
+
+
+def _is_on(device: str) -> bool:
+    # The meta device has no autocast that one could ask for.
+    return device != "meta" and torch.is_autocast_enabled(device)

@@ -17,6 +17,9 @@ from leantune.ops.random import RandomKey
 from leantune.ops.rows import KeptRows, OuterProduct, RowPolicy
 
 
+_as_no_view = torch.ops.aten._unsafe_view.default
+
+
 class TrainedSubspace(Protocol):
     """A trained subspace says which parameter a linear trains instead of its weight.
 
@@ -194,7 +197,7 @@ class _MatMul(torch.autograd.Function):
         # A view that an autograd Function returns may not be written to, as in ``y *= 0.5``.
         # A compiler cannot ask whether it is one, and gets the same for nothing.
         is_view = is_compiling() or y._is_view()
-        return torch.ops.aten._unsafe_view(y, y.shape) if is_view else y
+        return _as_no_view(y, y.shape) if is_view else y
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor):  # type: ignore[override]
