@@ -175,7 +175,9 @@ def test_one_dominating_row_does_not_swallow_the_tail() -> None:
     indices, weights = draws(scores, BUDGET, 100)
     assert ((indices == 9) == (weights == 1)).all() and (weights == 1).sum() == 100
     # 1e9 + 63 is 1e9 in float32; the mass of the tail is summed exactly.
-    torch.testing.assert_close(weights[weights > 1], torch.full((1900,), 63 / 19), rtol=1e-2, atol=0)
+    torch.testing.assert_close(
+        weights[weights > 1], torch.full((1900,), 63 / 19), rtol=1e-2, atol=0
+    )
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

@@ -6,22 +6,19 @@ import torch
 from torch import Tensor
 
 _AS_IT_IS = nullcontext()
+_WITHOUT = "meta"
+"""The device that has no autocast, nor an answer to whether it is on."""
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """Return the dtype that autocast gives a product of ``x``, or None; float64 is left alone."""
     device = x.device.type
-    if x.dtype == torch.float64 or not _is_on(device):
-        return None
-    return torch.get_autocast_dtype(device)
+    is_off = device == _WITHOUT or not torch.is_autocast_enabled(device)
+    return None if is_off or x.dtype == torch.float64 else torch.get_autocast_dtype(device)
 
 
 def autocast_off(x: Tensor) -> AbstractContextManager[object]:
     """Return a context without autocast; entering one costs more than to ask whether it is on."""
     device = x.device.type
-    return torch.autocast(device, enabled=False) if _is_on(device) else _AS_IT_IS
-
-
-def _is_on(device: str) -> bool:
-    # The meta device has no autocast that one could ask for.
-    return device != "meta" and torch.is_autocast_enabled(device)
+    is_off = device == _WITHOUT or not torch.is_autocast_enabled(device)
+    return _AS_IT_IS if is_off else torch.autocast(device, enabled=False)

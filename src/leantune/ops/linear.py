@@ -16,7 +16,6 @@ from leantune.ops.codec import EXACT, Codec
 from leantune.ops.random import RandomKey
 from leantune.ops.rows import KeptRows, OuterProduct, RowPolicy
 
-
 _as_no_view = torch.ops.aten._unsafe_view.default
 
 

@@ -140,7 +140,9 @@ class SampledRows:
         if note is None:
             return OuterProduct(grad_output, flatten(kept.rows))
         if note.column is not None:
-            self._observe(note, note.column, grad_output)
+            looks = self._norms is not None and self._norms.observes(self._runtime.step)
+            if looks or note.masks:
+                self._observe(note, note.column, looks, grad_output)
             return weighted(kept, grad_output)
         rows = flatten(kept.rows)
         k = estimators.budget(len(rows), self.config.keep_ratio, self.config.min_rows)
@@ -148,17 +150,13 @@ class SampledRows:
         key = self._runtime.key(rows.device)
         return weighted(self._sample(rows, grad_output, None, 0.0, k, key), grad_output)
 
-    def _observe(self, note: Note, column: int, grad_output: Tensor) -> None:
+    def _observe(self, note: Note, column: int, looks: bool, grad_output: Tensor) -> None:
         """Learn from a backward what the next forward draw may take for granted."""
-        norms = self._norms
-        if norms is not None and not norms.observes(self._runtime.step):
-            norms = None
-        if norms is None and not note.masks:
-            return
         grad_norms = row_norms(grad_output)
-        if norms is not None:
+        if looks:
+            assert self._norms is not None
             real = None if note.used is None else note.used.real
-            norms.update(column, grad_norms, real, note.shape, note.ids)
+            self._norms.update(column, grad_norms, real, note.shape, note.ids)
         for mask in note.masks:
             is_used = note.used is not None and note.used.field == mask.field
             self._masks.check(self._column, mask, is_used, grad_norms)
