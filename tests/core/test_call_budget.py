@@ -18,7 +18,7 @@ from leantune.core.linear import ConvertedConv1D, ConvertedLinear
 SOURCE = str(Path(lt.__file__).parent)
 # Of the forward's, a look for a sample to share, the offer of one, and a look for row masks make
 # three: nothing is known of a model beforehand.
-VIEWS = ("detach", "view", "_unsafe_view", "expand", "t", "slice", "select", "alias")
+VIEWS = ("detach", "view", "_unsafe_view", "expand", "t", "slice", "select", "unsqueeze")
 OTHERS = ("empty", "empty_like", "new_empty", "_local_scalar_dense")
 MAX_FORWARD, MAX_BACKWARD = 31, 9
 
