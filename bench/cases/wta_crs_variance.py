@@ -156,6 +156,7 @@ def _usable(session: lt.Session, batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _visit(session: lt.Session, batch: dict[str, Tensor]) -> None:
     session.model(**_usable(session, batch)).loss.backward()
+    session.on_step()
     session.model.zero_grad()
 
 
