@@ -1,8 +1,10 @@
 """What one converted linear costs on the host: calls of our own functions, and operations."""
 
 import copy
+import math
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -136,3 +138,37 @@ def test_a_converted_linear_keeps_to_its_budget_of_operations(bias: bool) -> Non
         session.on_step()
     looking = operations(model, x)
     assert len(got) < len(looking) <= len(got) + 14, looking
+
+
+def host_us(layers: Sequence[nn.Module], x: Tensor) -> list[float]:
+    """Return what a forward and a backward of each takes this thread, at the least, in us."""
+    grad, least = torch.ones(*x.shape[:-1], 16), [math.inf] * len(layers)
+    for _ in range(600):
+        for i, layer in enumerate(layers):
+            start = time.thread_time()
+            layer(x).backward(grad)
+            least[i] = min(least[i], time.thread_time() - start)
+    return [1e6 * seconds for seconds in least]
+
+
+def test_a_converted_linear_keeps_to_its_budget_of_host_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """At most 100 us above ``nn.Linear``, which takes 50 there; a busy machine slows both alike."""
+    plain = nn.Linear(16, 16)
+    model = nn.Sequential(copy.deepcopy(plain))
+    session = lt.apply(model, lt.WTACRS(min_rows=2, sites=["0"]))
+    x = torch.randn(4, 8, 16, requires_grad=True)
+    for _ in range(17):
+        operations(model, x)
+        session.on_step()
+    whole, least = host_us([model[0], plain], x)
+    # What a GPU does in one launch each.
+    drawn = torch.arange(9, dtype=torch.int32), torch.ones(9)
+    monkeypatch.setattr("leantune.methods.wta_crs.policy.draw_rows", lambda *a, **k: drawn)
+    picked = torch.ones(9, 16)
+    monkeypatch.setattr("leantune.methods.wta_crs.policy.pick_rows", lambda *a: picked)
+    ours, least = host_us([model[0], plain], x)
+    assert ours - least <= 100 * least / 50, (ours, least)
+    # The control: the reference's own operations are counted where they run.
+    assert whole > ours + 20

@@ -170,7 +170,7 @@ class SampledRows:
         k: int,
         key: RandomKey,
     ) -> KeptRows:
-        key = key._replace(stream=self._stream)
+        key = RandomKey(key.seed, key.counter, self._stream)
         if self.config.estimator == "systematic":
             indices, weights = draw_rows(rows, k, key, grad=grad, real=real, floor=floor)
         else:
