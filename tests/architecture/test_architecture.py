@@ -415,6 +415,8 @@ def test_operations_have_two_users_or_are_in_a_price() -> None:
                 own = name.split("/")[1] if part_of(path) == "methods" else name
                 users.setdefault(module, set()).add(own)
     for path in FILES:
+        if path.stem.endswith("_triton"):
+            continue  # a kernel's users are those of its reference
         if part_of(path) == "ops" and path not in counted and path.name != "__init__.py":
             assert len(users.get(module_of(path), ())) >= 2, relative(path)
 

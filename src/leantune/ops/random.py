@@ -12,8 +12,8 @@ from torch import Tensor
 _MASK32 = 0xFFFFFFFF
 _MASK64 = 0xFFFFFFFFFFFFFFFF
 # Odd and below 2**31: the product with a 32-bit word stays inside int64, so nothing overflows.
-_MULTIPLIERS = (0x7FEB352D, 0x21F0AAAD, 0x735A2D97)
-_DRAW_STEP = 0x5851F42D
+MULTIPLIERS = (0x7FEB352D, 0x21F0AAAD, 0x735A2D97)
+DRAW_STEP = 0x5851F42D
 
 
 class RandomKey(NamedTuple):
@@ -49,7 +49,7 @@ def uniform(key: RandomKey, n: int) -> Tensor:
     Source: multiply-and-fold rounds as in the wyhash family; seed mixing as in SplitMix64.
     """
     x = _words(key, torch.arange(n, device=key.counter.device))
-    return _to_unit(_fold(x, _MULTIPLIERS[2]))
+    return _to_unit(_fold(x, MULTIPLIERS[2]))
 
 
 def first_word(key: RandomKey) -> int | Tensor:
@@ -59,11 +59,11 @@ def first_word(key: RandomKey) -> int | Tensor:
         an integer where the counter lies on the host, which takes microseconds; () int64 elsewhere.
     """
     if key.counter.device.type != "cpu":
-        return _to_unit(_fold(_words(key, torch.zeros_like(key.counter)), _MULTIPLIERS[2])) * 2**24
-    mixed = _mixed(key.seed, key.stream)
-    x = _fold_int(mixed & _MASK32, _MULTIPLIERS[0])
-    x ^= (int(key.counter) * _DRAW_STEP + (mixed >> 32)) & _MASK32
-    return _fold_int(_fold_int(x, _MULTIPLIERS[1]), _MULTIPLIERS[2]) >> 8
+        return _to_unit(_fold(_words(key, torch.zeros_like(key.counter)), MULTIPLIERS[2])) * 2**24
+    word = mixed(key.seed, key.stream)
+    x = _fold_int(word & _MASK32, MULTIPLIERS[0])
+    x ^= (int(key.counter) * DRAW_STEP + (word >> 32)) & _MASK32
+    return _fold_int(_fold_int(x, MULTIPLIERS[1]), MULTIPLIERS[2]) >> 8
 
 
 def uniform_at(key: RandomKey, rows: Tensor, columns: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ def uniform_at(key: RandomKey, rows: Tensor, columns: Tensor) -> Tensor:
             is float32 in [0, 1), multiples of 2**-24.
     """
     x = _words(key, rows.clone()) ^ columns
-    for multiplier in _MULTIPLIERS:
+    for multiplier in MULTIPLIERS:
         x = _fold(x, multiplier)
     return _to_unit(x)
 
@@ -90,22 +90,22 @@ def stream_of(name: str) -> int:
 
 def _words(key: RandomKey, x: Tensor) -> Tensor:
     """Turn positions into 32-bit words of (key, position); ``x`` is used up."""
-    mixed = _mixed(key.seed, key.stream)
-    x ^= mixed & _MASK32
-    x = _fold(x, _MULTIPLIERS[0])
-    x = x ^ ((key.counter * _DRAW_STEP + (mixed >> 32)) & _MASK32)
-    return _fold(x, _MULTIPLIERS[1])
+    word = mixed(key.seed, key.stream)
+    x ^= word & _MASK32
+    x = _fold(x, MULTIPLIERS[0])
+    x = x ^ ((key.counter * DRAW_STEP + (word >> 32)) & _MASK32)
+    return _fold(x, MULTIPLIERS[1])
 
 
-def _mixed(seed: int, stream: int) -> int:
+def mixed(seed: int, stream: int) -> int:
     """Return a 64-bit word of both: the finaliser of SplitMix64, a bijection, over each in turn."""
-    mixed = 0
+    word = 0
     for value in (seed, stream):
-        mixed = (mixed + value + 0x9E3779B97F4A7C15) & _MASK64
-        mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
-        mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & _MASK64
-        mixed ^= mixed >> 31
-    return mixed
+        word = (word + value + 0x9E3779B97F4A7C15) & _MASK64
+        word = ((word ^ (word >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+        word = ((word ^ (word >> 27)) * 0x94D049BB133111EB) & _MASK64
+        word ^= word >> 31
+    return word
 
 
 def _to_unit(words: Tensor) -> Tensor:

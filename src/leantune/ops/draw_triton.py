@@ -1,0 +1,198 @@
+"""The Triton kernel of a draw: programs score rows, and the last of them to finish selects.
+
+Dimension letters: n rows, k kept rows, d features, t token positions. ``ops.rows`` says what is
+computed; what is written here is how. Scores are read in blocks, again for each step of the
+selection, so one path serves every n.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from leantune.ops.random import DRAW_STEP, MULTIPLIERS
+
+_MULTIPLIER_1, _MULTIPLIER_2 = tl.constexpr(MULTIPLIERS[1]), tl.constexpr(MULTIPLIERS[2])
+_DRAW_STEP, _MASK32 = tl.constexpr(DRAW_STEP), tl.constexpr(0xFFFFFFFF)
+_TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
+_UNITS, _ONE, _LOG_ONE = tl.constexpr(2.0**30), tl.constexpr(1 << 30), tl.constexpr(30)
+_MOST_STEPS = tl.constexpr(64)
+
+
+@triton.jit
+def _norms(x_ptr, stride, d, rows, in_range, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Return the L2 norms of rows, (ROWS,) float32."""
+    squares = tl.zeros((ROWS, WIDTH), tl.float32)
+    starts = rows.to(tl.int64) * stride
+    for first in range(0, d, WIDTH):
+        columns = first + tl.arange(0, WIDTH)
+        here = in_range[:, None] & (columns < d)[None, :]
+        x = tl.load(x_ptr + starts[:, None] + columns[None, :], here, 0.0).to(tl.float32)
+        squares += x * x
+    return tl.sqrt_rn(tl.sum(squares, 1))
+
+
+@triton.jit
+def _first_word(counter_ptr, word):
+    """Return the first number of a key in units of 2**-24, as ``ops.random.first_word`` does."""
+    x = (tl.load(counter_ptr) * _DRAW_STEP + ((word >> 32) & _MASK32)) & _MASK32
+    x = ((word & _MASK32) ^ x) * _MULTIPLIER_1
+    x = ((x ^ (x >> 32)) & _MASK32) * _MULTIPLIER_2
+    return ((x ^ (x >> 32)) & _MASK32) >> 8
+
+
+@triton.jit
+def _mix_floor(scores_ptr, real_ptr, n, share, BLOCK: tl.constexpr):
+    """Add ``share`` times the mean score of the real rows to each of them, in place."""
+    offsets = tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float64)
+    count = tl.zeros((BLOCK,), tl.int32)
+    for first in range(0, n, BLOCK):
+        here = offsets < n - first
+        total += tl.load(scores_ptr + first + offsets, here, 0.0, cache_modifier=".cg")
+        if real_ptr is not None:
+            here &= tl.load(real_ptr + first + offsets, here, 0).to(tl.int1)
+        count += here.to(tl.int32)
+    mean = tl.sum(total, 0) / tl.maximum(tl.sum(count, 0), 1).to(tl.float64)
+    even = (tl.maximum(mean, _TINY) * share).to(tl.float32)
+    for first in range(0, n, BLOCK):
+        here = offsets < n - first
+        if real_ptr is not None:
+            here &= tl.load(real_ptr + first + offsets, here, 0).to(tl.int1)
+        score = tl.load(scores_ptr + first + offsets, here, 0.0, cache_modifier=".cg")
+        tl.store(scores_ptr + first + offsets, score + even, here)
+    tl.debug_barrier()
+
+
+@triton.jit
+def _weigh(scores_ptr, n, BLOCK: tl.constexpr):
+    """Turn scores into whole numbers up to 2**30 in place; return their sum, and the largest score.
+
+    That is infinite where some score is not finite; then each whole number is 0.
+    """
+    offsets = tl.arange(0, BLOCK)
+    tops = tl.full((BLOCK,), _TINY, tl.float32)
+    for first in range(0, n, BLOCK):
+        here = offsets < n - first
+        score = tl.load(scores_ptr + first + offsets, here, 0.0, cache_modifier=".cg")
+        tops = tl.maximum(tops, tl.where(score < float("inf"), score, float("inf")))
+    largest = tl.max(tops, 0)
+    total = tl.zeros((BLOCK,), tl.int64)
+    for first in range(0, n, BLOCK):
+        here = offsets < n - first
+        score = tl.load(scores_ptr + first + offsets, here, 0.0, cache_modifier=".cg")
+        score = tl.where(score < float("inf"), score, 0.0)
+        mass = (tl.math.div_rn(score, largest) * _UNITS).to(tl.int32)
+        # At most 24 significant bits: exact in float32.
+        tl.store(scores_ptr + first + offsets, mass.to(tl.float32), here)
+        total += mass
+    tl.debug_barrier()
+    return tl.sum(total, 0), largest
+
+
+@triton.jit
+def _threshold(mass_ptr, total, n, k, BLOCK: tl.constexpr):
+    """Return tau, float64: ``sum(min(1, mass / tau)) = k``, by a fixed point from above.
+
+    With the rows above tau kept for certain, the others share what is left of k. That lowers tau,
+    and a step that finds no more rows above it is the last one.
+    """
+    offsets = tl.arange(0, BLOCK)
+    tau = total.to(tl.float64) / k.to(tl.float64)
+    count = 0
+    step = 0
+    while step < _MOST_STEPS:
+        cut = tl.minimum(tau, _UNITS).to(tl.int32)
+        aboves = tl.zeros((BLOCK,), tl.int32)
+        tails = tl.zeros((BLOCK,), tl.int64)
+        for first in range(0, n, BLOCK):
+            mass = tl.load(mass_ptr + first + offsets, offsets < n - first, 0.0).to(tl.int32)
+            above = mass > cut
+            aboves += above.to(tl.int32)
+            tails += tl.where(above, 0, mass)
+        found = tl.sum(aboves, 0)
+        tau = tl.sum(tails, 0).to(tl.float64) / (k - found).to(tl.float64)
+        step = tl.where(found == count, _MOST_STEPS, step + 1)
+        count = found
+    return tau
+
+
+@triton.jit
+def _lay_out(mass_ptr, indices_ptr, weights_ptr, n, k, tau, start, largest, BLOCK: tl.constexpr):
+    """Lay probabilities side by side and write the rows that k points at distance 1 hit.
+
+    A point lies at each multiple of 1 on the axis that begins at ``start``, in units of 2**-30. A
+    row is at most 1 long, so it is hit once at most.
+    """
+    offsets = tl.arange(0, BLOCK)
+    unit = tl.maximum(tau * (1.0 / _UNITS), 1.0 / _UNITS).to(tl.float32)
+    nothing = tl.where(largest < float("inf"), 0.0, float("nan"))
+    edge = start
+    for first in range(0, n, BLOCK):
+        here = offsets < n - first
+        mass = tl.load(mass_ptr + first + offsets, here, 0.0)
+        chance = tl.minimum(tl.math.div_rn(mass, unit), _UNITS).to(tl.int32)
+        length = chance.to(tl.int64)
+        ends = edge + tl.cumsum(length, 0)
+        slots = ((ends >> _LOG_ONE) - 1).to(tl.int32)
+        hit = here & (slots >= ((ends - length) >> _LOG_ONE).to(tl.int32)) & (slots < k)
+        weight = tl.math.div_rn(tl.full((BLOCK,), _UNITS, tl.float32), chance.to(tl.float32))
+        tl.store(indices_ptr + slots, first + offsets, hit)
+        tl.store(weights_ptr + slots, weight, hit)
+        edge += tl.sum(length, 0)
+    # Points that lie beyond the last row.
+    filled = tl.minimum(edge >> _LOG_ONE, k).to(tl.int32)
+    for first in range(filled, k, BLOCK):
+        here = offsets < k - first
+        tl.store(indices_ptr + first + offsets, tl.zeros((BLOCK,), tl.int32) + (n - 1), here)
+        tl.store(weights_ptr + first + offsets, tl.zeros((BLOCK,), tl.float32) + nothing, here)
+
+
+@triton.jit(do_not_specialize=["k", "word", "ticket"])
+def draw(
+    x_ptr,
+    x_stride,
+    d,
+    grad_ptr,
+    grad_stride,
+    grad_size,
+    real_ptr,
+    scores_ptr,
+    counter_ptr,
+    tickets_ptr,
+    indices_ptr,
+    weights_ptr,
+    word: tl.int64,  # type: ignore
+    n,
+    k,
+    ticket,
+    share,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Score ROWS rows; the last program to finish selects k, where anything is to be selected."""
+    first = tl.program_id(0) * ROWS
+    rows = first + tl.arange(0, ROWS)
+    in_range = tl.arange(0, ROWS) < n - first
+    if x_ptr is None:
+        scores = tl.load(grad_ptr + rows, in_range, 0.0)
+    else:
+        scores = _norms(x_ptr, x_stride, d, rows, in_range, ROWS, WIDTH)
+        if grad_stride is not None:
+            scores *= _norms(grad_ptr, grad_stride, grad_size, rows, in_range, ROWS, WIDTH)
+        elif grad_ptr is not None:
+            scores *= tl.load(grad_ptr + rows % grad_size, in_range, 0.0)
+    if real_ptr is not None:
+        scores = tl.where(tl.load(real_ptr + rows, in_range, 0).to(tl.int1), scores, 0.0)
+    tl.store(scores_ptr + rows, scores, in_range)
+    if indices_ptr is not None:
+        # Every thread's scores are written before one of them takes the ticket for all.
+        tl.debug_barrier()
+        if tl.atomic_add(tickets_ptr + ticket, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+            tl.store(tickets_ptr + ticket, 0)
+            if share is not None:
+                _mix_floor(scores_ptr, real_ptr, n, share, BLOCK)
+            total, largest = _weigh(scores_ptr, n, BLOCK)
+            tau = _threshold(scores_ptr, total, n, k, BLOCK)
+            start = _first_word(counter_ptr, word) << 6
+            _lay_out(scores_ptr, indices_ptr, weights_ptr, n, k, tau, start, largest, BLOCK)
