@@ -4,12 +4,23 @@ A reference in ``x.py`` runs anywhere. A kernel for a GPU lies beside it, in ``x
 chosen here.
 """
 
+import os
+from importlib.util import find_spec
+from types import ModuleType
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from leantune.errors import ConfigError, UnsupportedError
+from leantune.ops import rows
+
 T = TypeVar("T")
+
+# Read once, since a compiler follows what reads them.
+_HAS_TRITON = find_spec("triton") is not None
+_IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_FORCED = os.environ.get("LEANTUNE_KERNELS", "")
 
 
 def on_gpu(where: Tensor | torch.device) -> bool:
@@ -21,6 +32,43 @@ def on_gpu(where: Tensor | torch.device) -> bool:
 def by_device(where: Tensor | torch.device, *, cpu: T, gpu: T) -> T:
     """Return the one of two values, functions or limits that suits the device."""
     return gpu if on_gpu(where) else cpu
+
+
+def row_functions(where: Tensor) -> ModuleType:
+    """Return whose functions work on a tensor's rows: ``ops.rows``, or the kernels beside it.
+
+    Kernels serve an NVIDIA GPU. ``LEANTUNE_KERNELS=reference`` does without them, and ``triton``
+    insists; the latter serves the CPU where Triton interprets. Rows of float64 have no kernel.
+
+    Raises:
+        ConfigError: an unknown ``LEANTUNE_KERNELS``.
+        UnsupportedError: kernels are insisted on and cannot run.
+    """
+    if _FORCED not in ("", "triton", "reference"):
+        raise ConfigError(
+            f"LEANTUNE_KERNELS: must be 'triton', 'reference' or unset, got {_FORCED!r}"
+        )
+    can_run = _HAS_TRITON and (on_gpu(where) or _IS_INTERPRETED)
+    if _FORCED == "triton" and not can_run:
+        lacks = f"a tensor lies on {where.device}" if _HAS_TRITON else "triton is not installed"
+        raise UnsupportedError(
+            f"LEANTUNE_KERNELS: 'triton' needs an NVIDIA GPU and triton, but {lacks}; unset it"
+        )
+    is_wanted = _FORCED == "triton" or (_FORCED == "" and can_run and on_gpu(where))
+    if not is_wanted or where.dtype == torch.float64:
+        return rows
+    from leantune.ops import rows_triton
+
+    return rows_triton
+
+
+def num_launches() -> int:
+    """Return how many kernels of ours were launched in this process."""
+    if not _HAS_TRITON:
+        return 0
+    from leantune.ops import rows_triton
+
+    return rows_triton.LAUNCHES.total()
 
 
 class LateCopy:

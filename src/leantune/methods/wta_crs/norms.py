@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from leantune.errors import ConfigError
-from leantune.ops.rows import update_norms
+from leantune.ops.backend import row_functions
 
 _NUM_POSITIONS = 2048
 """Positions that there is room for from the start: 8 KiB for each linear."""
@@ -102,6 +102,7 @@ class RunningNorms:
             ids: (b,) the samples, or None.
         """
         if len(shape) > 2:
+            update_norms = row_functions(grad_norms).update_norms
             update_norms(self._norms[column][: shape[-2]], grad_norms, self._decay, real)
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -17,16 +17,10 @@ from leantune.methods.wta_crs.config import WTACRS
 from leantune.methods.wta_crs.masks import LearnedMasks, RowMask
 from leantune.methods.wta_crs.norms import RunningNorms
 from leantune.methods.wta_crs.sharing import Drawn, SamplePool
+from leantune.ops.backend import row_functions
 from leantune.ops.linear import flatten
 from leantune.ops.random import RandomKey
-from leantune.ops.rows import (
-    KeptRows,
-    OuterProduct,
-    draw_rows,
-    pick_rows,
-    row_norms,
-    score_rows,
-)
+from leantune.ops.rows import KeptRows, OuterProduct
 
 _EXTRA_BYTES = torch.int32.itemsize + torch.float32.itemsize
 """What a sampled row takes besides its features: its number and its weight."""
@@ -152,7 +146,7 @@ class SampledRows:
 
     def _observe(self, note: Note, column: int, looks: bool, grad_output: Tensor) -> None:
         """Learn from a backward what the next forward draw may take for granted."""
-        grad_norms = row_norms(grad_output)
+        grad_norms = row_functions(grad_output).row_norms(grad_output)
         if looks:
             assert self._norms is not None
             real = None if note.used is None else note.used.real
@@ -171,10 +165,11 @@ class SampledRows:
         key: RandomKey,
     ) -> KeptRows:
         key = RandomKey(key.seed, key.counter, self._stream)
+        ops = row_functions(rows)
         if self.config.estimator == "systematic":
-            indices, weights = draw_rows(rows, k, key, grad=grad, real=real, floor=floor)
+            indices, weights = ops.draw_rows(rows, k, key, grad=grad, real=real, floor=floor)
         else:
-            p = estimators.probabilities(score_rows(rows, grad), real, floor)
+            p = estimators.probabilities(ops.score_rows(rows, grad), real, floor)
             indices, weights = estimators.sample(p, k, self.config.estimator, key)
         return KeptRows(rows.index_select(0, indices), indices, weights)
 
@@ -209,5 +204,6 @@ def weighted(kept: KeptRows, grad_output: Tensor) -> OuterProduct:
     if kept.rows.dtype == torch.float16:
         scale = weights.abs().amax().clamp(min=1)
         weights = weights / scale
+    pick_rows = row_functions(grad_output).pick_rows
     picked = pick_rows(grad_output, kept.indices, weights, kept.rows.dtype)
     return OuterProduct(picked, kept.rows, scale)
