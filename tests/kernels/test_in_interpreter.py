@@ -18,20 +18,13 @@ IS_TOO_OLD = Version(triton.__version__) < Version("3.9") and Version(np.__versi
 
 @pytest.mark.slow
 @pytest.mark.skipif(IS_TOO_OLD, reason="the interpreter of Triton 3.6 wants numpy below 2.4")
-def test_row_kernels_in_the_interpreter() -> None:
+@pytest.mark.parametrize("name", ["test_rows_triton.py", "test_launches.py"])
+def test_in_the_interpreter(name: str) -> None:
+    forced = {"LEANTUNE_KERNELS": "triton"} if name == "test_launches.py" else {}
     run = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-x",
-            "-p",
-            "no:cacheprovider",
-            "test_rows_triton.py",
-        ],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", name],
         cwd=HERE,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
+        env={**os.environ, "TRITON_INTERPRET": "1", **forced},
         capture_output=True,
         text=True,
     )

@@ -48,13 +48,14 @@ def row_functions(where: Tensor) -> ModuleType:
         raise ConfigError(
             f"LEANTUNE_KERNELS: must be 'triton', 'reference' or unset, got {_FORCED!r}"
         )
-    can_run = _HAS_TRITON and (on_gpu(where) or _IS_INTERPRETED)
+    is_on_gpu = where.is_cuda
+    can_run = _HAS_TRITON and (is_on_gpu or _IS_INTERPRETED)
     if _FORCED == "triton" and not can_run:
         lacks = f"a tensor lies on {where.device}" if _HAS_TRITON else "triton is not installed"
         raise UnsupportedError(
             f"LEANTUNE_KERNELS: 'triton' needs an NVIDIA GPU and triton, but {lacks}; unset it"
         )
-    is_wanted = _FORCED == "triton" or (_FORCED == "" and can_run and on_gpu(where))
+    is_wanted = _FORCED == "triton" or (_FORCED == "" and can_run and is_on_gpu)
     if not is_wanted or where.dtype == torch.float64:
         return rows
     from leantune.ops import rows_triton
