@@ -134,16 +134,6 @@ def run_limited(command: list[str], limit_s: float, said: dict[str, str]) -> str
         limit_s: seconds.
         said: gets name -> reason of each variant that the command says it left out.
     """
-    environment = os.environ | {"LEANTUNE_RESULTS": str(rows.RESULTS)}
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-        env=environment,
-    )
     is_late = False
 
     def end() -> None:
@@ -151,19 +141,29 @@ def run_limited(command: list[str], limit_s: float, said: dict[str, str]) -> str
         is_late = True
         _kill(process)
 
-    timer = Timer(limit_s, end)
-    timer.start()
-    try:
-        assert process.stdout is not None
-        for line in process.stdout:
-            print(line, end="", flush=True)
-            if line.startswith(LEFT_OUT):
-                name, _, reason = line.removeprefix(LEFT_OUT).strip().partition(": ")
-                said[name] = reason
-        code = process.wait()
-    finally:
-        timer.cancel()
-        _kill(process)
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+        env=os.environ | {"LEANTUNE_RESULTS": str(rows.RESULTS)},
+    ) as process:
+        timer = Timer(limit_s, end)
+        timer.start()
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                print(line, end="", flush=True)
+                if line.startswith(LEFT_OUT):
+                    name, _, reason = line.removeprefix(LEFT_OUT).strip().partition(": ")
+                    said[name] = reason
+            code = process.wait()
+        finally:
+            timer.cancel()
+            # What the part started may outlive it.
+            _kill(process)
     if is_late:
         return f"its part was ended after {limit_s:.0f} s"
     return f"its part ended with exit code {code}"
