@@ -1,6 +1,7 @@
 """``python -m bench NAME``: run one measurement and write its rows under ``bench/results``."""
 
 import argparse
+import os
 import sys
 from importlib import import_module
 from operator import attrgetter
@@ -42,9 +43,11 @@ def main() -> None:
     parser.add_argument("--area", help="of hostile: the cases of this area alone")
     parser.add_argument("--case", default="*", help="cases whose name fits this glob")
     parser.add_argument("--tiny", action="store_true", help="a GPU's cases in tiny shapes")
-    parser.add_argument("--budget", type=float, default=480, help="of gpu: seconds for all parts")
+    parser.add_argument("--budget", type=float, help="of gpu: seconds for all parts")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
+    if args.tiny and args.name != "gpu" and "LEANTUNE_RESULTS" not in os.environ:
+        parser.error("--tiny makes no results: let LEANTUNE_RESULTS name a folder for its rows")
     torch.set_num_threads(args.threads)
     for name, place in _PARTS.items():
         if name == args.name or (args.name in _WHOLE and name.startswith(f"{args.name}-")):

@@ -4,7 +4,6 @@ On a machine without one every call does the nearest thing, so that tiny shapes 
 """
 
 import gc
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -35,9 +34,7 @@ def synchronize() -> None:
 
 
 def forget() -> None:
-    """Let go of models and compiled code that nobody holds, for the next variant's sake."""
-    if "torch._dynamo" in sys.modules:
-        torch._dynamo.reset()
+    """Let go of models that nobody holds any more, for the next variant's sake."""
     gc.collect()
     if has_gpu():
         torch.cuda.empty_cache()

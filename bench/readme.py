@@ -45,7 +45,7 @@ def main() -> None:
     """Rewrite every ``<!-- NAME -->`` ... ``<!-- /NAME -->`` block of the pages."""
     pages = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
     texts = {page: page.read_text("utf-8") for page in pages}
-    for name, make in _TABLES.items():
+    for name, make in TABLES.items():
         block = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         holders = [page for page, text in texts.items() if block.search(text)]
         if not holders:
@@ -282,7 +282,7 @@ def sites(name: str) -> str:
 
 
 SURVEYED = ("demo", "llama", "gpt2", "t5", "mixtral")
-_TABLES: dict[str, Callable[[], Any]] = {
+TABLES: dict[str, Callable[[], Any]] = {
     "headlines-cpu": partial(headlines, "CPU"),
     "headlines-gpu": partial(headlines, "GPU"),
     "speed": speed,

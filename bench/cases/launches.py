@@ -47,7 +47,7 @@ def _measure(case: Case, where: torch.device, variants: Sequence[str]) -> list[d
     gpu_ms = host_ms = 0.0
     for depth in (_FEW, _MANY):
         step = _step(case, where, depth, name)
-        for _ in range(3):
+        for _ in range(2):
             step()
         counted[depth], gpu_ms = device.launches(step)
         host_ms = _host_ms(step)
@@ -81,7 +81,7 @@ def _step(case: Case, where: torch.device, depth: int, name: str) -> Callable[[]
 def _host_ms(step: Callable[[], None]) -> float:
     """Return the median time until a step has launched everything, whatever still runs."""
     times = []
-    for _ in range(5):
+    for _ in range(3):
         device.synchronize()
         start = time.perf_counter()
         step()

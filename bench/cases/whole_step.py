@@ -103,7 +103,7 @@ def _measure(case: Case, where: torch.device, variants: Sequence[str]) -> list[d
         optimizer = _optimizer(model, session)
         steps[name] = _step(model, optimizer, batch)
         books[name] = lambda m=model, o=optimizer: lt.ledger(m, batch, optimizer=o)
-    stats = compare_steps(steps, reference=variants[0], rounds=3)
+    stats = compare_steps(steps, reference=variants[0], rounds=3, warmup=1)
     made = []
     for name, s in stats.items():
         book = books[name]()

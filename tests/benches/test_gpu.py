@@ -22,7 +22,8 @@ def results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def test_the_limits_fit_into_eight_minutes() -> None:
-    assert sum(part.limit_s for part in PARTS) <= 480
+    """Beside them the call starts itself, and the first part's modules are imported twice."""
+    assert sum(part.limit_s for part in PARTS) <= 480 - 15
 
 
 def test_without_a_gpu_it_says_what_it_would_run(
@@ -33,7 +34,7 @@ def test_without_a_gpu_it_says_what_it_would_run(
     said = capsys.readouterr().out
     for part in PARTS:
         assert f"{part.name} (at most {part.limit_s:.0f} s)" in said
-    for expected in ("16 heads of 64, n = 32768: SDPA; SPT 1/8, blocks;", "at most 480 s"):
+    for expected in ("16 heads of 64, n = 32768: SDPA; SPT 1/8, blocks;", "at most 465 s"):
         assert expected in said
     assert not list(results.iterdir())
 
@@ -98,7 +99,7 @@ def run_fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str, limit_s:
 
     monkeypatch.setattr(gpu, "run_limited", run_module)
     monkeypatch.setenv("PYTHONPATH", str(Path(gpu.__file__).parents[1]))
-    return gpu.run_all([Part("fake", module, "*", limit_s)], 100, tiny=True)
+    return gpu.run_all([Part("fake", module, "*", limit_s)], limit_s, tiny=True)
 
 
 @pytest.mark.parametrize(
