@@ -1,5 +1,7 @@
 """All rows of a GPU from one call: what would run, tiny shapes on a CPU, limits and losses."""
 
+import os
+import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -7,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from bench import device, gpu, rows
+from bench import gpu, rows
 from bench.gpu import PARTS, Part
 
 NOT_HERE = ("GaLore", "Liger", "MLP recomputed")
@@ -26,17 +28,27 @@ def test_the_limits_fit_into_eight_minutes() -> None:
     assert sum(part.limit_s for part in PARTS) <= 480 - 15
 
 
-def test_without_a_gpu_it_says_what_it_would_run(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, results: Path
-) -> None:
-    monkeypatch.setattr(device, "has_gpu", lambda: False)
-    gpu.main()
-    said = capsys.readouterr().out
+BARE = """
+import sys
+for name in ("scipy", "sklearn", "matplotlib", "trl", "liger_kernel"):
+    sys.modules[name] = None
+from bench import device, gpu
+device.has_gpu = lambda: False
+gpu.main()
+"""
+
+
+def test_without_a_gpu_it_says_what_it_would_run(results: Path) -> None:
+    """And imports what it would run, on a machine with next to nothing beside torch."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    environment["LEANTUNE_RESULTS"] = str(results)
+    command = [sys.executable, "-c", BARE]
+    said = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     for part in PARTS:
-        assert f"{part.name} (at most {part.limit_s:.0f} s)" in said
+        assert f"{part.name} (at most {part.limit_s:.0f} s)" in said.stdout
     for expected in ("16 heads of 64, n = 32768: SDPA; SPT 1/8, blocks;", "at most 465 s"):
-        assert expected in said
-    assert not list(results.iterdir())
+        assert expected in said.stdout
+    assert "not here" not in said.stdout and not list(results.iterdir())
 
 
 @pytest.mark.parametrize(
