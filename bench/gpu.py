@@ -142,6 +142,8 @@ def run_limited(command: list[str], limit_s: float, said: dict[str, str]) -> str
         is_late = True
         _kill(process)
 
+    # The rows of one part do not make the next one's commit a changed one.
+    ours = {"LEANTUNE_RESULTS": str(rows.RESULTS), "LEANTUNE_COMMIT": rows.commit()}
     with subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -149,7 +151,7 @@ def run_limited(command: list[str], limit_s: float, said: dict[str, str]) -> str
         text=True,
         errors="replace",
         start_new_session=True,
-        env=os.environ | {"LEANTUNE_RESULTS": str(rows.RESULTS)},
+        env=os.environ | ours,
     ) as process:
         timer = Timer(limit_s, end)
         timer.start()

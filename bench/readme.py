@@ -111,11 +111,13 @@ _HEADLINES = (
 
 
 def _of_cases(name: str, lay_out: Callable[[list[dict[str, Any]]], str], what: str) -> str:
-    """Return a table for each case and device of a result file, each under its own line."""
-    found = _read(name)
+    """Return a table for each case, device and commit: what ran together stands together."""
+    runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in _read(name):
+        runs.setdefault((row["case"], row["commit"]), []).append(row)
     return "\n\n".join(
-        rows.by_device([r for r in found if r["case"] == case], lay_out, f"{case}, {what}")
-        for case in dict.fromkeys(r["case"] for r in found)
+        rows.by_device(run, lay_out, f"{case}, {what}, commit {commit}")
+        for (case, commit), run in runs.items()
     )
 
 

@@ -28,7 +28,7 @@ def environment() -> dict[str, Any]:
     else:
         device = f"cpu {platform.machine()}, {torch.get_num_threads()} threads"
     return {
-        "commit": _commit(),
+        "commit": commit(),
         "device": device,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -36,7 +36,9 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _commit() -> str:
+@cache
+def commit() -> str:
+    """Say which commit is measured, and whether files had changed when this was first asked."""
     # A copy of the source without git says by a variable which commit it is.
     if "LEANTUNE_COMMIT" in os.environ:
         return os.environ["LEANTUNE_COMMIT"]
