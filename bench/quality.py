@@ -9,6 +9,7 @@ import random
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice, product
 from statistics import fmean, stdev
 from typing import Any, Literal
@@ -123,13 +124,10 @@ def table(
         columns: further row keys, taken from an SST-2 row, each with its heading.
     """
     found = [r for r in rows.read(result) if r["seed"] in seeds and r["recipe"] in recipes]
-    parts = {
-        device: _table(of_device, settings, recipes, reference, columns or {})
-        for device, of_device in rows.by_device(found).items()
-    }
-    if len(parts) > 1:
-        return "\n\n".join(f"{device}:\n\n{part}" for device, part in parts.items())
-    return next(iter(parts.values()), NO_ROWS)
+    lay_out = partial(
+        _table, settings=settings, recipes=recipes, reference=reference, columns=columns or {}
+    )
+    return rows.by_device(found, lay_out) or NO_ROWS
 
 
 def _table(

@@ -14,7 +14,9 @@ from typing import Any
 import zoo
 
 from bench import rows
+from bench.cases import launches as block_launches
 from bench.cases import models, sparse_grad_quality, spt_language, spt_quality, wta_crs_quality
+from bench.quality import NO_ROWS
 from leantune.cli.sites import print_survey
 from leantune.core.disk import write_atomic
 from leantune.core.survey import survey
@@ -43,7 +45,7 @@ def main() -> None:
     """Rewrite every ``<!-- NAME -->`` ... ``<!-- /NAME -->`` block of the pages."""
     pages = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
     texts = {page: page.read_text("utf-8") for page in pages}
-    for name, make in _TABLES.items():
+    for name, make in TABLES.items():
         block = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         holders = [page for page, text in texts.items() if block.search(text)]
         if not holders:
@@ -60,15 +62,72 @@ def _read(name: str, key: str = "variant") -> list[dict[str, Any]]:
     return [row for row in rows.read(name) if row[key] not in RETIRED]
 
 
+def headlines(kind: str) -> str:
+    """Return what the rows of a kind of device say first, and nothing where there are none."""
+    found: list[dict[str, Any]] = []
+    for title, result, case, variants in _HEADLINES:
+        of_case = [r for r in rows.read(result) if r["case"] == case and rows.kind(r) == kind]
+        # The reference is the first of a run.
+        saved = {r["device"]: r["saved_bytes"] for r in reversed(of_case)}
+        for row in of_case:
+            if row["variant"] in variants:
+                share = f"{row['saved_bytes'] / saved[row['device']]:.2f}"
+                found.append(row | {"work": title or case, "time": _spread(row), "saved": share})
+
+    def lay_out(lines: list[dict[str, Any]]) -> str:
+        heads = {"work": "work", "variant": "method", "time": "step time"}
+        return rows.table(lines, heads | {"saved": "saved bytes"})
+
+    return rows.by_device(found, lay_out)
+
+
+_OURS = ("checkpointing", "WTA-CRS 0.1", "checkpointing + WTA-CRS 0.1")
+_RIVALS = ("Liger", "Liger + checkpointing", "torch.compile", "torch.compile, memory budget 0.1")
+_PARTS = ("MLP recomputed + WTA-CRS 0.1", *(f"Liger + {name}" for name in _OURS[1:]))
+_BLOCKS = ("SPT 1/8, blocks",)
+_HEADLINES = (
+    ("", "wta_crs_speed", "GPT-2 block x 4, 16 x 128", _OURS),
+    ("", "wta_crs_speed", "BERT-base block x 4, 16 x 128", _OURS),
+    (
+        "",
+        "wta_crs_speed",
+        "Llama-1B x 16, 8 x 2048, bf16",
+        (*_OURS, "WTA-CRS 0.1, activation norms", *_PARTS, *_RIVALS),
+    ),
+    ("", "wta_crs_speed", "BERT-base x 12, 64 x 512, bf16", (*_OURS, *_RIVALS)),
+    (
+        "Llama-1B x 16, 4 x 2048, bf16, with AdamW",
+        "sparse_grad_speed",
+        "Llama-1B x 16, 4 x 2048, bf16",
+        ("LoRA 16 on the MLP", "SparseGrad, block"),
+    ),
+    *(
+        (f"attention, {case.removeprefix('GPU, ')}", "spt_attention_speed", case, _BLOCKS)
+        for case in ("GPU, n = 8192", "GPU, n = 131072", "16 heads of 64, n = 32768")
+    ),
+    ("", "routed_ffn_speed", "Llama FFN 4096, 16384 tokens, bf16", ("LoRA 16 + routed 2 of 4",)),
+)
+"""Work (the case, if empty), result file, case, variants: the rows of the first page."""
+
+
+def _of_cases(name: str, lay_out: Callable[[list[dict[str, Any]]], str], what: str) -> str:
+    """Return a table for each case, device and commit: what ran together stands together."""
+    runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in _read(name):
+        runs.setdefault((row["case"], row["commit"]), []).append(row)
+    return "\n\n".join(
+        rows.by_device(run, lay_out, f"{case}, {what}, commit {commit}")
+        for (case, commit), run in runs.items()
+    )
+
+
 def speed() -> str:
     """Return one table per measured case: time, saved bytes and, on a GPU, the peak."""
-    found = rows.read("wta_crs_speed")
-    parts = []
-    for case in dict.fromkeys(r["case"] for r in found):
-        of_case = [r for r in found if r["case"] == case]
+
+    def lay_out(of_case: list[dict[str, Any]]) -> str:
         heads = {"variant": "", "time": "step time", "saved": "saved for backward"}
         if of_case[0]["peak_mib"] is not None:
-            heads["peak"] = "peak above weights"
+            heads["peak"] = "peak above weights and gradients"
         lines = [
             {
                 "variant": r["variant"],
@@ -78,9 +137,9 @@ def speed() -> str:
             }
             for r in of_case
         ]
-        device = of_case[0]["device"]
-        parts.append(f"{case} tokens, forward + backward, {device}:\n\n{rows.table(lines, heads)}")
-    return "\n\n".join(parts)
+        return rows.table(lines, heads)
+
+    return _of_cases("wta_crs_speed", lay_out, "forward + backward")
 
 
 def _spread(row: dict[str, Any]) -> str:
@@ -89,11 +148,9 @@ def _spread(row: dict[str, Any]) -> str:
 
 def sparse_grad() -> str:
     """Return one table per case: step time and bytes of SparseGrad and its rivals."""
-    found = rows.read("sparse_grad_speed")
-    parts = []
-    for case in dict.fromkeys(r["case"] for r in found):
-        of_case = [r for r in found if r["case"] == case]
-        num_layers, device = of_case[0]["num_layers"], of_case[0]["device"]
+
+    def lay_out(of_case: list[dict[str, Any]]) -> str:
+        num_layers = of_case[0]["num_layers"]
         heads = {
             "variant": "",
             "time": "step time",
@@ -111,17 +168,35 @@ def sparse_grad() -> str:
             }
             for r in of_case
         ]
-        title = f"{case} tokens, forward + backward + optimiser, {device}"
-        parts.append(f"{title}:\n\n{rows.table(lines, heads)}")
-    return "\n\n".join(parts)
+        return rows.table(lines, heads)
+
+    return _of_cases("sparse_grad_speed", lay_out, "forward + backward + optimiser")
+
+
+def whole_step() -> str:
+    """Return one table per model: the peak and the time of whole training steps."""
+
+    def lay_out(of_case: list[dict[str, Any]]) -> str:
+        heads = {"variant": "", "time": "step time", "whole_gib": "peak, GiB"}
+        lines = [r | {"time": _spread(r)} for r in of_case]
+        return rows.table(lines, heads | {"fewer": "times fewer than full"})
+
+    return _of_cases("whole_step", lay_out, "forward + backward + AdamW") or NO_ROWS
+
+
+def launches() -> str:
+    """Return what a block launches, and how long host and GPU need."""
+    lay_out = partial(rows.table, columns=block_launches.COLUMNS)
+    return _of_cases("launches", lay_out, "forward + backward") or NO_ROWS
 
 
 def energy() -> str:
     """Return the share of held-out gradient energy in the top 1 % of entries, by basis."""
     found = rows.read("sparse_grad_energy")
     bases = [k for k in found[0] if isinstance(found[0][k], float) and k != "density"]
-    lines = [{"step": r["step"], **{b: f"{r[b]:.2f}" for b in bases}} for r in found]
-    return rows.table(lines, {"step": "steps after calibration"} | {b: b for b in bases})
+    heads = {"step": "steps after calibration"} | {b: b for b in bases}
+    lines = [r | {b: f"{r[b]:.2f}" for b in bases} for r in found]
+    return rows.by_device(lines, partial(rows.table, columns=heads))
 
 
 def routed_ffn() -> str:
@@ -137,49 +212,45 @@ def attention() -> str:
 
 
 def _by_case(name: str, cell: Callable[[dict[str, Any]], str]) -> str:
-    """Return a table for each device, with a line for each variant and a column for each case."""
-    parts = []
-    for device, found in rows.by_device(_read(name)).items():
-        cases = dict.fromkeys(r["case"] for r in found)
-        cells = {(r["variant"], r["case"]): cell(r) for r in found}
-        variants = dict.fromkeys(r["variant"] for r in found)
-        lines = [{"variant": v, **{c: cells.get((v, c)) for c in cases}} for v in variants]
-        table = rows.table(lines, {"variant": ""} | {c: c for c in cases})
-        parts.append(f"{device}:\n\n{table}")
-    return "\n\n".join(parts)
+    """Return a table for each device, with a line for each case and a column for each variant."""
+
+    def lay_out(found: list[dict[str, Any]]) -> str:
+        lines: dict[str, dict[str, str]] = {}
+        for row in found:
+            line = lines.setdefault(row["case"], {"case": row["case"]})
+            line[row["variant"]] = cell(row)
+        heads = {"case": ""} | {r["variant"]: r["variant"] for r in found}
+        return rows.table(list(lines.values()), heads)
+
+    return rows.by_device(_read(name), lay_out)
 
 
 def recall() -> str:
     """Return the share of the dense attention mass that the kept keys hold."""
     lines = [
-        {"choice": r["choice"], "mass": f"{r['mass']:.2f}", "min": f"{r['mass_min']:.2f}"}
+        r | {"mass": f"{r['mass']:.2f}", "min": f"{r['mass_min']:.2f}"}
         for r in rows.read("spt_attention_recall")
         if "l1" not in r["choice"] or "w 8, e 16" in r["choice"]
     ]
-    return rows.table(lines, {"choice": "choice", "mass": "mean", "min": "worst layer"})
+    heads = {"choice": "choice", "mass": "mean", "min": "worst layer"}
+    return rows.by_device(lines, partial(rows.table, columns=heads))
 
 
 def variance() -> str:
     """Return the estimators on MiniLM's real rows."""
-    found = _read("wta_crs_variance_minilm", "probabilities")
-    lines = [
-        {
-            "estimator": r["estimator"],
-            "norms": r["probabilities"],
-            "variance": f"{r['median']:.2f} ({r['mean']:.2f})",
-        }
-        for r in found
-    ]
     heads = {
         "estimator": "estimator",
-        "norms": "probabilities from",
+        "probabilities": "probabilities from",
         "variance": "relative variance, median (mean)",
     }
-    own = fmean(r["own_median"] for r in found)
-    return (
-        rows.table(lines, heads)
-        + f"\n\nThe mini-batch's own gradient variance on the same scale: {own:.2f}."
-    )
+
+    def lay_out(found: list[dict[str, Any]]) -> str:
+        lines = [r | {"variance": f"{r['median']:.2f} ({r['mean']:.2f})"} for r in found]
+        own = fmean(r["own_median"] for r in found)
+        text = f"The mini-batch's own gradient variance on the same scale: {own:.2f}."
+        return f"{rows.table(lines, heads)}\n\n{text}"
+
+    return rows.by_device(_read("wta_crs_variance_minilm", "probabilities"), lay_out)
 
 
 def hostile() -> str:
@@ -213,7 +284,9 @@ def sites(name: str) -> str:
 
 
 SURVEYED = ("demo", "llama", "gpt2", "t5", "mixtral")
-_TABLES: dict[str, Callable[[], Any]] = {
+TABLES: dict[str, Callable[[], Any]] = {
+    "headlines-cpu": partial(headlines, "CPU"),
+    "headlines-gpu": partial(headlines, "GPU"),
     "speed": speed,
     "variance": variance,
     "quality": wta_crs_quality.summary,
@@ -222,6 +295,8 @@ _TABLES: dict[str, Callable[[], Any]] = {
     "sparse-grad-quality": sparse_grad_quality.summary,
     "spt-quality": spt_quality.summary,
     "spt-language": spt_language.summary,
+    "whole-step": whole_step,
+    "launches": launches,
     "energy": energy,
     "routed-ffn": routed_ffn,
     "attention": attention,

@@ -4,7 +4,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ def environment() -> dict[str, Any]:
     else:
         device = f"cpu {platform.machine()}, {torch.get_num_threads()} threads"
     return {
-        "commit": _commit(),
+        "commit": commit(),
         "device": device,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -36,7 +36,9 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _commit() -> str:
+@cache
+def commit() -> str:
+    """Say which commit is measured, and whether files had changed when this was first asked."""
     # A copy of the source without git says by a variable which commit it is.
     if "LEANTUNE_COMMIT" in os.environ:
         return os.environ["LEANTUNE_COMMIT"]
@@ -79,19 +81,38 @@ def _write(name: str, rows: list[dict[str, Any]]) -> None:
 def replace(name: str, keys: Sequence[str], rows: list[dict[str, Any]]) -> None:
     """Put each row in the place of the one that agrees with it in ``keys``, or at the end.
 
-    Others stay: those of other cases, and those that retired an option.
+    Others stay: those of other cases, those that retired an option, and those of the other kind
+    of device, since a GPU's row never stands for a CPU's.
     """
-    fresh = {tuple(row[key] for key in keys): row | environment() for row in rows}
-    kept = [fresh.pop(tuple(row.get(key) for key in keys), row) for row in read(name)]
+
+    def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
+        return (kind(row), *(row.get(key) for key in keys))
+
+    fresh = {key_of(row): row for row in (row | environment() for row in rows)}
+    kept = [fresh.pop(key_of(row), row) for row in read(name)]
     _write(name, [*kept, *fresh.values()])
 
 
-def by_device(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Group rows by the device that they were measured on: no table mixes a GPU with a CPU."""
-    out: dict[str, list[dict[str, Any]]] = {}
+def kind(row: dict[str, Any]) -> str:
+    """Return "CPU" or "GPU": what a row was measured on."""
+    return "CPU" if row["device"].startswith("cpu ") else "GPU"
+
+
+def by_device(
+    rows: list[dict[str, Any]], lay_out: Callable[[list[dict[str, Any]]], str], of: str = ""
+) -> str:
+    """Lay out the rows of each device by themselves, under a line that says which one it is.
+
+    Args:
+        rows: from any devices.
+        lay_out: rows of one device -> a table.
+        of: what the table is of; begins the line.
+    """
+    found: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        out.setdefault(row["device"], []).append(row)
-    return out
+        found.setdefault(f"{kind(row)}: {row['device'].removeprefix('cpu ')}", []).append(row)
+    line = f"{of}, " if of else ""
+    return "\n\n".join(f"{line}{where}:\n\n{lay_out(part)}" for where, part in found.items())
 
 
 def table(rows: list[dict[str, Any]], columns: dict[str, str]) -> str:

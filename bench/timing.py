@@ -1,22 +1,27 @@
-"""Cases of a bench: shapes that this machine can run, each measured and written as rows."""
+"""Benches of steps: variants of cases, each timed beside a reference in one run."""
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol, TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
-from bench import rows
+from bench import device, rows
 from leantune.measure.peak import StepStats
 
 
 class Case(Protocol):
-    """One model shape and batch, for a GPU or for CPUs: no row replaces one of the other kind."""
+    """One model shape and batch, for a GPU or for CPUs."""
 
     @property
     def name(self) -> str: ...
 
     @property
     def needs_gpu(self) -> bool: ...
+
+    @property
+    def variants(self) -> Sequence[str]: ...
 
 
 C = TypeVar("C", bound=Case)
@@ -29,33 +34,69 @@ TIMES = {
     "median_ms": "ms",
 }
 """The columns that every timed table begins with: key of a row -> heading."""
+LEFT_OUT = "left out: "
+"""Begins a printed line that names a variant without a row, and says why."""
 
 
-def run_cases(
-    result: str,
-    cases: Iterable[C],
-    measure: Callable[[C, torch.device], list[dict[str, Any]]],
-    columns: Mapping[str, str],
-    note: Callable[[C], str] = lambda case: "",
-) -> None:
-    """Measure every case that is for this machine, print tables, write the rows case by case.
+@dataclass(frozen=True)
+class Bench(Generic[C]):
+    """A bench measures variants of cases and writes one row for each.
+
+    On a CPU all variants of a case run in turn in one comparison. On a GPU each runs in turn with
+    the reference alone and its row is written at once: what does not fit, or ends the process,
+    then costs one row.
 
     Args:
-        result: name of the result file; rows of other cases stay in it.
-        cases: in order.
-        measure: (case, device) -> one row for each variant.
+        result: name of the result file; rows of other cases and devices stay in it.
+        cases: (tiny) -> all cases, or those for a GPU in shapes that any machine runs in seconds.
+        measure: (case, device, variants) -> one row for each, relative to the first.
         columns: of the printed table, key -> heading.
         note: (case) -> text below its table.
+        num_references: how many of a case's first variants each comparison holds.
     """
-    has_gpu = torch.cuda.is_available()
-    for case in cases:
-        if case.needs_gpu != has_gpu:
-            where = "an NVIDIA GPU" if case.needs_gpu else "a machine without one"
-            print(f"{case.name}: left out, it is for {where}")
-            continue
-        measured = measure(case, torch.device("cuda" if has_gpu else "cpu"))
-        print(f"\n{case.name}\n\n{rows.table(measured, dict(columns))}\n{note(case)}", flush=True)
-        rows.replace(result, ("case", "variant"), measured)
+
+    result: str
+    cases: Callable[[bool], Sequence[C]]
+    measure: Callable[[C, torch.device, Sequence[str]], list[dict[str, Any]]]
+    columns: Mapping[str, str] = field(default_factory=lambda: TIMES)
+    note: Callable[[C], str] = lambda case: ""
+    num_references: int = 1
+
+    def chosen(self, on_gpu: bool, only: str = "*", tiny: bool = False) -> list[C]:
+        """Return the cases that are for this kind of device and whose name fits a glob."""
+        found = [c for c in self.cases(tiny) if fnmatchcase(c.name, only)]
+        return [c for c in found if tiny or c.needs_gpu == on_gpu]
+
+    def run(self, only: str = "*", tiny: bool = False) -> None:
+        """Measure the cases that are for this machine, write the rows, print tables."""
+        for case in self.chosen(device.has_gpu(), only, tiny):
+            measured: list[dict[str, Any]] = []
+            for part in self._apart(case) if case.needs_gpu else self._together(case):
+                rows.replace(self.result, ("case", "variant"), part)
+                measured += part
+            if measured:
+                table = rows.table(measured, dict(self.columns))
+                print(f"\n{case.name}\n\n{table}\n{self.note(case)}", flush=True)
+
+    def _together(self, case: C) -> Iterator[list[dict[str, Any]]]:
+        yield self.measure(case, device.find(), case.variants)
+
+    def _apart(self, case: C) -> Iterator[list[dict[str, Any]]]:
+        references = list(case.variants[: self.num_references])
+        for name in (None, *case.variants[self.num_references :]):
+            names = references if name is None else [*references, name]
+            try:
+                measured = self.measure(case, device.find(), names)
+            except Exception as error:
+                said = (str(error).splitlines() or [""])[0]
+                for missing in names if name is None else [name]:
+                    why = f"{type(error).__name__}: {said}"
+                    print(f"{LEFT_OUT}{case.name}, {missing}: {why}", flush=True)
+                if name is None:
+                    return
+            else:
+                yield measured if name is None else measured[-1:]
+            device.forget()
 
 
 def timing_row(case: Case, variant: str, stats: StepStats, saved_bytes: int) -> dict[str, Any]:

@@ -1,9 +1,8 @@
 """Step time and saved bytes of routed FFNs beside the dense LoRA FFN, interleaved in one run."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,11 +12,10 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.opt.modeling_opt import OPTDecoderLayer
 
 import leantune as lt
-from bench.timing import TIMES, run_cases, timing_row
+from bench.timing import TIMES, Bench, timing_row
 from leantune.core.config import MethodConfig
 from leantune.measure.peak import compare_steps
 
-RESULT = "routed_ffn_speed"
 NUM_TOKENS = 2048
 
 _LORA = lt.LoRA(rank=16)
@@ -66,8 +64,13 @@ class Case:
     num_tokens: int = NUM_TOKENS
     needs_gpu: bool = False
 
+    @property
+    def variants(self) -> list[str]:
+        return list(VARIANTS)
 
-def _cases() -> list[Case]:
+
+def _cases(tiny: bool) -> list[Case]:
+    wide, num_tokens = (64, 128) if tiny else (4096, 16384)
     kinds: dict[str, Callable[[int], nn.Module]] = {"Llama": LlamaFFN, "OPT": OPTFFN}
     cases = []
     for kind, build in kinds.items():
@@ -75,9 +78,9 @@ def _cases() -> list[Case]:
             name = f"{kind} FFN {width}, {NUM_TOKENS} tokens"
             cases.append(Case(name, lambda b=build, w=width: b(w), width, torch.float32))
         name = f"{kind} FFN 4096, 16384 tokens, bf16"
-        build_wide = lambda b=build: b(4096)  # noqa: E731
-        cases.append(Case(name, build_wide, 4096, torch.bfloat16, 16384, needs_gpu=True))
-    return cases
+        build_wide = lambda b=build: b(wide)  # noqa: E731
+        cases.append(Case(name, build_wide, wide, torch.bfloat16, num_tokens, needs_gpu=True))
+    return [case for case in cases if case.needs_gpu or not tiny]
 
 
 VARIANTS: dict[str, tuple[MethodConfig, ...]] = {
@@ -87,11 +90,6 @@ VARIANTS: dict[str, tuple[MethodConfig, ...]] = {
 }
 
 
-def main(num_rounds: int = 5) -> None:
-    """Measure every case that this machine can run, write the rows, print tables."""
-    run_cases(RESULT, _cases(), partial(_measure, num_rounds=num_rounds), _COLUMNS)
-
-
 _COLUMNS = {
     **TIMES,
     "saved_mib": "saved MiB",
@@ -99,16 +97,17 @@ _COLUMNS = {
 }
 
 
-def _measure(case: Case, device: torch.device, num_rounds: int) -> list[dict[str, Any]]:
-    """Time forward + backward of every variant in turn, the gradient of the input included."""
+def _measure(case: Case, where: torch.device, variants: Sequence[str]) -> list[dict[str, Any]]:
+    """Time forward + backward of some variants in turn, the gradient of the input included."""
     torch.manual_seed(0)
-    base = case.model().to(device, case.dtype).train()
-    x = torch.randn(case.num_tokens, case.d_model, device=device, dtype=case.dtype)
+    with where:
+        base = case.model().to(case.dtype).train()
+        x = torch.randn(case.num_tokens, case.d_model, dtype=case.dtype)
     x.requires_grad_()
     models, sessions = {}, {}
-    for name, methods in VARIANTS.items():
+    for name in variants:
         models[name] = copy.deepcopy(base)
-        sessions[name] = lt.apply(models[name], *methods)
+        sessions[name] = lt.apply(models[name], *VARIANTS[name])
         sessions[name].calibrate([x.detach()])
 
     def step(name: str) -> None:
@@ -117,7 +116,7 @@ def _measure(case: Case, device: torch.device, num_rounds: int) -> list[dict[str
         (models[name](x) + sessions[name].auxiliary_loss()).backward()
 
     steps = {name: (lambda n=name: step(n)) for name in models}
-    stats = compare_steps(steps, reference="LoRA 16", rounds=num_rounds)
+    stats = compare_steps(steps, reference="LoRA 16", rounds=5)
     return [
         {
             **timing_row(case, name, s, lt.ledger(models[name], (x,)).activations),
@@ -141,3 +140,6 @@ def _load(model: nn.Module, methods: tuple[MethodConfig, ...], x: Tensor) -> lis
     chosen = logits[0].topk(config.num_active, -1).indices
     counts = chosen.flatten().bincount(minlength=config.num_groups)
     return [round(c, 3) for c in (counts / len(x)).tolist()]
+
+
+BENCH = Bench("routed_ffn_speed", _cases, _measure, _COLUMNS)

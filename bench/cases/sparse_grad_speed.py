@@ -1,10 +1,8 @@
 """Step time and bytes of SparseGrad beside its rivals, interleaved in one run, steps included."""
 
 import copy
-import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,13 +10,13 @@ from torch import Tensor, nn
 
 import leantune as lt
 from bench.models import BERT_MLP, BertBlocks, LlamaBlocks
-from bench.timing import TIMES, run_cases, timing_row
+from bench.timing import TIMES, Bench, timing_row
 from leantune.core.config import MethodConfig
 from leantune.measure.peak import compare_steps
 
-RESULT = "sparse_grad_speed"
 GALORE = "GaLore 128"
-"""Its projections are refreshed every 200 steps, which none of the timed steps is."""
+"""Its projections are refreshed every 200 steps, which none of the timed steps is. ``galore-torch``
+is no dependency: without it the row is left out."""
 
 
 class Blocks(BertBlocks):
@@ -42,7 +40,8 @@ class Case:
         lora_rank: about as many numbers as SparseGrad's entries, or the usual choice.
         num_layers: of the stack.
         whole_layers: of the model that bytes are counted for; shared bases count once.
-        needs_gpu: whether it is for an NVIDIA GPU, and for CPUs otherwise.
+        needs_gpu: whether it is for an NVIDIA GPU, and for CPUs otherwise; a GPU gets what has a
+            goal, and the rivals.
     """
 
     name: str
@@ -55,10 +54,16 @@ class Case:
     whole_layers: int
     needs_gpu: bool
 
-    def variants(self) -> dict[str, tuple[MethodConfig, ...]]:
-        """Return name -> recipe of everything that is timed, full fine-tuning first."""
+    @property
+    def variants(self) -> list[str]:
+        if not self.needs_gpu:
+            return [name for name in self.recipes() if name != GALORE]
+        return [FULL, self.lora, "SparseGrad, block", "SparseGrad, block + WTA-CRS 0.1", GALORE]
+
+    def recipes(self) -> dict[str, tuple[MethodConfig, ...]]:
+        """Return name -> recipe of everything that can be timed, full fine-tuning first."""
         block = lt.SparseGrad(selection="block")
-        found: dict[str, tuple[MethodConfig, ...]] = {
+        return {
             FULL: (),
             self.lora: (lt.LoRA(rank=self.lora_rank, sites=self.mlp),),
             "SparseGrad, fixed": (lt.SparseGrad(selection="fixed"),),
@@ -67,10 +72,8 @@ class Case:
             "SparseGrad, the paper's form": (lt.SparseGrad(selection="step"),),
             "meProp, unified 4 %": (lt.MeProp(sites=self.mlp),),
             "top-k of dW 1 %": (lt.MeProp(sites=self.mlp, variant="weight", keep_ratio=0.01),),
+            GALORE: (),
         }
-        if self.needs_gpu and _has_galore():
-            found[GALORE] = ()
-        return found
 
     @property
     def lora(self) -> str:
@@ -80,63 +83,63 @@ class Case:
 FULL = "full fine-tuning"
 
 
-def _rows(shape: tuple[int, int], dtype: torch.dtype) -> Callable[[torch.device, int], Tensor]:
-    """Return what makes (b, t, 768) rows whose features differ in size, as activations do."""
+def _rows(
+    shape: tuple[int, int], width: int, dtype: torch.dtype
+) -> Callable[[torch.device, int], Tensor]:
+    """Return what makes (b, t, width) rows whose features differ in size, as activations do."""
 
-    def batch(device: torch.device, seed: int) -> Tensor:
+    def batch(where: torch.device, seed: int) -> Tensor:
         rng = torch.Generator().manual_seed(seed)
-        x = torch.randn(*shape, 768, generator=rng) * torch.logspace(0, -1.5, 768)
-        return x.to(device, dtype)
+        x = torch.randn(*shape, width, generator=rng) * torch.logspace(0, -1.5, width)
+        return x.to(where, dtype)
 
     return batch
 
 
-def _ids(device: torch.device, seed: int) -> Tensor:
-    rng = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 1024, (4, 2048), generator=rng).to(device)
+def _ids(shape: tuple[int, int]) -> Callable[[torch.device, int], Tensor]:
+    def batch(where: torch.device, seed: int) -> Tensor:
+        rng = torch.Generator().manual_seed(seed)
+        return torch.randint(0, 1024, shape, generator=rng).to(where)
+
+    return batch
 
 
-_ROBERTA = Case(
-    "RoBERTa-base block x 4, 32 x 128",
-    lambda: Blocks(4),
-    _rows((32, 128), torch.float32),
-    torch.float32,
-    BERT_MLP,
-    # The paper's: 26,880 numbers a matrix, against 23,593 entries at a density of 1 %.
-    lora_rank=7,
-    num_layers=4,
-    whole_layers=12,
-    needs_gpu=False,
-)
-
-CASES = (
-    _ROBERTA,
-    replace(
-        _ROBERTA,
+def _cases(tiny: bool) -> list[Case]:
+    on_cpu = Case(
+        "RoBERTa-base block x 4, 32 x 128",
+        lambda: Blocks(4),
+        _rows((32, 128), 768, torch.float32),
+        torch.float32,
+        BERT_MLP,
+        # The paper's: 26,880 numbers a matrix, against 23,593 entries at a density of 1 %.
+        lora_rank=7,
+        num_layers=4,
+        whole_layers=12,
+        needs_gpu=False,
+    )
+    num_layers, width, shape = (1, 64, (2, 64)) if tiny else (12, 768, (64, 512))
+    roberta = replace(
+        on_cpu,
         name="RoBERTa-base block x 12, 64 x 512, bf16",
-        model=lambda: Blocks(12),
-        batch=_rows((64, 512), torch.bfloat16),
+        model=lambda: Blocks(num_layers, width),
+        batch=_rows(shape, width, torch.bfloat16),
         dtype=torch.bfloat16,
-        num_layers=12,
+        num_layers=num_layers,
         needs_gpu=True,
-    ),
-    Case(
+    )
+    depth, llama_width, ids = (1, 128, (2, 64)) if tiny else (16, 2048, (4, 2048))
+    llama = Case(
         "Llama-1B x 16, 4 x 2048, bf16",
-        LlamaBlocks,
-        _ids,
+        lambda: LlamaBlocks(depth, llama_width),
+        _ids(ids),
         torch.bfloat16,
         ("gate_proj", "up_proj", "down_proj"),
         lora_rank=16,
-        num_layers=16,
+        num_layers=depth,
         whole_layers=16,
         needs_gpu=True,
-    ),
-)
-
-
-def main(num_rounds: int = 5) -> None:
-    """Measure every case that this machine can run, write the rows, print tables."""
-    run_cases(RESULT, CASES, partial(_measure, num_rounds=num_rounds), _COLUMNS)
+    )
+    return [llama, roberta] if tiny else [on_cpu, llama, roberta]
 
 
 _COLUMNS = {
@@ -150,15 +153,17 @@ _COLUMNS = {
 }
 
 
-def _measure(case: Case, device: torch.device, num_rounds: int) -> list[dict[str, Any]]:
-    """Time forward, backward and optimiser step of every variant in turn; count its bytes."""
+def _measure(case: Case, where: torch.device, variants: Sequence[str]) -> list[dict[str, Any]]:
+    """Time forward, backward and optimiser step of some variants in turn; count their bytes."""
     torch.manual_seed(0)
-    base = case.model().to(device, case.dtype).train()
+    with where:
+        base = case.model().to(case.dtype).train()
     steps: dict[str, Callable[[], None]] = {}
     bytes_of: dict[str, int] = {}
     copies: dict[str, int] = {}
     saved: dict[str, int] = {}
-    for name, methods in case.variants().items():
+    for name in variants:
+        methods = case.recipes()[name]
         model = copy.deepcopy(base)
         session = lt.apply(model, *methods) if methods else None
         # Beside LoRA everything else trains, too, as in the paper.
@@ -167,15 +172,15 @@ def _measure(case: Case, device: torch.device, num_rounds: int) -> list[dict[str
             if session is not None and not stands_in and not _is_mlp_weight(n):
                 p.requires_grad_(True)
         if session is not None:
-            session.calibrate([case.batch(device, seed) for seed in range(1, 4)])
+            session.calibrate([case.batch(where, seed) for seed in range(1, 4)])
         optimizer = _galore(model) if name == GALORE else _optimizer(model, session)
-        steps[name] = _step(model, optimizer, case.batch(device, 0))
+        steps[name] = _step(model, optimizer, case.batch(where, 0))
         steps[name]()
         bytes_of[name] = _mlp_bytes(case, model, optimizer, session)
         merged = [p for n, p in model.named_parameters() if n.endswith(".merged_delta")]
         copies[name] = sum(map(_num_bytes, merged)) * case.whole_layers // case.num_layers
-        saved[name] = lt.ledger(model, (case.batch(device, 0),)).activations
-    stats = compare_steps(steps, reference=FULL, rounds=num_rounds)
+        saved[name] = lt.ledger(model, (case.batch(where, 0),)).activations
+    stats = compare_steps(steps, reference=FULL, rounds=5)
     full, lora = bytes_of[FULL], bytes_of[case.lora]
     return [
         {
@@ -210,13 +215,6 @@ def _is_mlp_weight(name: str) -> bool:
     """Whether a parameter's name is that of an MLP linear's own weight."""
     parts = ("intermediate.dense", "output.dense", "gate_proj", "up_proj", "down_proj")
     return "attention" not in name and name.endswith("weight") and any(p in name for p in parts)
-
-
-def _has_galore() -> bool:
-    missing = [n for n in ("galore_torch", "bitsandbytes") if importlib.util.find_spec(n) is None]
-    if missing:
-        print(f"{GALORE}: left out, pip install {' '.join(missing).replace('_', '-')} for it")
-    return not missing
 
 
 def _galore(model: nn.Module) -> torch.optim.Optimizer:
@@ -261,3 +259,7 @@ def _num_bytes(t: Tensor) -> int:
     if t.is_sparse:
         return _num_bytes(t._indices()) + _num_bytes(t._values())
     return t.numel() * t.element_size()
+
+
+# Bytes are relative to LoRA's as well.
+BENCH = Bench("sparse_grad_speed", _cases, _measure, _COLUMNS, num_references=2)

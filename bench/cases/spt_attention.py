@@ -1,10 +1,9 @@
 """Sparse attention beside dense: saved bytes, time, peak, and the share of attention it sees."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,27 +15,27 @@ from transformers.models.llama.modeling_llama import LlamaModel
 import leantune as lt
 from bench import rows
 from bench.models import glue, minilm
-from bench.timing import TIMES, run_cases, timing_row
+from bench.timing import TIMES, Bench, timing_row
 from leantune.core.config import MethodConfig
 from leantune.measure.peak import StepStats, compare_steps
 from leantune.ops.sparse_attention.codebooks import kmeans, quantise
 from leantune.ops.sparse_attention.tiles import unpack_bits
 from leantune.ops.sparse_attention.top_keys import KeyBudget, Visibility, top_keys
 
-SPEED = "spt_attention_speed"
 RECALL = "spt_attention_recall"
 
-_HEADS, _WIDTH = 2, 64
 _SPARSE = {
     "SPT 1/8, adc": lt.SPTAttention(),
     "SPT 1/8, match": lt.SPTAttention(scorer="match"),
     "SPT 1/8, blocks": lt.SPTAttention(granularity="block"),
+    "SPT 1/16, blocks": lt.SPTAttention(granularity="block", keep_ratio=1 / 16),
 }
-# What stores queries times keys, or goes through all pairs, is left out of longer sequences.
-_LONGEST = {
-    "eager": 2**14,
-    "SDPA with a mask": 2**15,
-    **{name: 2**15 for name, method in _SPARSE.items() if method.granularity == "token"},
+_RECIPES: dict[str, tuple[MethodConfig, ...]] = {
+    "SDPA": (),
+    "checkpointing": (lt.Checkpoint(),),
+    **{name: (method,) for name, method in _SPARSE.items()},
+    "SDPA with a mask": (),
+    "eager": (),
 }
 
 
@@ -45,32 +44,48 @@ class Case:
     """Sequences of ``n`` tokens; in bfloat16 on a GPU. See :class:`bench.timing.Case`."""
 
     n: int
+    num_heads: int = 2
+    width: int = 64
     needs_gpu: bool = False
 
     @property
     def name(self) -> str:
-        """The length, and where."""
-        return f"{'GPU, ' if self.needs_gpu else ''}n = {self.n}"
+        """The length, and on a GPU the heads."""
+        heads = f"{self.num_heads} heads of {self.width}, " if self.needs_gpu else ""
+        return f"{heads}n = {self.n}"
+
+    @property
+    def variants(self) -> list[str]:
+        if self.needs_gpu:
+            return ["SDPA", "SPT 1/8, blocks", "SPT 1/16, blocks"]
+        return [name for name in _RECIPES if name != "SPT 1/16, blocks"]
 
 
-_CPU, _GPU = (2**10, 2**12, 2**13, 2**14), (2**13, 2**15, 2**17)
-CASES = [*map(Case, _CPU), *(Case(n, needs_gpu=True) for n in _GPU)]
+def _cases(tiny: bool) -> list[Case]:
+    on_gpu = [
+        Case(n, num_heads, width, needs_gpu=True)
+        for num_heads, width in ((16, 64), (32, 128), (16, 128), (32, 64))
+        for n in (2**15, 2**17, 2**13)
+    ]
+    if tiny:
+        return [Case(256, 2, 16, needs_gpu=True)]
+    return [*(Case(n) for n in (2**10, 2**12, 2**13, 2**14)), *on_gpu]
 
 
 class Attention(nn.Module):
-    """One causal decoder layer of head width 64; (1, n, 128) -> a () loss.
+    """One causal decoder layer with next to no FFN; (1, n, heads x width) -> a () loss.
 
-    The other parts are small beside the attention at these lengths, and the same everywhere.
+    The other parts are small beside the attention at most lengths, and the same everywhere.
     """
 
-    def __init__(self, how: str) -> None:
+    def __init__(self, how: str, num_heads: int, width: int) -> None:
         super().__init__()
         config = LlamaConfig(
             vocab_size=8,
-            hidden_size=_HEADS * _WIDTH,
-            intermediate_size=_WIDTH,
+            hidden_size=num_heads * width,
+            intermediate_size=width,
             num_hidden_layers=1,
-            num_attention_heads=_HEADS,
+            num_attention_heads=num_heads,
             max_position_embeddings=2**17,
             attn_implementation=how,
             use_cache=False,
@@ -83,11 +98,6 @@ class Attention(nn.Module):
         return out.last_hidden_state.square().mean()
 
 
-def speed(num_rounds: int = 5) -> None:
-    """Measure forward and backward of one layer at every length, write the rows, print tables."""
-    run_cases(SPEED, CASES, partial(_measure, num_rounds=num_rounds), _SPEED_COLUMNS)
-
-
 _SPEED_COLUMNS = {
     **TIMES,
     "attention_mib": "attention MiB",
@@ -96,31 +106,30 @@ _SPEED_COLUMNS = {
 }
 
 
-def _measure(case: Case, device: torch.device, num_rounds: int) -> list[dict[str, Any]]:
+def _measure(case: Case, where: torch.device, variants: Sequence[str]) -> list[dict[str, Any]]:
     torch.manual_seed(0)
-    n, dtype = case.n, torch.bfloat16 if case.needs_gpu else torch.float32
-    base = {how: Attention(how).to(device, dtype).train() for how in ("sdpa", "eager")}
+    dtype = torch.bfloat16 if case.needs_gpu else torch.float32
+    with where:
+        kinds = ("sdpa", "eager")
+        base = {how: Attention(how, case.num_heads, case.width).to(dtype).train() for how in kinds}
+        x = torch.randn(1, case.n, case.num_heads * case.width, dtype=dtype)
+        padded = torch.ones(1, case.n, dtype=torch.long)
     base["eager"].load_state_dict(base["sdpa"].state_dict())
-    x = torch.randn(1, n, _HEADS * _WIDTH, device=device, dtype=dtype)
-    padded = torch.ones(1, n, dtype=torch.long, device=device)
     padded[:, 0] = 0
-    plain: dict[str, tuple[MethodConfig, ...]] = {"SDPA": (), "checkpointing": (lt.Checkpoint(),)}
     batches: dict[str, tuple[Tensor, ...]] = {}
     models: dict[str, nn.Module] = {}
-    for name, methods in {**plain, **{k: (v,) for k, v in _SPARSE.items()}}.items():
-        models[name], batches[name] = copy.deepcopy(base["sdpa"]), (x,)
-        if methods:
-            lt.apply(models[name], *methods).calibrate([x])
-    models["SDPA with a mask"], batches["SDPA with a mask"] = base["sdpa"], (x, padded)
-    models["eager"], batches["eager"] = base["eager"], (x,)
-    models = {name: m for name, m in models.items() if n <= _LONGEST.get(name, n)}
+    for name in variants:
+        models[name] = copy.deepcopy(base["eager" if name == "eager" else "sdpa"])
+        batches[name] = (x, padded) if name == "SDPA with a mask" else (x,)
+        if _RECIPES[name]:
+            lt.apply(models[name], *_RECIPES[name]).calibrate([x])
 
     def step(name: str) -> None:
         models[name].zero_grad(set_to_none=True)
         models[name](*batches[name]).backward()
 
     steps: dict[str, Callable[[], None]] = {m: (lambda m=m: step(m)) for m in models}
-    stats = compare_steps(steps, reference="SDPA", rounds=num_rounds, warmup=1)
+    stats = compare_steps(steps, reference="SDPA", rounds=5, warmup=1)
     out = []
     for name, s in stats.items():
         book = lt.ledger(models[name], batches[name])
@@ -128,7 +137,7 @@ def _measure(case: Case, device: torch.device, num_rounds: int) -> list[dict[str
         out.append(
             {
                 **timing_row(case, name, s, book.activations),
-                "n": n,
+                "n": case.n,
                 "attention_bytes": attention,
                 "attention_mib": round(attention / 2**20, 2),
                 "peak_mib": round(_peak(steps[name], s) / 2**20, 1),
@@ -154,6 +163,9 @@ def _peak(step: Callable[[], None], stats: StepStats) -> int:
         now += event.nbytes()
         peak = max(peak, now)
     return peak
+
+
+BENCH = Bench("spt_attention_speed", _cases, _measure, _SPEED_COLUMNS)
 
 
 class _Table:

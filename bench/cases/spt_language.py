@@ -55,10 +55,10 @@ def main(worker: int = 0, num_workers: int = 1) -> None:
 
 def summary() -> str:
     """Return mean and spread of each recipe, bits with the difference to dense, as Markdown."""
-    found = rows.read(RESULT)
-    if not found:
-        return NO_ROWS
+    return rows.by_device(rows.read(RESULT), _table) or NO_ROWS
 
+
+def _table(found: list[dict[str, Any]]) -> str:
     def cell(task: str, name: str, key: str) -> str:
         values, base = (
             {r["seed"]: r[key] for r in found if (r["task"], r["recipe"]) == (task, n)}

@@ -74,6 +74,18 @@ def test_python_on_the_pages_compiles(page: Path) -> None:
         compile(block, str(page), "exec")
 
 
+MEASURED = [name for name in readme.TABLES if not name.startswith("sites-")]
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_the_tables_are_those_of_the_committed_rows(name: str) -> None:
+    """Where it fails, rows or their layout have changed: ``python -m bench readme``."""
+    pages = [DOCS.parent / "README.md", *sorted(DOCS.rglob("*.md"))]
+    block = re.compile(rf"<!-- {name} -->\n(.*?)\n?<!-- /{name} -->", re.DOTALL)
+    shown = [text for page in pages for text in block.findall(page.read_text("utf-8"))]
+    assert shown and set(shown) == {readme.TABLES[name]()}
+
+
 @pytest.mark.parametrize("name", readme.SURVEYED)
 def test_the_page_shows_what_the_command_prints(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where it fails, discovery or a method's choice has changed: ``python -m bench readme``."""
