@@ -48,7 +48,7 @@ def row_functions(where: Tensor) -> ModuleType:
         raise ConfigError(
             f"LEANTUNE_KERNELS: must be 'triton', 'reference' or unset, got {_FORCED!r}"
         )
-    is_on_gpu = where.is_cuda
+    is_on_gpu = where.device.type == "cuda"
     can_run = _HAS_TRITON and (is_on_gpu or _IS_INTERPRETED)
     if _FORCED == "triton" and not can_run:
         lacks = f"a tensor lies on {where.device}" if _HAS_TRITON else "triton is not installed"
