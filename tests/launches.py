@@ -6,8 +6,16 @@ from typing import Any
 from torch.utils._python_dispatch import TorchDispatchMode
 
 VIEWS = ("detach", "view", "_unsafe_view", "expand", "t", "slice", "select", "unsqueeze")
-MORE_VIEWS = ("transpose", "alias", "as_strided", "permute", "split", "squeeze")
-OTHERS = ("empty", "empty_like", "empty_strided", "new_empty", "_local_scalar_dense", "lift_fresh")
+MORE_VIEWS = ("transpose", "alias", "as_strided", "permute", "split", "squeeze", "narrow")
+OTHERS = (
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+    "_local_scalar_dense",
+    "lift_fresh",
+)
 
 
 class _Operations(TorchDispatchMode):
@@ -17,7 +25,7 @@ class _Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name.removeprefix("aten::")
-        if name not in (*VIEWS, *MORE_VIEWS, *OTHERS):
+        if name not in (*VIEWS, *MORE_VIEWS, *EMPTY, *OTHERS):
             self.names.append(name)
         return func(*args, **(kwargs or {}))
 

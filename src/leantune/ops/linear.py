@@ -145,7 +145,8 @@ class _SaveForBackward(torch.autograd.Function):
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.trained_dtype = None if trained is None else trained.dtype
         # One element however large the output: the placeholder is never read.
-        return x.new_empty((), dtype=dtype).expand(*x.shape[:-1], len(weight))
+        shape = (*x.shape[:-1], weight.shape[0])
+        return x.new_empty_strided(shape, (0,) * len(shape), dtype=dtype)
 
     @staticmethod
     @once_differentiable

@@ -61,16 +61,16 @@ class RunningNorms:
         (column,) = columns
         if len(shape) < 3 or not self._is_known[column]:
             return None
-        if len(self._norms[column]) < shape[-2]:
+        if self._norms[column].shape[0] < shape[-2]:
             self._make_room(column, shape[-2], self._norms[column].device)
-        return self._norms[column][: shape[-2]]
+        return self._norms[column].narrow(0, 0, shape[-2])
 
     def expect(self, column: int, shape: torch.Size, device: torch.device) -> None:
         """Make room in forward for what backward writes: values alone, which a compiler follows."""
         if len(shape) < 3:
             return
         norms = self._norms[column]
-        if len(norms) < shape[-2] or norms.device != device:
+        if norms.shape[0] < shape[-2] or norms.device != device:
             self._make_room(column, shape[-2], device)
         self._is_known[column] = True
 
