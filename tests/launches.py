@@ -7,15 +7,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 VIEWS = ("detach", "view", "_unsafe_view", "expand", "t", "slice", "select", "unsqueeze")
 MORE_VIEWS = ("transpose", "alias", "as_strided", "permute", "split", "squeeze", "narrow")
-OTHERS = (
-    "empty",
-    "empty_like",
-    "empty_strided",
-    "new_empty",
-    "new_empty_strided",
-    "_local_scalar_dense",
-    "lift_fresh",
-)
+EMPTY = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
+OTHERS = ("_local_scalar_dense", "lift_fresh")
 
 
 class _Operations(TorchDispatchMode):
