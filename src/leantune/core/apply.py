@@ -20,6 +20,7 @@ from leantune.core.runtime import Runtime
 from leantune.core.session import MARK, Session
 from leantune.core.sites import PARTS, Site, is_nested, match_sites
 from leantune.errors import ConfigError, SiteError, UnsupportedError, shown
+from leantune.ops.backend import on_gpu
 
 _ORDER = ("trained", "evaluated", "rows", "bits", "recompute")
 """What is trained is settled first: a row policy acts on the linears that then train."""
@@ -41,7 +42,7 @@ def apply(model: nn.Module, *methods: MethodConfig, seed: int = 0) -> Session:
         SiteError: sites that match nothing, that a method cannot act on or whose weights are all
             frozen, or two methods of one axis on one site; every failing site is listed and nothing
             is changed.
-        UnsupportedError: the model is on the meta device.
+        UnsupportedError: the model is on the meta device, or not on the GPU that a method needs.
     """
     _check_request(model, methods)
     recipe = Recipe(methods=methods, seed=seed)
@@ -128,6 +129,21 @@ def _check_request(model: nn.Module, methods: tuple[MethodConfig, ...]) -> None:
             f"apply: model must have its weights in memory, got {len(meta)} parameters on the meta "
             f"device ({meta[0]}, ...); load the weights first"
         )
+    for config in methods:
+        reason = no_gpu(model, registry.get(config.method))
+        if reason is not None:
+            who = type(config).__name__
+            raise UnsupportedError(
+                f"{who}: {reason}; move it first (model.to('cuda')), or leave {who} out"
+            )
+
+
+def no_gpu(model: nn.Module, spec: MethodSpec) -> str | None:
+    """Say that a model does not lie on the GPU that a method needs, or return None."""
+    elsewhere = {str(p.device) for p in model.parameters() if not on_gpu(p.device)}
+    if not spec.needs_gpu or not elsewhere:
+        return None
+    return f"model must be on an NVIDIA GPU, got one on {', '.join(sorted(elsewhere))}"
 
 
 _OF_PARTS = frozenset((*PARTS, "attention", "mlp", "activation"))
@@ -224,5 +240,5 @@ def _convert(
         listed = "; ".join(f"{name}: {reason}" for name, reason in bad.items())
         raise SiteError(f"{who}: {len(bad)} of {len(sites)} sites cannot be used: {listed}")
     conversion = spec.convert(model, sites, config, runtime)
-    conversion.config, conversion.sites = config, tuple(sites)
+    conversion.config, conversion.sites = config, tuple(conversion.sites or sites)
     return conversion
