@@ -130,20 +130,19 @@ def _check_request(model: nn.Module, methods: tuple[MethodConfig, ...]) -> None:
             f"device ({meta[0]}, ...); load the weights first"
         )
     for config in methods:
-        reason = no_gpu(model, registry.get(config.method))
-        if reason is not None:
+        places = off_gpu(model, registry.get(config.method))
+        if places:
             who = type(config).__name__
             raise UnsupportedError(
-                f"{who}: {reason}; move it first (model.to('cuda')), or leave {who} out"
+                f"{who}: model must be on an NVIDIA GPU, got one on {', '.join(places)}; move it "
+                f"first (model.to('cuda')), or leave {who} out"
             )
 
 
-def no_gpu(model: nn.Module, spec: MethodSpec) -> str | None:
-    """Say that a model does not lie on the GPU that a method needs, or return None."""
-    elsewhere = {str(p.device) for p in model.parameters() if not on_gpu(p.device)}
-    if not spec.needs_gpu or not elsewhere:
-        return None
-    return f"model must be on an NVIDIA GPU, got one on {', '.join(sorted(elsewhere))}"
+def off_gpu(model: nn.Module, spec: MethodSpec) -> list[str]:
+    """Return where a model lies that is not a GPU, for a method that needs one."""
+    places = {str(p.device) for p in model.parameters() if not on_gpu(p.device)}
+    return sorted(places) if spec.needs_gpu else []
 
 
 _OF_PARTS = frozenset((*PARTS, "attention", "mlp", "activation"))

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from leantune.core.apply import choose, no_gpu
+from leantune.core.apply import choose, off_gpu
 from leantune.core.discovery import Layout, discover, find_sites
 from leantune.core.registry import list_methods
 from leantune.core.sites import Site
@@ -101,9 +101,9 @@ def survey(model: nn.Module) -> Survey:
     taken: set[int] = set()
     for method, spec in list_methods().items():
         chosen, bad = choose(model, sites, spec.config(), spec)
-        why_not = no_gpu(model, spec)
-        if why_not is not None:
-            chosen = []
+        why_not = None
+        if off_gpu(model, spec):
+            chosen, why_not = [], "the model must be on an NVIDIA GPU"
         elif not chosen:
             why_not = f"nothing that it takes by itself (roles: {', '.join(spec.roles)})"
             why_not += f"; {layout.failure}" if layout.failure else ""
