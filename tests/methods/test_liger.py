@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from models import MODELS, TinyModel
 from torch import Tensor, nn
 
@@ -105,6 +106,8 @@ def state_of(model: nn.Module) -> dict[str, Any]:
 
 def outside() -> dict[str, int]:
     """Return everything in transformers' models and in torch.nn, by identity."""
+    for model in TINY.values():
+        getattr(transformers, model.kind)  # imports its module
     names = [n for n in sys.modules if n.startswith(("transformers.models.", "torch.nn"))]
     found: dict[str, int] = {}
     for name in names:
@@ -395,6 +398,24 @@ def test_a_classifier_has_its_own_loss() -> None:
     assert len(session.conversions[0].sites) == 4 and "forward" not in vars(model)
     batch = {name: value.to(DEVICE) for name, value in classes.batch().items()}
     torch.testing.assert_close(model(**batch).loss, plain(**batch).loss)
+
+
+class Doubled(transformers.LlamaForCausalLM):
+    """A user's model with a loss of its own."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        output.loss = 2 * output.loss if output.loss is not None else None
+        return output
+
+
+def test_a_subclass_has_its_own_loss() -> None:
+    model = build()
+    wanted = 2 * step(model)["loss"]
+    model.__class__ = Doubled
+    session = lt.apply(model, lt.Liger())
+    assert len(session.conversions[0].sites) == 4
+    torch.testing.assert_close(step(model)["loss"], wanted)
 
 
 def test_peft_around_the_model_is_seen_through() -> None:

@@ -52,9 +52,9 @@ def find_patches(model: nn.Module) -> list[Patch]:
         )
     head = target.get_output_embeddings()
     fuses = inspect.signature(TABLE[kind]).parameters.get("fused_linear_cross_entropy")
-    # A subclass may compute another loss, and a model without a head has none of Liger's.
-    is_fused = head is not None and type(target).__module__.startswith(_MODELS)
-    is_fused = is_fused and fuses is not None and fuses.default is True
+    # A classifier's loss, and a subclass's, may be another than Liger's.
+    has_its_loss = head is not None and type(target).__module__.startswith(_MODELS)
+    is_fused = has_its_loss and fuses is not None and fuses.default is True
     before = [(module, dict(vars(module))) for module in target.modules()]
     try:
         with _put_back_outside(type(module) for module, _ in before):
