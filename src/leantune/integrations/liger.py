@@ -39,19 +39,19 @@ def find_patches(model: nn.Module) -> list[Patch]:
     Raises:
         UnsupportedError: Liger does not know the type of the model, or fails on it.
     """
-    from liger_kernel.transformers import _apply_liger_kernel_to_instance
-    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as TABLE
+    from liger_kernel.transformers import monkey_patch as liger  # type: ignore  # Linux has it
     from transformers import PreTrainedModel
 
+    table: dict[str, Any] = liger.MODEL_TYPE_TO_APPLY_LIGER_FN
     target = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
     kind: Any = None if target is None else target.config.model_type
-    if target is None or kind not in TABLE:
+    if target is None or kind not in table:
         raise UnsupportedError(
             f"Liger: model must be of a type that Liger knows, got {kind or type(model).__name__}; "
-            f"leave Liger out (types: {', '.join(sorted(TABLE))})"
+            f"leave Liger out (types: {', '.join(sorted(table))})"
         )
     head = target.get_output_embeddings()
-    fuses = inspect.signature(TABLE[kind]).parameters.get("fused_linear_cross_entropy")
+    fuses = inspect.signature(table[kind]).parameters.get("fused_linear_cross_entropy")
     # A classifier's loss, and a subclass's, may be another than Liger's.
     has_its_loss = head is not None and type(target).__module__.startswith(_MODELS)
     is_fused = has_its_loss and fuses is not None and fuses.default is True
@@ -59,7 +59,7 @@ def find_patches(model: nn.Module) -> list[Patch]:
     try:
         with _put_back_outside(type(module) for module, _ in before):
             # Rotary embeddings, the plain loss and squared ReLU exist for all models at once only.
-            _apply_liger_kernel_to_instance(
+            liger._apply_liger_kernel_to_instance(
                 target,
                 rope=False,
                 cross_entropy=False,
