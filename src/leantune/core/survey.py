@@ -100,11 +100,11 @@ def survey(model: nn.Module) -> Survey:
     choices: list[Choice] = []
     taken: set[int] = set()
     for method, spec in list_methods().items():
-        chosen, bad = choose(model, sites, spec.config(), spec)
-        why_not = None
-        if off_gpu(model, spec):
-            chosen, why_not = [], "the model must be on an NVIDIA GPU"
-        elif not chosen:
+        why_not = "the model must be on an NVIDIA GPU" if off_gpu(model, spec) else None
+        chosen, bad = [], {}
+        if why_not is None:
+            chosen, bad = choose(model, sites, spec.config(), spec)
+        if why_not is None and not chosen:
             why_not = f"nothing that it takes by itself (roles: {', '.join(spec.roles)})"
             why_not += f"; {layout.failure}" if layout.failure else ""
         elif bad:
