@@ -91,7 +91,7 @@ def _killed(method: str, kill_round: int, folder: Path) -> str:
     return f"{num_kills} kills, the end of {num_runs} runs equal to the bit; kills left {names}"
 
 
-for _method in registry.list_methods():
+for _method in (name for name, spec in registry.list_methods().items() if not spec.needs_gpu):
     for _round in range(1, NUM_ROUNDS + 1):
         CASES.add(
             f"{_method}, round {_round}",

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from leantune.methods import (
         WTACRS,
         Checkpoint,
+        Liger,
         LoRA,
         MeProp,
         RoutedFFN,
@@ -47,6 +48,7 @@ _HOMES = {
     "methods": (
         "WTACRS",
         "Checkpoint",
+        "Liger",
         "LoRA",
         "MeProp",
         "RoutedFFN",
@@ -81,6 +83,7 @@ __all__ = [
     "Checkpoint",
     "ConfigError",
     "LeantuneError",
+    "Liger",
     "LoRA",
     "MeProp",
     "RoutedFFN",

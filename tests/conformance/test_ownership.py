@@ -17,7 +17,7 @@ import leantune as lt
 from leantune.core import registry
 from leantune.core.discovery import find_sites
 
-SPECS = registry.list_methods()
+SPECS = {name: spec for name, spec in registry.list_methods().items() if not spec.needs_gpu}
 TINY = MODELS["llama"]
 ENDS = ("merge", "remove")
 # peft asks transformers for a name that transformers is about to drop, and says when a second

@@ -8,6 +8,8 @@ from rich.markup import escape
 from leantune.cli.options import DebugFlag, JsonFlag
 from leantune.cli.output import out, print_json, print_text, reported_errors
 
+_NEEDS_GPU = ", on an NVIDIA GPU"
+
 
 def methods(
     name: Annotated[str | None, typer.Argument(help="one method, for its options")] = None,
@@ -29,7 +31,8 @@ def methods(
         cells = [
             (
                 row["name"],
-                f"{row['axis']} of {', '.join(row['roles'])}",
+                f"{row['axis']} of {', '.join(row['roles'])}"
+                + (_NEEDS_GPU if row["needs_gpu"] else ""),
                 f"{escape(row['summary'])} [dim]({escape(row['source'])})[/]",
             )
             for row in rows
@@ -45,6 +48,7 @@ def describe_method(spec: Any) -> dict[str, Any]:
         "config": spec.config.__name__,
         "axis": spec.axis,
         "roles": list(spec.roles),
+        "needs_gpu": spec.needs_gpu,
         "summary": spec.summary,
         "source": spec.source,
         "options": spec.config.describe(),
@@ -57,9 +61,8 @@ def _show(method: dict[str, Any], json: bool) -> None:
         return
     console = out()
     console.print(f"[bold]{method['name']}[/] - {escape(method['summary'])}")
-    console.print(
-        f"axis {method['axis']}, acts on {', '.join(method['roles'])}; {escape(method['source'])}"
-    )
+    where = f"acts on {', '.join(method['roles'])}{_NEEDS_GPU if method['needs_gpu'] else ''}"
+    console.print(f"axis {method['axis']}, {where}; {escape(method['source'])}")
     rows = [
         (
             row["name"],

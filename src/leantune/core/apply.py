@@ -20,6 +20,7 @@ from leantune.core.runtime import Runtime
 from leantune.core.session import MARK, Session
 from leantune.core.sites import PARTS, Site, is_nested, match_sites
 from leantune.errors import ConfigError, SiteError, UnsupportedError, shown
+from leantune.ops.backend import on_gpu
 
 _ORDER = ("trained", "evaluated", "rows", "bits", "recompute")
 """What is trained is settled first: a row policy acts on the linears that then train."""
@@ -41,7 +42,7 @@ def apply(model: nn.Module, *methods: MethodConfig, seed: int = 0) -> Session:
         SiteError: sites that match nothing, that a method cannot act on or whose weights are all
             frozen, or two methods of one axis on one site; every failing site is listed and nothing
             is changed.
-        UnsupportedError: the model is on the meta device.
+        UnsupportedError: the model is on the meta device, or not on the GPU that a method needs.
     """
     _check_request(model, methods)
     recipe = Recipe(methods=methods, seed=seed)
@@ -128,6 +129,20 @@ def _check_request(model: nn.Module, methods: tuple[MethodConfig, ...]) -> None:
             f"apply: model must have its weights in memory, got {len(meta)} parameters on the meta "
             f"device ({meta[0]}, ...); load the weights first"
         )
+    for config in methods:
+        places = off_gpu(model, registry.get(config.method))
+        if places:
+            who = type(config).__name__
+            raise UnsupportedError(
+                f"{who}: model must be on an NVIDIA GPU, got one on {', '.join(places)}; move it "
+                f"first (model.to('cuda')), or leave {who} out"
+            )
+
+
+def off_gpu(model: nn.Module, spec: MethodSpec) -> list[str]:
+    """Return where a model lies that is not a GPU, for a method that needs one."""
+    places = {str(p.device) for p in model.parameters() if not on_gpu(p.device)}
+    return sorted(places) if spec.needs_gpu else []
 
 
 _OF_PARTS = frozenset((*PARTS, "attention", "mlp", "activation"))
@@ -224,5 +239,5 @@ def _convert(
         listed = "; ".join(f"{name}: {reason}" for name, reason in bad.items())
         raise SiteError(f"{who}: {len(bad)} of {len(sites)} sites cannot be used: {listed}")
     conversion = spec.convert(model, sites, config, runtime)
-    conversion.config, conversion.sites = config, tuple(sites)
+    conversion.config, conversion.sites = config, tuple(conversion.sites or sites)
     return conversion

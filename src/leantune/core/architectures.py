@@ -19,9 +19,9 @@ mlp intermediate up=.dense down=output.dense activation=.intermediate_act_fn
 attention self_attn query=.q_proj key=.k_proj value=.v_proj output=.o_proj|.out_proj|.dense
 attention self_attn qkv=.qkv_proj output=.o_proj
 cross encoder_attn query=.q_proj key=.k_proj value=.v_proj output=.out_proj
-mlp mlp|feed_forward gate=.gate_proj up=.up_proj down=.down_proj activation=.act_fn|.activation_fn
+mlp mlp|feed_forward gate=.gate_proj up=.up_proj down=.down_proj (activation)=.act_fn|.activation_fn
 mlp mlp.shared_expert|mlp.shared_experts|feed_forward.shared_expert gate=.gate_proj up=.up_proj \
-    down=.down_proj activation=.act_fn|.activation_fn
+    down=.down_proj (activation)=.act_fn|.activation_fn
 mlp mlp up=.up_proj down=.down_proj activation=.act_fn
 mlp mlp up=.fc1 down=.fc2 activation=.activation_fn
 mlp fc1 up=fc1 down=fc2 activation=activation_fn

@@ -23,7 +23,8 @@ class Conversion(ABC):
     Attributes:
         name: its place in the recipe and its method; entries of a session's state begin with it.
         config: the method's options.
-        sites: where it acts, as they were before; set with ``name`` and ``config`` once it is made.
+        sites: where it acts, as they were before; all that were chosen, unless the method has set
+            fewer. Set with ``name`` and ``config`` once it is made.
         can_merge: whether plain modules can compute what the converted model computes.
         num_calibration_batches: how many batches :meth:`calibrate` wants; 0 where none is needed.
         sparse_parameters: trained parameters whose gradients are sparse tensors.

@@ -39,6 +39,7 @@ class MethodSpec:
         identity_options: options under which output and gradients equal the plain model's; None
             where no options do that.
         needs_parts: whether the method asks which part of a block a site is.
+        needs_gpu: whether it acts on models on an NVIDIA GPU alone, so that others are refused.
         test_options: options that exercise the method on a tiny model.
     """
 
@@ -53,6 +54,7 @@ class MethodSpec:
     check: Callable[[Site, Any], str | None] = lambda site, config: None
     identity_options: Mapping[str, Any] | None = None
     needs_parts: bool = False
+    needs_gpu: bool = False
     test_options: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     @property

@@ -6,10 +6,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from leantune.core.apply import choose
+from leantune.core.apply import choose, off_gpu
 from leantune.core.discovery import Layout, discover, find_sites
 from leantune.core.registry import list_methods
 from leantune.core.sites import Site
+from leantune.errors import UnsupportedError
 
 _Row = tuple[tuple[str, ...], Any, int]
 
@@ -100,9 +101,14 @@ def survey(model: nn.Module) -> Survey:
     choices: list[Choice] = []
     taken: set[int] = set()
     for method, spec in list_methods().items():
-        chosen, bad = choose(model, sites, spec.config(), spec)
-        why_not = None
-        if not chosen:
+        why_not = "the model must be on an NVIDIA GPU" if off_gpu(model, spec) else None
+        chosen, bad = [], {}
+        try:
+            if why_not is None:
+                chosen, bad = choose(model, sites, spec.config(), spec)
+        except UnsupportedError as error:  # the whole model is nothing for the method
+            why_not = str(error)
+        if why_not is None and not chosen:
             why_not = f"nothing that it takes by itself (roles: {', '.join(spec.roles)})"
             why_not += f"; {layout.failure}" if layout.failure else ""
         elif bad:
