@@ -83,12 +83,12 @@ class CheckpointedBlocks(Conversion):
 
     def follow_flags(self, name: str, block: nn.Module) -> None:
         """Make a block of any class follow these flags."""
-        self._replace_forward(block, partial(_forward_of_block, name, block, block.forward))
+        self._replace_forward(block, partial(_forward_of_block, name, block, _forward(block)))
 
     def recompute(self, block: Site, site: Site) -> None:
         """Recompute an attention or an FFN wherever its block is not recomputed as a whole."""
         first, *others = _modules(block, site)
-        forwards = [module.forward for module in (first, *others)]
+        forwards = list(map(_forward, (first, *others)))
         part = _Part(site.whole, first, block.module, forwards, self._run, self._runtime)
         self._replace_forward(first, part)
         for place, module in enumerate(others, start=1):
@@ -200,6 +200,11 @@ def _run_offloaded(function: Callable[..., Any], *args: Any) -> Any:
         return _run(function, *args)
     with save_on_cpu(pin_memory=True, device_type=device):
         return _run(function, *args)
+
+
+def _forward(module: nn.Module) -> Callable[..., Any]:
+    """Return a module's forward as it is now; unpickled, a bound method would be the one after."""
+    return vars(module).get("forward") or partial(type(module).forward, module)
 
 
 def _forward_of_block(
