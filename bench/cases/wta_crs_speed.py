@@ -24,6 +24,7 @@ VARIANTS: dict[str, tuple[MethodConfig, ...]] = {
     "WTA-CRS 0.1": (lt.WTACRS(keep_ratio=0.1),),
     "WTA-CRS 0.1, activation norms": (lt.WTACRS(keep_ratio=0.1, norms="activation"),),
     "checkpointing": (lt.Checkpoint(),),
+    "MLP recomputed + WTA-CRS 0.1": (lt.Checkpoint(parts="mlp"), lt.WTACRS(keep_ratio=0.1)),
     "checkpointing + WTA-CRS 0.1": (lt.Checkpoint(), lt.WTACRS(keep_ratio=0.1)),
     "LoRA 16": (lt.LoRA(rank=16),),
     "LoRA 16 + WTA-CRS 0.1": (lt.LoRA(rank=16), lt.WTACRS(keep_ratio=0.1)),

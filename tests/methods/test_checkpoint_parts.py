@@ -81,6 +81,21 @@ def test_a_recomputed_mlp_keeps_its_input_alone(name: str) -> None:
     assert num_bytes <= seen[0].numel() * 4 + 16
 
 
+def test_an_input_given_by_name_is_saved_like_any_other() -> None:
+    """Held by a closure it would be in no ledger, and offloading would not find it."""
+    tiny, places, read = MODELS["llama"], set(), []
+    model = tiny.build()
+    lt.apply(model, lt.Checkpoint(parts="attention"))
+    inside = model.model.layers[0].self_attn
+    inside.register_forward_pre_hook(
+        lambda module, args, kwargs: read.append(kwargs["hidden_states"]), with_kwargs=True
+    )
+    hooks = torch.autograd.graph.saved_tensors_hooks
+    with hooks(lambda t: places.add(t.data_ptr()) or t, lambda t: t):
+        model(**tiny.batch())
+    assert read[0].data_ptr() in places
+
+
 class LlamaBlock(nn.Module):
     """A block of Llama-3.2-1B's proportions: 4 x wide MLP, 32 heads on 8 of keys, by SDPA."""
 
