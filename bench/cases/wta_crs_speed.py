@@ -29,6 +29,7 @@ ON_CPU: dict[str, Recipe] = {
     "WTA-CRS 0.1, activation norms": lambda: (_TENTH_ACTIVATION,),
     "checkpointing": lambda: (lt.Checkpoint(),),
     "checkpointing + WTA-CRS 0.1": lambda: (lt.Checkpoint(), _TENTH),
+    "MLP recomputed + WTA-CRS 0.1": lambda: (lt.Checkpoint(parts="mlp"), _TENTH),
     "LoRA 16": lambda: (lt.LoRA(rank=16),),
     "LoRA 16 + WTA-CRS 0.1": lambda: (lt.LoRA(rank=16), _TENTH),
     "LoRA 16 + checkpointing": lambda: (lt.LoRA(rank=16), lt.Checkpoint()),
@@ -41,7 +42,7 @@ ON_GPU: dict[str, Recipe] = {
     "WTA-CRS 0.1, activation norms": lambda: (_TENTH_ACTIVATION,),
     "checkpointing": lambda: (lt.Checkpoint(),),
     "checkpointing + WTA-CRS 0.1": lambda: (lt.Checkpoint(), _TENTH),
-    "MLP recomputed + WTA-CRS 0.1": lambda: (lt.Checkpoint(parts=("mlp",)), _TENTH),
+    "MLP recomputed + WTA-CRS 0.1": lambda: (lt.Checkpoint(parts="mlp"), _TENTH),
 }
 
 

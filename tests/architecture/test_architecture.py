@@ -96,16 +96,16 @@ PRIVATE_OPS = {
     "spt_attention": ("ops/sparse_attention",),
 }
 PRICES = {
-    "checkpoint": (1, 145),
+    "checkpoint": (1, 340),
     "lora": (1, 190),
     "meprop": (1, 160),
     "routed_ffn": (7, 630),
     "sparse_grad": (6, 730),
     "spt_attention": (9, 1300),
-    "wta_crs": (9, 1230),
+    "wta_crs": (9, 1235),
 }
 NEW_METHOD = (5, 700)
-MAX_LINES, MAX_FILE, MAX_FUNCTION, MAX_SESSION = 16_100, 400, 60, 250
+MAX_LINES, MAX_FILE, MAX_FUNCTION, MAX_SESSION = 16_300, 400, 60, 250
 
 
 def relative(path: Path) -> str:

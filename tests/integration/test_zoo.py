@@ -223,6 +223,27 @@ def test_checkpoint_is_exact_and_keeps_less(name: str) -> None:
     assert lt.ledger(model, batch).activations < exact(name).activations
 
 
+# Mixtures of experts, mixers of another kind, and blocks whose attention or FFN is not seen.
+NO_PART = {
+    "mlp": "albert deepseek_v3 gpt_oss llama4 mamba mixtral qwen2_moe qwen2_vl qwen3_moe "
+    "qwen3_next",
+    "attention": "albert mamba qwen3_5 qwen3_next xlnet",
+}
+
+
+@pytest.mark.parametrize("part", NO_PART)
+@runs()
+def test_a_recomputed_part_is_exact_and_keeps_less_or_is_refused(name: str, part: str) -> None:
+    plain, batch = zoo.build(name)
+    if name in NO_PART[part].split():
+        with pytest.raises(LeantuneError, match=f"its {part} must be told from the rest, got"):
+            lt.apply(plain, lt.Checkpoint(parts=part))
+        return
+    model, _ = convert(name, lt.Checkpoint(parts=part))
+    assert not differing(step(model, batch), step(plain, batch))
+    assert lt.ledger(model, batch).activations < lt.ledger(plain, batch).activations
+
+
 @runs("lora")
 def test_lora_adapts_every_linear_asked_for_and_samples_beside_it(name: str) -> None:
     plain, batch = zoo.build(name)

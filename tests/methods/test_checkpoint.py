@@ -159,7 +159,7 @@ def test_a_recomputed_block_gets_no_cache() -> None:
     model[0](torch.ones(2, 4), cache=cache).sum().backward()
     assert cache.length == 0
     with pytest.raises(
-        UnsupportedError, match=r"block 0 must be called without a cache .* holds 3"
+        UnsupportedError, match=r"Checkpoint: 0 must be called without a cache .* holds 3"
     ):
         model[0](torch.ones(2, 4), Cache(3))
     # Nothing is recomputed here, so the cache is the block's to write.

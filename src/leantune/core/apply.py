@@ -153,7 +153,7 @@ def _needs_parts(config: MethodConfig) -> bool:
     spec, sites = registry.get(config.method), config.sites
     if callable(sites):
         return True  # It may ask for anything that a site says of itself.
-    return spec.needs_parts or not _OF_PARTS.isdisjoint((*spec.roles, *(sites or ())))
+    return spec.needs_parts(config) or not _OF_PARTS.isdisjoint((*spec.roles, *(sites or ())))
 
 
 def _chosen(sites: list[Site], config: MethodConfig, spec: MethodSpec) -> list[Site]:

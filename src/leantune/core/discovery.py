@@ -1,7 +1,7 @@
 """How sites are found in any model: its blocks, their parts, its heads, and what is tied."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -85,8 +85,8 @@ def find_sites(model: nn.Module, layout: Layout | None = None) -> list[Site]:
     layout = discover(model, trace=True) if layout is None else layout
     modules = dict(model.named_modules())
     order = {name: i for i, name in enumerate(modules)}
-    finders = (_block_sites, _part_sites, _leaf_sites)
-    sites = [site for find in finders for site in find(modules, layout)]
+    parts = list(_part_sites(modules, layout))
+    sites = [*_block_sites(modules, layout, parts), *parts, *_leaf_sites(modules, layout)]
     return sorted(sites, key=lambda s: order[s.name])
 
 
@@ -100,9 +100,9 @@ def _is_frozen(module: nn.Module) -> bool:
     return weight is not None and not weight.requires_grad
 
 
-def _around(name: str, blocks: set[str]) -> str | None:
-    """Return the block that a module is or lies in, or None."""
-    return next((n for n in path_of(name) if n in blocks), None)
+def _around(name: str, modules: set[str]) -> str | None:
+    """Return the outermost of some modules that a module is or lies in, or None."""
+    return next((n for n in path_of(name) if n in modules), None)
 
 
 def _join(name: str, key: str) -> str:
@@ -204,10 +204,23 @@ def _ties(modules: Mapping[str, nn.Module]) -> dict[str, str]:
     return {n: names[n == names[0]] for names in shared if len(names) > 1 for n in names}
 
 
-def _block_sites(modules: Mapping[str, nn.Module], layout: Layout) -> Iterator[Site]:
+def _block_sites(
+    modules: Mapping[str, nn.Module], layout: Layout, parts: Sequence[Site]
+) -> Iterator[Site]:
     for name in layout.blocks:
         if name in modules:
-            yield Site(name, "block", modules[name], block=name)
+            inside = tuple(p for p in parts if p.block == name and p.role != "activation")
+            yield Site(name, "block", modules[name], block=name, parts=inside)
+
+
+def _whole(part: Part, modules: Mapping[str, nn.Module]) -> str:
+    """Name the smallest module that computes all of a part, or its entry where the block does."""
+    first, *others = part.modules.values()
+    for name in reversed([n for n in path_of(first) if n.startswith(f"{part.block}.")][:-1]):
+        is_called = not isinstance(modules.get(name), nn.ModuleList | nn.ModuleDict)
+        if is_called and all(other.startswith(f"{name}.") for other in others):
+            return name
+    return part.entry
 
 
 def _part_sites(modules: Mapping[str, nn.Module], layout: Layout) -> Iterator[Site]:
@@ -226,6 +239,7 @@ def _part_sites(modules: Mapping[str, nn.Module], layout: Layout) -> Iterator[Si
             block=part.block,
             tied_to=next((layout.ties[n] for n in names.values() if n in layout.ties), None),
             is_cross=part.is_cross,
+            whole=_whole(part, modules),
         )
         if part.role == "mlp" and "activation" in children:
             name, module = children["activation"]
@@ -238,6 +252,8 @@ def _leaf_sites(modules: Mapping[str, nn.Module], layout: Layout) -> Iterator[Si
     parts = {
         base_name(name): (part, key) for part in layout.parts for key, name in part.modules.items()
     }
+    wholes = {part.entry: _whole(part, modules) for part in layout.parts}
+    recomputable = set(wholes.values())
     for name, module in modules.items():
         is_linear = is_called_linear(module)
         if not (is_linear or _is_norm(module)):
@@ -255,6 +271,7 @@ def _leaf_sites(modules: Mapping[str, nn.Module], layout: Layout) -> Iterator[Si
             unusable=refusal(module) if is_linear else None,
             is_frozen=_own_name(name) in layout.frozen,
             shared_input=_shared_input(name, part, key),
+            whole=wholes[part.entry] if part else _around(name, recomputable) or "",
         )
 
 

@@ -63,6 +63,7 @@ class Ownership:
     def __init__(self, model: nn.Module) -> None:
         self._present = {id(module) for module in model.modules()}
         self._old: dict[int, nn.Module] = {}
+        self._restored: set[int] = set()
 
     def has(self, module: nn.Module) -> bool:
         """Return whether the module is in the model."""
@@ -74,6 +75,10 @@ class Ownership:
             module = self._old[id(module)]
         return module
 
+    def restore_forward(self, module: nn.Module) -> None:
+        """Take a forward that a conversion has put on the module itself as gone."""
+        self._restored.add(id(module))
+
     def undo(self, swap: Swap) -> bool:
         """Take a swap as undone; return False where somebody else's module is in its place.
 
@@ -82,7 +87,7 @@ class Ownership:
         if not self.has(swap.new):
             stands_there = child(swap.parent, swap.attribute)
             return not (self.has(swap.parent) and stands_there is not None)
-        if has_own_call(swap.new):
+        if has_own_call(swap.new) and id(swap.new) not in self._restored:
             return False
         self._present.update(id(module) for module in swap.old.modules())
         self._old[id(swap.new)] = swap.old

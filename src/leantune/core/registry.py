@@ -38,7 +38,7 @@ class MethodSpec:
         check: (site, config) -> why the method cannot act there, or None.
         identity_options: options under which output and gradients equal the plain model's; None
             where no options do that.
-        needs_parts: whether the method asks which part of a block a site is.
+        needs_parts: config -> whether the method asks which parts a block has.
         needs_gpu: whether it acts on models on an NVIDIA GPU alone, so that others are refused.
         test_options: options that exercise the method on a tiny model.
     """
@@ -53,7 +53,7 @@ class MethodSpec:
     trains_weight: bool = False
     check: Callable[[Site, Any], str | None] = lambda site, config: None
     identity_options: Mapping[str, Any] | None = None
-    needs_parts: bool = False
+    needs_parts: Callable[[Any], bool] = lambda config: False
     needs_gpu: bool = False
     test_options: Mapping[str, Any] = field(default_factory=dict[str, Any])
 

@@ -75,6 +75,7 @@ class Runtime:
         is_in_forward: a training forward of the model is running; a block that checkpointing
             recomputes in backward is not inside it.
         batch: facts of the last training forward's batch.
+        recomputed: names of the parts of blocks (``Site.whole``) that run again in backward.
     """
 
     def __init__(self, model: nn.Module, seed: int) -> None:
@@ -82,6 +83,7 @@ class Runtime:
         self.step = 0
         self.is_exact = False
         self.batch = BatchInfo()
+        self.recomputed: set[str] = set()
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self.counter = torch.zeros((), dtype=torch.int64, device=device)
         self._begins: list[Callable[[], None]] = []

@@ -69,6 +69,10 @@ class Site:
         is_frozen: whether its weight did not train in the plain model.
         shared_input: key that linears reading one and the same input share, or None.
         is_cross: for attention, whether keys come from another sequence than queries.
+        whole: for an attention, an FFN and a linear inside one: the smallest module that computes
+            all of it; the one that begins it where the block itself calls one after the other;
+            '' elsewhere.
+        parts: for a block, its attentions and FFNs.
     """
 
     name: str
@@ -84,6 +88,8 @@ class Site:
     is_frozen: bool = False
     shared_input: str | None = None
     is_cross: bool = False
+    whole: str = ""
+    parts: "tuple[Site, ...]" = field(default=(), repr=False)
 
     @property
     def is_trainable(self) -> bool:

@@ -35,7 +35,7 @@ register(
         default_sites=_is_mlp,
         trains_weight=True,
         check=_check,
-        needs_parts=True,
+        needs_parts=lambda config: True,
         identity_options={"density": 1.0},
         test_options={"density": 0.1, "num_calibration_batches": 2},
     )

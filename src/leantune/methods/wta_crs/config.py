@@ -34,7 +34,7 @@ class WTACRS(MethodConfig):
     draw_at: Literal["auto", "forward", "backward"] = option(
         "auto",
         help="when rows are chosen: in backward the gradient norms are exact but the input is "
-        "kept until then; auto does so inside checkpointed blocks, where that costs nothing",
+        "kept until then; auto does so inside what is recomputed, where that costs nothing",
     )
     min_rows: int = option(10, ge=1, help="rows kept at least, however small the batch")
     probability_floor: float = option(

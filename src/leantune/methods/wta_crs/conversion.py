@@ -116,6 +116,7 @@ def convert(
                 config=config,
                 runtime=runtime,
                 block=None if site.block is None else model.get_submodule(site.block),
+                part=site.whole,
             )
             twins.append((site.name, converted(site.module, runtime, rows=rows)))
     swaps = swap_all(model, twins)

@@ -58,6 +58,7 @@ class SampledRows:
         config: the options.
         runtime: of the session.
         block: the module around the linear whose flag says that it is checkpointed, or None.
+        part: the name of what may be recomputed instead of the block (``Site.whole``).
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class SampledRows:
         config: WTACRS,
         runtime: Runtime,
         block: nn.Module | None,
+        part: str,
     ) -> None:
         self.config = config
         self._column = column
@@ -83,6 +85,7 @@ class SampledRows:
         self._runtime = runtime
         # Transformers sets this flag on the block itself, also after we were applied.
         self._block = block
+        self._part = part
 
     def keep(self, x: Tensor, source: Tensor, key: RandomKey) -> tuple[KeptRows, Note | None]:
         """Return the sampled rows, or all of them where they are drawn in backward."""
@@ -175,7 +178,8 @@ class SampledRows:
 
     def _draws_in_backward(self) -> bool:
         if self.config.draw_at == "auto":
-            return bool(getattr(self._block, "gradient_checkpointing", False))
+            is_on = getattr(self._block, "gradient_checkpointing", False)
+            return bool(is_on or self._part in self._runtime.recomputed)
         return self.config.draw_at == "backward"
 
     def _num_kept(self, shape: torch.Size, dtype: torch.dtype) -> int | None:
