@@ -46,33 +46,24 @@ THIN = Decision(
     "are zero, too, where they ran over the kept ones, and round in another order",
     at_most=1e-4,
 )
-MASK = Decision(
-    "a row mask is learned: the first padded forward draws from padding, too, and the norms count "
-    "it; whole batches draw as before, which BERT without padding shows"
-)
-READERS = Decision(
-    "who reads one tensor is seen in the first forward, which therefore guesses the norms of one "
-    "reader, 1, where it had those of all, a constant: the same draws, rounded in another way",
-    at_most=1e-5,
+DRAW = Decision(
+    "rows are drawn without a sort of scores, in the order in which they come, one guess of norms "
+    "serves all readers of a sample, and row masks are learned: other draws, as unbiased as before"
 )
 EXPECTED: dict[str, Decision] = {
     "SparseGrad fixed": Decision(
         "dense products took the place of sparse ones and round in another order",
         at_most=1e-4,
     ),
-    "SparseGrad block + WTA-CRS": Decision(
-        "rows are sampled from the projected input, which is what is stored: their norms, and with "
-        "them the rows that are drawn, are others; the estimate is as unbiased as before"
-    ),
     "meProp unified on BERT": THIN,
     "meProp unified on whole BERT": THIN,
     "meProp unified on GPT-2": THIN,
-    "WTA-CRS on BERT": MASK,
-    "WTA-CRS, the paper's draws on BERT": MASK,
-    "WTA-CRS, cached norms on BERT": MASK,
-    "LoRA + WTA-CRS on BERT": MASK,
-    "WTA-CRS, cached norms on whole BERT": READERS,
-    "WTA-CRS, cached norms on Llama": READERS,
+    "WTA-CRS": DRAW,
+    "WTA-CRS, the paper's draws": DRAW,
+    "WTA-CRS, cached norms": DRAW,
+    "Checkpoint + WTA-CRS": DRAW,
+    "LoRA + WTA-CRS": DRAW,
+    "SparseGrad block + WTA-CRS": DRAW,
 }
 """Case, or "case on model" -> the decision that changed its bits; all others must be equal."""
 
