@@ -21,6 +21,7 @@ _PARTS = {
     "quality-sparse-grad": "cases.sparse_grad_quality:main",
     "quality-spt": "cases.spt_quality:main",
     "launches": "cases.launches:BENCH.run",
+    "host": "host:main",
     "whole-step": "cases.whole_step:BENCH.run",
     "gpu": "gpu:main",
     "models": "cases.models:main",

@@ -13,7 +13,7 @@ from typing import Any
 
 import zoo
 
-from bench import rows
+from bench import host, rows
 from bench.cases import launches as block_launches
 from bench.cases import models, sparse_grad_quality, spt_language, spt_quality, wta_crs_quality
 from bench.quality import NO_ROWS
@@ -190,6 +190,18 @@ def launches() -> str:
     return _of_cases("launches", lay_out, "forward + backward") or NO_ROWS
 
 
+def host_costs() -> str:
+    """Return operations, launches and host time of a linear and a block, before and now."""
+    lines = []
+    for row in (found := rows.read(host.RESULT)):
+        same = [r for r in found if all(r[k] == row[k] for k in ("case", "variant"))]
+        before, now = (next(r for r in same if (r["source"] == "now") is n) for n in (False, True))
+        if row is now:
+            pairs = {k: f"{before[k]:.0f} -> {now[k]:.0f}" for k in host.COUNTED}
+            lines.append(row | pairs)
+    return rows.by_device(lines, partial(rows.table, columns=host.COLUMNS))
+
+
 def energy() -> str:
     """Return the share of held-out gradient energy in the top 1 % of entries, by basis."""
     found = rows.read("sparse_grad_energy")
@@ -297,6 +309,7 @@ TABLES: dict[str, Callable[[], Any]] = {
     "spt-language": spt_language.summary,
     "whole-step": whole_step,
     "launches": launches,
+    "host": host_costs,
     "energy": energy,
     "routed-ffn": routed_ffn,
     "attention": attention,
