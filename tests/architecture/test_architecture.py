@@ -96,7 +96,7 @@ PRIVATE_OPS = {
     "spt_attention": ("ops/sparse_attention",),
 }
 PRICES = {
-    "checkpoint": (1, 340),
+    "checkpoint": (4, 375),
     "lora": (1, 190),
     "meprop": (1, 160),
     "routed_ffn": (7, 630),

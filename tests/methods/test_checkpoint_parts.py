@@ -17,7 +17,7 @@ import leantune as lt
 from leantune.core import registry
 from leantune.core.linear import Converted
 from leantune.errors import ConfigError, SiteError, UnsupportedError
-from leantune.methods import checkpoint
+from leantune.methods.checkpoint import recompute
 
 PARTS = ("mlp", "attention", ("mlp", "attention"))
 # A module of its own, a chain of two modules, and one of three.
@@ -136,7 +136,7 @@ def test_a_llama_block_keeps_two_fifths_under_sampling_with_its_mlp_recomputed()
 
 # Other methods.
 
-METHODS = [method for method in registry.list_methods() if method != "checkpoint"]
+METHODS = [m for m, s in registry.list_methods().items() if m != "checkpoint" and not s.needs_gpu]
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -331,12 +331,12 @@ def test_offloaded_inputs_are_packed_by_torch_and_those_on_a_cpu_are_not(monkeyp
         hooks = torch.autograd.graph.saved_tensors_hooks
         return hooks(lambda t: packed.append(t) or t, lambda t: t)
 
-    monkeypatch.setattr(checkpoint, "save_on_cpu", save_on_cpu)
+    monkeypatch.setattr(recompute, "save_on_cpu", save_on_cpu)
     model, x = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4)), torch.randn(2, 4)
-    checkpoint._run_offloaded(model, x)
+    recompute.run_offloaded(model, x)
     assert not calls
     elsewhere = x.to("meta").requires_grad_()
-    checkpoint._run_offloaded(model.to("meta"), elsewhere)
+    recompute.run_offloaded(model.to("meta"), elsewhere)
     assert calls == [{"pin_memory": True, "device_type": "meta"}]
     assert [tuple(t.shape) for t in packed] == [(2, 4)]
 
@@ -363,7 +363,7 @@ def test_offload_is_what_blocks_and_parts_run_by() -> None:
         lt.apply(model, lt.Checkpoint(parts=parts, offload=True))
         layer = model.model.layers[0]
         run = layer.mlp.forward.run if parts == "mlp" else layer._gradient_checkpointing_func
-        assert run is checkpoint._run_offloaded
+        assert run is recompute.run_offloaded
 
 
 # Bad input.
