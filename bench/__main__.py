@@ -22,6 +22,7 @@ _PARTS = {
     "quality-spt": "cases.spt_quality:main",
     "launches": "cases.launches:BENCH.run",
     "whole-step": "cases.whole_step:BENCH.run",
+    "frontier": "cases.frontier:BENCH.run",
     "gpu": "gpu:main",
     "models": "cases.models:main",
     "same-bits": "same_bits:main",
