@@ -57,7 +57,8 @@ def synchronize() -> None:
 
 
 def forget() -> None:
-    """Let go of models that nobody holds any more, for the next variant's sake."""
+    """Let go of models and compiled code that nobody needs, for the next variant's sake."""
+    torch.compiler.reset()
     gc.collect()
     if has_gpu():
         torch.cuda.empty_cache()

@@ -115,6 +115,11 @@ def by_device(
     return "\n\n".join(f"{line}{where}:\n\n{lay_out(part)}" for where, part in found.items())
 
 
+def spread(row: dict[str, Any]) -> str:
+    """Return a timed row's ratio with its 20th and 80th percentile."""
+    return f"{row['ratio']:.2f} ({row['ratio_p20']:.2f} to {row['ratio_p80']:.2f})"
+
+
 def table(rows: list[dict[str, Any]], columns: dict[str, str]) -> str:
     """Lay rows out as a Markdown table; ``columns`` maps key -> heading."""
 
