@@ -47,8 +47,9 @@ def cases(kind: str) -> dict[str, list[Row]]:
     read = [row for row in rows.read("frontier") if rows.kind(row) == kind]
     found: dict[str, list[Row]] = {}
     for plain in (row for row in read if row["variant"] == "plain"):
-        run = [row for row in read if all(row[k] == plain[k] for k in ("case", "commit", "device"))]
-        found[plain["case"]] = sorted(run, key=lambda row: row["ratio"])
+        case, origin = plain["case"], rows.origin(plain)
+        run = [row for row in read if row["case"] == case and rows.origin(row) == origin]
+        found[case] = sorted(run, key=lambda row: row["ratio"])
     return found
 
 

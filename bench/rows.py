@@ -98,6 +98,11 @@ def kind(row: dict[str, Any]) -> str:
     return "CPU" if row["device"].startswith("cpu ") else "GPU"
 
 
+def origin(row: dict[str, Any]) -> tuple[str, str]:
+    """Return the commit and the device of a row; new rows alone make no other commit."""
+    return row["commit"].removesuffix("-dirty"), row["device"]
+
+
 def by_device(
     rows: list[dict[str, Any]], lay_out: Callable[[list[dict[str, Any]]], str], of: str = ""
 ) -> str:

@@ -86,14 +86,9 @@ class Bench(Generic[C]):
 
     def _measured(self, case: C) -> set[str]:
         """Return the variants of which this device has a row of this commit."""
-
-        def origin(row: Mapping[str, Any]) -> tuple[str, str]:
-            # New rows are themselves a change to what is committed.
-            return row["commit"].removesuffix("-dirty"), row["device"]
-
-        here = origin(rows.environment())
+        here = rows.origin(rows.environment())
         of_case = (row for row in rows.read(self.result) if row["case"] == case.name)
-        return {row["variant"] for row in of_case if origin(row) == here}
+        return {row["variant"] for row in of_case if rows.origin(row) == here}
 
     def _together(self, case: C, done: Container[str]) -> Iterator[list[dict[str, Any]]]:
         if case.variants[0] in done:

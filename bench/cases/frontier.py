@@ -93,8 +93,13 @@ def _by_trainer(optimizer: str) -> Prepare:
         from transformers import Trainer, TrainingArguments
 
         with tempfile.TemporaryDirectory() as folder:
-            args = TrainingArguments(folder, optim=optimizer, report_to=[], learning_rate=_RATE)
-            args.optim_target_modules = "all-linear"
+            args = TrainingArguments(
+                folder,
+                optim=optimizer,
+                optim_target_modules="all-linear",
+                learning_rate=_RATE,
+                report_to=[],
+            )
             return model, Trainer(model, args).create_optimizer()
 
     return prepare
