@@ -12,6 +12,7 @@ from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
 
 from bench import quality, rows
 from bench.cases import wta_crs_quality
+from bench.cases.frontier import BENCH
 from bench.cases.wta_crs_speed import COMPILED
 from leantune.report.plots import COLOURS, GRID, INK, MUTED
 
@@ -67,7 +68,9 @@ def whole_page() -> str:
         if found:
             parts += [_image(kind), words(kind)]
             parts += [
-                rows.by_device(of_case, _table, f"{case}, whole steps")
+                rows.by_device(
+                    of_case, _table, f"{case}, whole steps, commit {of_case[0]['commit']}"
+                )
                 for case, of_case in found.items()
             ]
     return "\n\n".join(parts) or quality.NO_ROWS
@@ -84,7 +87,8 @@ def _image(kind: str, folder: str = "") -> str:
 
 
 def words(kind: str) -> str:
-    """Say for each case which of the others are both smaller and faster than one of ours."""
+    """Say for each case who is both smaller and faster than one of ours, and who has no row."""
+    planned = {case.name: case.variants for case in BENCH.cases(False)}
     lines = []
     for case, of_case in cases(kind).items():
         losses = []
@@ -99,11 +103,14 @@ def words(kind: str) -> str:
             if better:
                 losses.append(f"**{row['variant']}**: {'; '.join(better)}")
         ours = [row["variant"] for row in frontier(of_case) if is_ours(row)]
-        text = f"- {case}. On the frontier are of ours: {'; '.join(ours) or 'none'}."
+        text = f"- {case}. Ours on the frontier: {'; '.join(ours) or 'none'}."
         if losses:
             text += f" Both smaller and faster than {', than '.join(losses)}."
         else:
             text += " Nothing else is both smaller and faster than one of ours."
+        missing = [v for v in planned.get(case, ()) if all(v != r["variant"] for r in of_case)]
+        if missing:
+            text += f" Left out: {'; '.join(missing)}."
         lines.append(text)
     return "\n".join(lines)
 

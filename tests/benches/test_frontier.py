@@ -140,12 +140,17 @@ def test_a_point_is_on_the_frontier_unless_one_beats_it() -> None:
 def test_words_name_who_is_both_smaller_and_faster(results: Path) -> None:
     rows.write("frontier", [*POINTS, row("LoRA", 1, 0.1, commit="of another run")])
     assert pareto.words("CPU") == (
-        "- MiniLM. On the frontier are of ours: WTA-CRS 0.1; checkpointing + WTA-CRS 0.1. "
+        "- MiniLM. Ours on the frontier: WTA-CRS 0.1; checkpointing + WTA-CRS 0.1. "
         "Both smaller and faster than **WTA-CRS 0.3**: LoRA-FA."
     )
     rows.write("frontier", [point for point in POINTS if point["variant"] != "LoRA-FA"])
     assert pareto.words("CPU").endswith("Nothing else is both smaller and faster than one of ours.")
     assert pareto.words("GPU") == ""
+    names = ("LoRA-FA", "VeLoRA", "GaLore", "APOLLO")
+    (case,) = (c for c in frontier.BENCH.cases(False) if c.name.startswith("MiniLM"))
+    made = [v for v in case.variants if v not in names]
+    rows.write("frontier", [row(variant, 1, 1.0, case.name) for variant in made])
+    assert pareto.words("CPU").endswith(" Left out: VeLoRA; LoRA-FA; GaLore; APOLLO.")
 
 
 def test_quality_is_that_of_the_variants_own_or_the_same_gradients(results: Path) -> None:
