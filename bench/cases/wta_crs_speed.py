@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,16 +129,12 @@ def _measure(case: Case, where: torch.device, variants: Sequence[str]) -> list[d
     torch.manual_seed(0)
     with where:
         base, batch = case.model().to(case.dtype).train(), case.batch()
-    models = {name: copy.deepcopy(base) for name in variants}
-    budget: AbstractContextManager[Any] = nullcontext()
-    for name in variants:
+    models: dict[str, Any] = {name: copy.deepcopy(base) for name in variants}
+    for name, model in models.items():
         if name in case.compiled:
-            # What is compiled belongs to the code, not to the model: the last budget's goes first.
-            torch.compiler.reset()
-            models[name] = torch.compile(models[name], backend=device.compiler())  # type: ignore[assignment]
-            budget = _memory_budget(case.compiled[name])
+            models[name] = device.compiled(model, case.compiled[name], device.compiler())
         elif methods := case.recipes[name]():
-            lt.apply(models[name], *methods)
+            lt.apply(model, *methods)
     plain = {type(m).__module__.partition(".")[0] for m in models[variants[0]].modules()}
     assert "liger_kernel" not in plain, "Liger must not reach beyond the model it was applied to"
 
@@ -149,9 +144,8 @@ def _measure(case: Case, where: torch.device, variants: Sequence[str]) -> list[d
 
     steps = {name: (lambda m=model: step(m)) for name, model in models.items()}
     rounds, warmup = (5, 1) if case.needs_gpu else (9, 2)
-    with budget:
-        stats = compare_steps(steps, reference=variants[0], rounds=rounds, warmup=warmup)
-        saved = {name: lt.ledger(model, (batch,)).activations for name, model in models.items()}
+    stats = compare_steps(steps, reference=variants[0], rounds=rounds, warmup=warmup)
+    saved = {name: lt.ledger(model, (batch,)).activations for name, model in models.items()}
     return [
         {
             **timing_row(case, name, s, saved[name]),
@@ -159,13 +153,6 @@ def _measure(case: Case, where: torch.device, variants: Sequence[str]) -> list[d
         }
         for name, s in stats.items()
     ]
-
-
-def _memory_budget(share: float) -> AbstractContextManager[Any]:
-    # Late: nothing else needs the compiler's settings.
-    from torch._functorch import config
-
-    return config.patch(activation_memory_budget=share)
 
 
 def still_held(case: Case) -> str:
