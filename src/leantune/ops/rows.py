@@ -123,7 +123,7 @@ def draw_rows(
     return sample_rows(score_rows(x2d, grad), k, key, real=real, floor=floor)
 
 
-@torch.library.custom_op("leantune::draw_rows", mutates_args=())
+@torch.library.custom_op("leantune::reference_draw_rows", mutates_args=())
 def _draw_rows(
     x2d: Tensor,
     k: int,
