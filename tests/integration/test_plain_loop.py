@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -103,14 +104,14 @@ def test_sampling_ends_near_the_exact_loss(norms: str) -> None:
 
 @pytest.mark.slow
 def test_keeping_the_largest_rows_only_is_worse_than_sampling() -> None:
-    def losses(estimator: str) -> list[float]:
+    def losses(estimator: str, num_seeds: int) -> list[float]:
         method = sampled(0.1, estimator=estimator, norms="activation", min_rows=1)
-        return [fit(method, seed=seed)[1] for seed in range(3)]
+        return [fit(method, seed=seed)[1] for seed in range(num_seeds)]
 
     # The biased estimator has no luck in it: its loss is the same for every seed.
-    topk = losses("topk")
+    topk = losses("topk", 3)
     assert topk[0] == topk[1] == topk[2]
-    assert topk[0] > 1.5 * max(losses("systematic"))
+    assert topk[0] > 1.5 * fmean(losses("systematic", 10))
 
 
 @pytest.mark.slow
