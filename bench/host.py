@@ -44,15 +44,25 @@ NOTHING = (
 
 
 class _Count(TorchDispatchMode):
-    num_operations = 0
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name.removeprefix("aten::")
-        self.num_operations += name not in NOTHING
+        if name not in NOTHING:
+            self.names.append(name)
         return func(*args, **(kwargs or {}))
 
 
-class _Block(nn.Module):
+def operations(function: Callable[[], object]) -> list[str]:
+    """Name the operations that a function computes with."""
+    with _Count() as count:
+        function()
+    return count.names
+
+
+class Block(nn.Module):
     """A Llama decoder block, as an example of one that normalises first."""
 
     def __init__(self) -> None:
@@ -78,7 +88,7 @@ class _Block(nn.Module):
 
 CASES: dict[str, Callable[[], nn.Module]] = {
     "linear": lambda: nn.Sequential(nn.Linear(32, 32)),
-    "Llama block": _Block,
+    "Llama block": Block,
 }
 
 
@@ -113,7 +123,7 @@ def measure() -> list[dict[str, Any]]:
 
 def _step(model: nn.Module, session: Any) -> dict[str, Any]:
     """Count one step after the first ones, which learn; gradients are made anew."""
-    launched = _unseen_launches()
+    launched = unseen_launches()
 
     def step() -> float:
         model.zero_grad()
@@ -127,18 +137,17 @@ def _step(model: nn.Module, session: Any) -> dict[str, Any]:
         if session is not None:
             session.on_step()
     before = launched()
-    with _Count() as count:
-        step()
-    launches = count.num_operations + launched() - before
+    names = operations(step)
+    launches = len(names) + launched() - before
     times = [] if launched() else [step() for _ in range(NUM_TIMED)]
     return {
-        "operations": count.num_operations,
+        "operations": len(names),
         "launches": launches,
         "host_us": min(times, default=0.0) * 1e6,
     }
 
 
-def _unseen_launches() -> Callable[[], int]:
+def unseen_launches() -> Callable[[], int]:
     """Let Triton's interpreter run kernels out of sight of the count; return theirs."""
     if os.environ.get("LEANTUNE_KERNELS") != "triton":
         return lambda: 0

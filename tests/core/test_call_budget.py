@@ -10,11 +10,11 @@ from types import FrameType, SimpleNamespace
 
 import pytest
 import torch
-from launches import operations
 from models import MODELS
 from torch import Tensor, nn
 
 import leantune as lt
+from bench.host import operations
 from leantune.core.linear import ConvertedConv1D, ConvertedLinear
 
 SOURCE = str(Path(lt.__file__).parent)
