@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 if not hasattr(transformers.PreTrainedModel, "activation_checkpointing_enable"):
     # transformers 5.23 renamed it and warns of the older name, the only one before that.
-    older = transformers.PreTrainedModel.gradient_checkpointing_enable
-    transformers.PreTrainedModel.activation_checkpointing_enable = older
+    for _what in ("enable", "disable"):
+        _older = getattr(transformers.PreTrainedModel, f"gradient_checkpointing_{_what}")
+        setattr(transformers.PreTrainedModel, f"activation_checkpointing_{_what}", _older)
 
 VOCABULARY = 64
 D_MODEL, D_HIDDEN, NUM_HEADS = 16, 32, 2
