@@ -338,9 +338,7 @@ def test_offloaded_inputs_are_packed_by_torch_and_those_on_a_cpu_are_not(monkeyp
     elsewhere = x.to("meta").requires_grad_()
     recompute.run_offloaded(model.to("meta"), elsewhere)
     assert calls == [{"pin_memory": True, "device_type": "meta"}]
-    assert [tuple(t.shape) for t in packed if t.numel()] == [
-        (2, 4)
-    ]  # older torch adds one of 0
+    assert [tuple(t.shape) for t in packed if t.numel()] == [(2, 4)]  # older torch adds one of 0
 
 
 @pytest.mark.gpu
