@@ -105,7 +105,7 @@ PRICES = {
     "wta_crs": (9, 1235),
 }
 NEW_METHOD = (5, 700)
-MAX_LINES, MAX_FILE, MAX_FUNCTION, MAX_SESSION = 16_300, 400, 60, 250
+MAX_LINES, MAX_FILE, MAX_FUNCTION, MAX_SESSION = 16_350, 400, 60, 250
 
 
 def relative(path: Path) -> str:

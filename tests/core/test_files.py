@@ -18,7 +18,13 @@ import leantune as lt
 from leantune.core import disk
 from leantune.core.disk import load_tensors, read_json, save_tensors, write_atomic, writing
 from leantune.core.files import BASE_FILE, SESSION, STATE_FILE, WEIGHTS_FILE
-from leantune.core.manifest import MANIFEST_FILE, atomic_folder, find_damage, write_manifest
+from leantune.core.manifest import (
+    MANIFEST_FILE,
+    atomic_folder,
+    find_damage,
+    remove_leftovers,
+    write_manifest,
+)
 from leantune.core.recipe import RECIPE_FILE
 from leantune.errors import ConfigError, WriteError
 
@@ -51,6 +57,19 @@ def saved(tmp_path: Path) -> Path:
     folder = tmp_path / "run" / "session"
     make_session().save(folder)
     return folder
+
+
+def test_what_a_killed_process_left_beside_a_folder_is_removed(tmp_path: Path) -> None:
+    """And nothing else, whatever looks like it."""
+    others = {"model", "model.ab12cd_3", ".model.ab12cd_3x", ".model.mine", ".models.ab12cd_3"}
+    writing = atomic_folder(tmp_path / "model", "out")
+    left = {writing.__enter__().name}  # as if it were killed now
+    for name in (*others, f"{min(left)}.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("1")
+    assert left < {path.name for path in tmp_path.iterdir()}
+    remove_leftovers(tmp_path / "model")
+    assert {path.name for path in tmp_path.iterdir()} == others
 
 
 def test_atomic_folder_replaces_the_old_one_whole(tmp_path: Path) -> None:

@@ -390,6 +390,16 @@ def test_two_runs_that_start_together_do_not_mix(
     assert (Path(base["output"]) / "metrics.json").is_file()
 
 
+def test_a_resumed_run_clears_away_what_a_killed_one_had_half_written(
+    run: dict[str, Any], at_the_start: list[str]
+) -> None:
+    left = Path(run["output"]) / ".model.ab12cd_3"
+    left.mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        lt.train(run, resume=True)
+    assert at_the_start == ["checkpoint-6"] and not left.exists()
+
+
 def test_a_file_system_without_locks_lets_runs_in(
     run: dict[str, Any],
     at_the_start: list[str],

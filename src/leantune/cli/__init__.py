@@ -6,6 +6,7 @@ import sys
 
 from leantune.core.extras import require
 from leantune.errors import UnsupportedError
+from leantune.training.interrupt import end_process, handled_by
 
 
 def main() -> None:
@@ -13,17 +14,12 @@ def main() -> None:
     try:
         _main()
     except KeyboardInterrupt:
-        # While the machinery was imported, before a command had begun.
+        # Before a command had begun, or in one that leaves nothing half-made.
         sys.stderr.write("interrupted\n")
         sys.exit(130)
 
 
 def _main() -> None:
-    try:
-        for package in ("typer", "rich", "yaml"):
-            require(package, extra="cli", who="leantune")
-    except UnsupportedError as error:
-        sys.exit(f"error {error}")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # A name that the screen has no letters for is no reason to fail.
@@ -31,6 +27,12 @@ def _main() -> None:
     # A new head, which every fine-tuning has, is no news; the user's own setting wins.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    from leantune.cli.app import app
-
+    # An import may swallow what a signal raises in it.
+    with handled_by(end_process):
+        try:
+            for package in ("typer", "rich", "yaml"):
+                require(package, extra="cli", who="leantune")
+        except UnsupportedError as error:
+            sys.exit(f"error {error}")
+        from leantune.cli.app import app
     app(prog_name="leantune")

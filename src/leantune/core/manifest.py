@@ -1,7 +1,9 @@
 """A manifest says what leantune wrote into a folder; that alone is trusted and replaced."""
 
+import glob
 import hashlib
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Generator
@@ -152,6 +154,17 @@ def atomic_folder(folder: Path, kind: str) -> Generator[Path]:
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
             shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what :func:`atomic_folder` had half-written beside ``folder`` when it was killed.
+
+    For who knows that nobody writes there now.
+    """
+    name = re.compile(rf"\.{re.escape(folder.name)}\.[a-z0-9_]{{8}}(\.old)?")
+    for path in folder.parent.glob(f".{glob.escape(folder.name)}.*"):
+        if name.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _sha256(path: Path) -> str:

@@ -14,7 +14,7 @@ from typing import Any, Self
 from leantune.core.disk import check_writable, free_bytes, read_json, write_atomic, writing
 from leantune.core.distributed import is_first_process
 from leantune.core.files import SESSION
-from leantune.core.manifest import check_replaceable
+from leantune.core.manifest import check_replaceable, remove_leftovers
 from leantune.core.recipe import RECIPE_FILE
 from leantune.errors import ConfigError, WriteError
 from leantune.training.checkpoints import check_checkpoints, variant_folders
@@ -45,7 +45,7 @@ class RunLock:
             self._file.close()
 
     def take(self) -> None:
-        """Take the lock of the folder, once.
+        """Take the lock of the folder, once, and clear away what a killed run had half-written.
 
         Raises:
             ConfigError: another process has it.
@@ -68,6 +68,9 @@ class RunLock:
             ) from error
         except OSError as error:
             say(f"{path}: no lock on this file system ({error})")
+        else:
+            for name in _FOLDERS:
+                remove_leftovers(self._folder / name)
         self._file = file
 
 
