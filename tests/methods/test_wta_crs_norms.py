@@ -183,3 +183,13 @@ def test_resumed_state_follows_the_model_to_the_gpu(norms: str) -> None:
     for _ in range(3):
         other(**batch).loss.backward()
     assert all(torch.isfinite(p.grad).all() for p in other.parameters() if p.grad is not None)
+
+
+@pytest.mark.gpu
+def test_norms_follow_a_model_that_moves_after_its_first_steps() -> None:
+    model, _ = converted()
+    model(**TINY.batch()).loss.backward()
+    model.zero_grad()
+    model.cuda()
+    model(**{k: v.cuda() for k, v in TINY.batch().items()}).loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)

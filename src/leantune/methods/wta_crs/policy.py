@@ -127,6 +127,7 @@ class SampledRows:
         if self._norms is not None:
             columns = readers if self._norms.by_reader else (drawer,)
             guess = self._norms.predict(source.shape, columns)
+            guess = None if guess is None else guess.to(x.device)  # the model may have moved
         rows = x.reshape(-1, x.shape[-1])
         real = None if used is None else used.real
         kept = self._sample(rows, guess, real, self.config.probability_floor, k, key)
