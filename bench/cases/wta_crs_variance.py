@@ -3,6 +3,7 @@
 Legend: n rows, k kept rows.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -17,7 +18,7 @@ from bench import rows
 from bench.models import batches, glue, minilm
 
 SYNTHETIC, REAL = "wta_crs_variance_synthetic", "wta_crs_variance_minilm"
-NUM_DRAWS = 16
+NUM_BATCHES, NUM_DRAWS = 4, 6
 _SEED = 0
 _EXACT_NORMS: dict[str, Any] = {"draw_at": "backward"}
 
@@ -90,6 +91,8 @@ class _Case:
     estimator: str
     label: str
     options: dict[str, Any]
+    looks_always: bool = False
+    """Running norms see every gradient, not those of some steps."""
 
 
 _CASES = (
@@ -100,25 +103,27 @@ _CASES = (
     _Case("wta", "activation only", {"norms": "activation", "probability_floor": 0.0}),
     _Case("systematic", "activation only, floor 0.05", {"norms": "activation"}),
     _Case("systematic", "running, floor 0.05", {}),
+    _Case("systematic", "running, seen in every step, floor 0.05", {}, looks_always=True),
     _Case("systematic", "cache (last visit, 30 steps ago), floor 0.05", {"norms": "cache"}),
 )
 """Every one is unbiased."""
 
 
 def minilm_rows(keep_ratio: float = 0.1, task: str = "rte", batch_size: int = 32) -> Iterator[dict]:
-    """Measure estimators and norm sources on one batch of real text after 30 training steps.
+    """Measure estimators and norm sources on batches of real text after 30 training steps.
 
     The relative variance is the median (and the mean) over the encoder's linears of
-    ``E||est - dW||^2 / ||dW||^2``; ``own`` is the mini-batch's own gradient variance over other
-    batches, on the same scale. The number of kept rows is ``keep_ratio`` of the real ones.
+    ``E||est - dW||^2 / E||dW||^2``, both averaged over batches: how far the gradients of one
+    batch's rows cancel out differs from batch to batch by a half. ``own`` is the mini-batch's own
+    gradient variance on the same scale. The number of kept rows is ``keep_ratio`` of the real ones.
     """
     _, tokenizer = minilm(seed=_SEED)
-    stream = batches(glue(task), tokenizer, batch_size, seed=_SEED, max_length=256)
-    target, shown, others = next(stream), list(islice(stream, 30)), list(islice(stream, 16))
+    stream = batches(glue(task), tokenizer, batch_size, seed=_SEED)
+    targets, shown, others = (list(islice(stream, n)) for n in (NUM_BATCHES, 30, 12))
     trained = _trained(shown)
-    own = _own_variance(trained, target, others)
-    mask = target["attention_mask"] != 0
-    share = float(mask.float().mean())
+    own = _own_variance(trained, [*targets, *others])
+    num_rows = sum(int((t["attention_mask"] != 0).sum()) for t in targets)
+    share = num_rows / sum(t["attention_mask"].numel() for t in targets)
     for case in _CASES:
         model, _ = minilm(seed=_SEED)
         model.train()
@@ -128,12 +133,12 @@ def minilm_rows(keep_ratio: float = 0.1, task: str = "rte", batch_size: int = 32
             **case.options,
         )
         session = lt.apply(model, config, seed=_SEED)
-        _visit(session, target)  # the visit that a cache remembers
+        for batch in targets if config.norms == "cache" else ():
+            _visit(session, batch)
         model.load_state_dict(trained)
         for batch in shown if config.norms == "running" and config.draw_at == "auto" else ():
-            _visit(session, batch)
-        found = lt.fidelity(model, _usable(session, target), NUM_DRAWS).parameters
-        values = [p.relative_variance for p in found]
+            _visit(session, batch, is_step=not case.looks_always)
+        values = _relative_variances(session, targets)
         yield {
             "estimator": case.estimator,
             "probabilities": case.label,
@@ -143,7 +148,8 @@ def minilm_rows(keep_ratio: float = 0.1, task: str = "rte", batch_size: int = 32
             "own_median": median(own),
             "own_mean": fmean(own),
             "num_linears": len(values),
-            "num_rows": int(mask.sum()),
+            "num_rows": num_rows,
+            "num_batches": NUM_BATCHES,
             "num_draws": NUM_DRAWS,
             "task": task,
         }
@@ -154,10 +160,23 @@ def _usable(session: lt.Session, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k: v for k, v in batch.items() if k != "sample_id" or keeps_ids}
 
 
-def _visit(session: lt.Session, batch: dict[str, Tensor]) -> None:
+def _visit(session: lt.Session, batch: dict[str, Tensor], is_step: bool = True) -> None:
     session.model(**_usable(session, batch)).loss.backward()
-    session.on_step()
+    if is_step:
+        session.on_step()
     session.model.zero_grad()
+
+
+def _relative_variances(session: lt.Session, targets: list[dict[str, Tensor]]) -> list[float]:
+    """Return ``E||est - dW||^2 / E||dW||^2`` of each linear, over draws and batches."""
+    errors: dict[str, float] = defaultdict(float)
+    squares: dict[str, float] = defaultdict(float)
+    for target in targets:
+        found = lt.fidelity(session.model, _usable(session, target), NUM_DRAWS)
+        for p in found.parameters:
+            errors[p.name] += p.relative_variance * p.exact_norm**2
+            squares[p.name] += p.exact_norm**2
+    return [errors[name] / squares[name] for name in squares]
 
 
 def _trained(shown: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -172,15 +191,13 @@ def _trained(shown: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return model.state_dict()
 
 
-def _own_variance(
-    trained: dict[str, Tensor], target: dict[str, Tensor], others: list[dict[str, Tensor]]
-) -> list[float]:
+def _own_variance(trained: dict[str, Tensor], several: list[dict[str, Tensor]]) -> list[float]:
     """Per linear: ``E||dW_b - mean||^2 / E||dW_b||^2`` over mini-batches b, exact gradients."""
     model, _ = minilm(seed=_SEED)
     model.load_state_dict(trained)
     session = lt.apply(model, lt.WTACRS(keep_ratio=0.1, **_EXACT_NORMS), seed=_SEED)
-    several = [_usable(session, batch) for batch in others]
-    found = lt.fidelity(model, _usable(session, target), 2, batches=several).parameters
+    first, *others = (_usable(session, batch) for batch in several)
+    found = lt.fidelity(model, first, 2, batches=others).parameters
     noises = [p.batch_variance for p in found if p.batch_variance is not None]
-    n = 1 + len(others)
+    n = len(several)
     return [noise / (1 + noise * (n - 1) / n) for noise in noises]

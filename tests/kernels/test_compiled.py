@@ -45,6 +45,18 @@ def sample(n: int, d: int, dtype: torch.dtype) -> None:
     kernels.sample_rows(new(n), n // 10, KEY)
 
 
+def sample_wta(n: int, d: int, dtype: torch.dtype) -> None:
+    kernels.sample_rows(new(n), n // 10, KEY, estimator="wta")
+
+
+def sample_crs(n: int, d: int, dtype: torch.dtype) -> None:
+    kernels.sample_rows(new(n), n // 10, KEY, real=new(n, dtype=torch.bool), estimator="crs")
+
+
+def sample_topk(n: int, d: int, dtype: torch.dtype) -> None:
+    kernels.sample_rows(new(n), n // 10, KEY, estimator="topk")
+
+
 def score(n: int, d: int, dtype: torch.dtype) -> None:
     kernels.row_norms(new(n, d, dtype=dtype))
 
@@ -59,10 +71,11 @@ def update(n: int, d: int, dtype: torch.dtype) -> None:
 
 # Each width of a tile and each dtype; a width that is no multiple of 16 loads number by number.
 TILES = [(2048, BRAIN), (2048, FULL), (200, HALF), (50, FULL), (333, BRAIN)]
+SAMPLES = sample, sample_wta, sample_crs, sample_topk
 CASES = [
     *((draw_in_backward, n, d, dtype) for n in (FEW, MANY) for d, dtype in TILES),
     *((draw_in_forward, MANY, 2048, dtype) for dtype in (HALF, BRAIN, FULL)),
-    *((sample, n, 0, FULL) for n in (FEW, MANY)),
+    *((call, n, 0, FULL) for call in SAMPLES for n in (FEW, MANY)),
     *((score, MANY, d, dtype) for d, dtype in TILES),
     *((pick, MANY, d, dtype) for d, dtype in TILES),
     *((update, n, 0, FULL) for n in (FEW, MANY)),

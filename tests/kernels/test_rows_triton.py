@@ -19,7 +19,8 @@ from leantune.errors import UnsupportedError
 from leantune.ops import backend
 from leantune.ops import rows as reference
 from leantune.ops.backend import num_launches
-from leantune.ops.random import RandomKey, uniform
+from leantune.ops.random import RandomKey, uniform, words
+from leantune.ops.rows import Estimator
 
 kernels = pytest.importorskip("leantune.ops.rows_triton")
 
@@ -62,6 +63,8 @@ def scores_of(name: str, n: int) -> Tensor:
     return torch.from_numpy(values).float().to(DEVICE)
 
 
+REPLACED: tuple[Estimator, ...] = ("wta", "crs", "topk")
+EVERY: tuple[Estimator, ...] = ("systematic", *REPLACED)
 NAMES = ["random", "equal", "zero", "skewed", "powers", "few", "tiny", "huge", "denormal"]
 
 
@@ -77,6 +80,20 @@ def test_a_sample_is_the_oracles_to_the_bit(name: str, n: int) -> None:
         assert weights.tolist() == expected[1].tolist()
 
 
+@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize("name", NAMES)
+def test_the_papers_samples_are_the_oracles_to_the_bit(name: str, n: int) -> None:
+    for estimator in REPLACED:
+        for k in {1, (n + 2) // 3, n}:
+            scores = scores_of(name, n)
+            indices, weights = kernels.sample_rows(scores, k, key(n), estimator=estimator)
+            known = scores.cpu().numpy(), k, words(key(n), k).tolist(), estimator
+            expected = oracle.sample_replaced(*known)
+            assert indices.dtype == torch.int32
+            assert indices.tolist() == expected[0]
+            assert weights.tolist() == expected[1].tolist()
+
+
 def test_the_random_number_is_that_of_ops_random() -> None:
     scores = scores_of("random", 50)
     for seed, stream in [(0, 0), (-1, 2**64 - 1), (2**200, -(2**70)), (5, 2**31)]:
@@ -90,10 +107,11 @@ def test_the_random_number_is_that_of_ops_random() -> None:
 def test_blocks_of_scores_join() -> None:
     n = 4096 * 3 + 5
     scores = scores_of("skewed", n)
-    for k in (1, n // 10, n):
-        expected = reference.sample_rows(scores, k, key())
-        found = kernels.sample_rows(scores, k, key())
-        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    for estimator in EVERY:
+        for k in (1, n // 10, n):
+            expected = reference.sample_rows(scores, k, key(), estimator=estimator)
+            found = kernels.sample_rows(scores, k, key(), estimator=estimator)
+            torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 def test_rows_count_once_in_expectation() -> None:
@@ -119,9 +137,10 @@ def test_scores_that_are_not_finite_give_nan_weights(bad: float, n: int) -> None
     scores[n // 2] = bad
     k = (n + 1) // 2
     for floor in (0.0, 0.1):
-        indices, weights = kernels.sample_rows(scores, k, key(), floor=floor)
-        assert weights.isnan().all()
-        assert ((indices >= 0) & (indices < n)).all()
+        for estimator in EVERY:
+            found = kernels.sample_rows(scores, k, key(), floor=floor, estimator=estimator)
+            assert found[1].isnan().all()
+            assert ((found[0] >= 0) & (found[0] < n)).all()
 
 
 @pytest.mark.parametrize("floor", [0.0, 0.25])
@@ -267,7 +286,7 @@ def test_a_compiler_takes_operations() -> None:
     counter, indices = torch.tensor(0, device=DEVICE), torch.arange(9, device=DEVICE)
     for name, args in {
         "score_rows": (x, guess),
-        "draw_rows": (x, guess, x[:, 0] > 0, counter, -1, 1, 9, 0.1),
+        "draw_rows": (x, guess, x[:, 0] > 0, counter, -1, 1, 9, 0.1, "wta"),
         "pick_rows": (x, indices, torch.rand(9, device=DEVICE), torch.bfloat16),
         "update_norms": (guess, x[:, 0], 0.5),
     }.items():

@@ -1,4 +1,4 @@
-"""Systematic sampling of rows in whole numbers and loops, straight from its definition.
+"""Sampling of rows in whole numbers and loops, straight from its definition.
 
 Scores and probabilities count in units of 2**-30; n rows, k kept rows.
 """
@@ -38,6 +38,33 @@ def sample_rows(scores: Floats, k: int, word: int) -> tuple[list[int], Floats]:
         hit = [i for i, end in enumerate(ends) if end >= point]
         indices.append(hit[0] if hit else len(chance) - 1)
         weights.append(np.float32(ONE) / np.float32(chance[hit[0]]) if hit else 0.0)
+    return indices, np.array(weights, dtype=np.float32)
+
+
+def sample_replaced(
+    scores: Floats, k: int, words: list[int], estimator: str
+) -> tuple[list[int], Floats]:
+    """Return indices and weights of k rows by one of the paper's estimators.
+
+    The word of each position, in [0, 2**32), says which row it draws.
+    """
+    mass = masses(scores)
+    by_weight = sorted(range(len(mass)), key=lambda i: (-mass[i], i))
+    tau = threshold(mass, k)
+    num_sure = {"crs": 0, "topk": k, "wta": sum(m >= max(tau, 1) for m in mass)}[estimator]
+    sure, rest = sorted(by_weight[:num_sure]), sorted(by_weight[num_sure:])
+    weights = [1.0 if mass[i] else 0.0 for i in sure]
+    indices, tail = list(sure), sum(mass[i] for i in rest)
+    for word in words[num_sure:]:
+        point = word / 2**32 * tail
+        end, row, weight = 0, len(mass) - 1, 0.0
+        for i in rest:
+            end += mass[i]
+            if end > point:
+                row, weight = i, np.float32(tail / (k - num_sure)) / np.float32(mass[i])
+                break
+        indices.append(row)
+        weights.append(weight)
     return indices, np.array(weights, dtype=np.float32)
 
 

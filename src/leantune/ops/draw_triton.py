@@ -11,7 +11,8 @@ import triton.language as tl
 
 from leantune.ops.random import DRAW_STEP, MULTIPLIERS
 
-_MULTIPLIER_1, _MULTIPLIER_2 = tl.constexpr(MULTIPLIERS[1]), tl.constexpr(MULTIPLIERS[2])
+_MULTIPLIER_0, _MULTIPLIER_1 = tl.constexpr(MULTIPLIERS[0]), tl.constexpr(MULTIPLIERS[1])
+_MULTIPLIER_2 = tl.constexpr(MULTIPLIERS[2])
 _DRAW_STEP, _MASK32 = tl.constexpr(DRAW_STEP), tl.constexpr(0xFFFFFFFF)
 _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 _UNITS, _ONE, _LOG_ONE = tl.constexpr(2.0**30), tl.constexpr(1 << 30), tl.constexpr(30)
@@ -32,12 +33,13 @@ def _norms(x_ptr, stride, d, rows, in_range, ROWS: tl.constexpr, WIDTH: tl.const
 
 
 @triton.jit
-def _first_word(counter_ptr, word):
-    """Return the first number of a key in units of 2**-24, as ``ops.random.first_word`` does."""
-    x = (tl.load(counter_ptr) * _DRAW_STEP + ((word >> 32) & _MASK32)) & _MASK32
-    x = ((word & _MASK32) ^ x) * _MULTIPLIER_1
-    x = ((x ^ (x >> 32)) & _MASK32) * _MULTIPLIER_2
-    return ((x ^ (x >> 32)) & _MASK32) >> 8
+def _words(counter_ptr, word, places):
+    """Return the random words of a key at some places, int64, as ``ops.random.words`` does."""
+    x = ((word & _MASK32) ^ places) * _MULTIPLIER_0
+    x = (x ^ (x >> 32)) & _MASK32
+    x ^= (tl.load(counter_ptr) * _DRAW_STEP + ((word >> 32) & _MASK32)) & _MASK32
+    x = ((x * _MULTIPLIER_1) ^ ((x * _MULTIPLIER_1) >> 32)) & _MASK32
+    return ((x * _MULTIPLIER_2) ^ ((x * _MULTIPLIER_2) >> 32)) & _MASK32
 
 
 @triton.jit
@@ -117,7 +119,7 @@ def _threshold(mass_ptr, total, n, k, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _lay_out(mass_ptr, indices_ptr, weights_ptr, n, k, tau, start, largest, BLOCK: tl.constexpr):
+def _lay_out(mass_ptr, indices_ptr, weights_ptr, n, k, tau, start, nothing, BLOCK: tl.constexpr):
     """Lay probabilities side by side and write the rows that k points at distance 1 hit.
 
     A point lies at each multiple of 1 on the axis that begins at ``start``, in units of 2**-30. A
@@ -125,7 +127,6 @@ def _lay_out(mass_ptr, indices_ptr, weights_ptr, n, k, tau, start, largest, BLOC
     """
     offsets = tl.arange(0, BLOCK)
     unit = tl.maximum(tau * (1.0 / _UNITS), 1.0 / _UNITS).to(tl.float32)
-    nothing = tl.where(largest < float("inf"), 0.0, float("nan"))
     edge = start
     for first in range(0, n, BLOCK):
         here = offsets < n - first
@@ -147,6 +148,85 @@ def _lay_out(mass_ptr, indices_ptr, weights_ptr, n, k, tau, start, largest, BLOC
         tl.store(weights_ptr + first + offsets, tl.zeros((BLOCK,), tl.float32) + nothing, here)
 
 
+@triton.jit
+def _least_kept(mass_ptr, n, k, BLOCK: tl.constexpr):
+    """Return the k-th largest mass, bit by bit, and how many rows of that mass are among the k."""
+    offsets = tl.arange(0, BLOCK)
+    least = 0
+    bit = _ONE
+    while bit > 0:
+        counts = tl.zeros((BLOCK,), tl.int32)
+        for first in range(0, n, BLOCK):
+            mass = tl.load(mass_ptr + first + offsets, offsets < n - first, -1.0).to(tl.int32)
+            counts += (mass >= least + bit).to(tl.int32)
+        least += tl.where(tl.sum(counts, 0) >= k, bit, 0)
+        bit >>= 1
+    above = tl.zeros((BLOCK,), tl.int32)
+    for first in range(0, n, BLOCK):
+        mass = tl.load(mass_ptr + first + offsets, offsets < n - first, -1.0).to(tl.int32)
+        above += (mass > least).to(tl.int32)
+    return least, k - tl.sum(above, 0)
+
+
+@triton.jit
+def _replace(
+    mass_ptr,
+    edges_ptr,
+    counter_ptr,
+    indices_ptr,
+    weights_ptr,
+    word,
+    n,
+    k,
+    cut,
+    num_level,
+    nothing,
+    BLOCK: tl.constexpr,
+):
+    """Keep the rows above a mass and some on its level; draw others for the places that are left.
+
+    Each drawn one is found in the running sums of what is not kept, by halving.
+    """
+    offsets = tl.arange(0, BLOCK)
+    edge = tl.full((), 0, tl.int64)
+    kept = 0
+    level = 0
+    for first in range(0, n, BLOCK):
+        here = offsets < n - first
+        mass = tl.load(mass_ptr + first + offsets, here, -1.0).to(tl.int32)
+        on_level = (mass == cut).to(tl.int32)
+        is_kept = (mass > cut) | ((mass == cut) & (level + tl.cumsum(on_level, 0) <= num_level))
+        slots = kept + tl.cumsum(is_kept.to(tl.int32), 0) - 1
+        tl.store(indices_ptr + slots, first + offsets, is_kept)
+        tl.store(weights_ptr + slots, tl.where(mass > 0, 1.0, 0.0) + nothing, is_kept)
+        lengths = tl.where(is_kept, 0, mass).to(tl.int64)
+        tl.store(edges_ptr + first + offsets, edge + tl.cumsum(lengths, 0), here)
+        edge += tl.sum(tl.where(here, lengths, 0), 0)
+        kept += tl.sum(is_kept.to(tl.int32), 0)
+        level += tl.sum(on_level, 0)
+    tl.debug_barrier()
+    tail = edge.to(tl.float64)
+    share = (tail / (k - kept).to(tl.float64)).to(tl.float32)
+    for first in range(kept, k, BLOCK):
+        here = offsets < k - first
+        unit = _words(counter_ptr, word, first + offsets).to(tl.float64) * 2.0**-32
+        low = tl.zeros((BLOCK,), tl.int32)
+        high = low + n
+        span = n
+        while span > 0:
+            middle = (low + high) >> 1
+            is_open = low < high
+            edges = tl.load(edges_ptr + middle, is_open, 0).to(tl.float64)
+            is_below = edges <= unit * tail
+            low = tl.where(is_open & is_below, middle + 1, low)
+            high = tl.where(is_below, high, middle)
+            span >>= 1
+        rows = tl.minimum(low, n - 1)
+        mass = tl.maximum(tl.load(mass_ptr + rows, here, 1.0), 1.0)
+        tl.store(indices_ptr + first + offsets, rows, here)
+        tl.store(weights_ptr + first + offsets, tl.math.div_rn(share, mass) + nothing, here)
+
+
 @triton.jit(do_not_specialize=["k", "word", "ticket"])
 def draw(
     x_ptr,
@@ -157,6 +237,7 @@ def draw(
     grad_size,
     real_ptr,
     scores_ptr,
+    edges_ptr,
     counter_ptr,
     tickets_ptr,
     indices_ptr,
@@ -166,6 +247,7 @@ def draw(
     k,
     ticket,
     share,
+    ESTIMATOR: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -193,6 +275,19 @@ def draw(
             if share is not None:
                 _mix_floor(scores_ptr, real_ptr, n, share, BLOCK)
             total, largest = _weigh(scores_ptr, n, BLOCK)
-            tau = _threshold(scores_ptr, total, n, k, BLOCK)
-            start = _first_word(counter_ptr, word) << 6
-            _lay_out(scores_ptr, indices_ptr, weights_ptr, n, k, tau, start, largest, BLOCK)
+            nothing = tl.where(largest < float("inf"), 0.0, float("nan"))
+            if ESTIMATOR == "systematic":
+                tau = _threshold(scores_ptr, total, n, k, BLOCK)
+                start = (_words(counter_ptr, word, 0) >> 8) << 6
+                _lay_out(scores_ptr, indices_ptr, weights_ptr, n, k, tau, start, nothing, BLOCK)
+            else:
+                cut, num_level = _ONE, 0
+                if ESTIMATOR == "wta":
+                    # Whole numbers above the cut reach tau.
+                    tau = _threshold(scores_ptr, total, n, k, BLOCK)
+                    tau = tl.minimum(tl.maximum(tau, 1.0), _UNITS + 1.0)
+                    cut = tl.ceil(tau).to(tl.int32) - 1
+                elif ESTIMATOR == "topk":
+                    cut, num_level = _least_kept(scores_ptr, n, k, BLOCK)
+                pointers = scores_ptr, edges_ptr, counter_ptr, indices_ptr, weights_ptr
+                _replace(*pointers, word, n, k, cut, num_level, nothing, BLOCK)

@@ -48,8 +48,13 @@ def uniform(key: RandomKey, n: int) -> Tensor:
 
     Source: multiply-and-fold rounds as in the wyhash family; seed mixing as in SplitMix64.
     """
+    return _to_unit(words(key, n))
+
+
+def words(key: RandomKey, n: int) -> Tensor:
+    """Return n random words, int64 in [0, 2**32): what :func:`uniform` makes its numbers of."""
     x = _words(key, torch.arange(n, device=key.counter.device))
-    return _to_unit(_fold(x, MULTIPLIERS[2]))
+    return _fold(x, MULTIPLIERS[2])
 
 
 def first_word(key: RandomKey) -> int | Tensor:

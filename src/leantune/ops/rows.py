@@ -1,17 +1,19 @@
-"""Which rows of a linear's input backward keeps: the seam, scores of rows, and the default sample.
+"""Which rows of a linear's input backward keeps: the seam, scores of rows, and samples of them.
 
 Dimension letters: n rows (all leading dimensions flattened), k kept rows, d features, w features
 kept of each row, t token positions.
 """
 
 from functools import lru_cache
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from leantune.ops.random import RandomKey, first_word
+from leantune.ops.random import RandomKey, first_word, words
+
+Estimator = Literal["systematic", "wta", "crs", "topk"]
 
 _TINY = torch.finfo(torch.float32).tiny
 _UNITS = 2.0**30
@@ -112,6 +114,7 @@ def draw_rows(
     grad: Tensor | None = None,
     real: Tensor | None = None,
     floor: float = 0.0,
+    estimator: Estimator = "systematic",
 ) -> tuple[Tensor, Tensor]:
     """Choose k rows of (n, d) by their scores; see :func:`score_rows` and :func:`sample_rows`.
 
@@ -119,8 +122,9 @@ def draw_rows(
     """
     if is_compiling():
         seed = (key.seed + 2**63) % 2**64 - 2**63
-        return _draw_rows(x2d, k, seed, key.counter, key.stream, grad, real, floor)
-    return sample_rows(score_rows(x2d, grad), k, key, real=real, floor=floor)
+        return _draw_rows(x2d, k, seed, key.counter, key.stream, grad, real, floor, estimator)
+    scores = score_rows(x2d, grad)
+    return sample_rows(scores, k, key, real=real, floor=floor, estimator=estimator)
 
 
 @torch.library.custom_op("leantune::reference_draw_rows", mutates_args=())
@@ -133,8 +137,10 @@ def _draw_rows(
     grad: Tensor | None,
     real: Tensor | None,
     floor: float,
+    estimator: str,
 ) -> tuple[Tensor, Tensor]:
-    return draw_rows(x2d, k, RandomKey(seed, counter, stream), grad=grad, real=real, floor=floor)
+    key, name = RandomKey(seed, counter, stream), cast(Estimator, estimator)
+    return draw_rows(x2d, k, key, grad=grad, real=real, floor=floor, estimator=name)
 
 
 @_draw_rows.register_fake
@@ -143,16 +149,28 @@ def _(x2d: Tensor, k: int, *others: Any) -> tuple[Tensor, Tensor]:
 
 
 def sample_rows(
-    scores: Tensor, k: int, key: RandomKey, *, real: Tensor | None = None, floor: float = 0.0
+    scores: Tensor,
+    k: int,
+    key: RandomKey,
+    *,
+    real: Tensor | None = None,
+    floor: float = 0.0,
+    estimator: Estimator = "systematic",
 ) -> tuple[Tensor, Tensor]:
     """Choose k of n rows so that the weighted sum over them estimates the sum over all rows.
 
     ``E[sum_t weights_t f(indices_t)] = sum_i f(i)`` for every f that is zero where the score is
-    zero. Row i is kept with probability ``pi_i = min(1, scores_i / tau)`` and weight ``1 / pi_i``,
-    where tau makes the probabilities add up to k: the rows above tau are the deterministic set. The
-    probabilities lie side by side on an axis, and k points at distance 1 hit the rows: all are
-    distinct. Rows are laid out as they come, since neighbouring tokens are alike: that lowers the
-    variance, and nothing is sorted by row.
+    zero, except with "topk". The estimators are:
+
+    - "systematic": row i is kept with probability ``pi_i = min(1, scores_i / tau)`` and weight
+      ``1 / pi_i``, where tau makes the probabilities add up to k: the c rows that reach tau are the
+      deterministic set. The probabilities lie side by side on an axis, and k points at distance 1
+      hit the rows: all are distinct, and in ascending order. Rows are laid out as they come, since
+      neighbouring tokens are alike: that lowers the variance, and nothing is sorted by row.
+    - "wta": the same c rows with weight 1, and k - c draws from the others with replacement, with
+      ``tail`` the sum of their scores and weight ``tail / ((k - c) scores_i)``.
+    - "crs": the same with c = 0.
+    - "topk": the k heaviest rows with weight 1; biased, and there for comparison.
 
     Scores count in units of 2**-30 of the largest one, and smaller ones as 0. Every sum is of whole
     numbers, so that a kernel finds the same rows to the bit.
@@ -160,17 +178,18 @@ def sample_rows(
     Args:
         scores: (n,) float32, non-negative, of any magnitude; NaN or infinity gives NaN weights.
         k: kept rows, in [1, n].
-        key: of the one uniform number that places the points.
+        key: of the random numbers.
         real: (n,) bool, False on rows that are never drawn; None draws from all.
         floor: share of the probability that is spread evenly over the real rows, in [0, 1): above
             0 a row whose score is far too small has no weight without bound.
+        estimator: see above.
 
     Returns:
-        indices (k,) int32, ascending, and weights (k,) float32, non-negative. Where fewer than k
-        rows have a score, those are kept exactly and the other positions have weight 0.
+        indices (k,) int32 and weights (k,) float32, non-negative. Where fewer than k rows have a
+        score, those are kept exactly, except with "crs", and the other positions have weight 0.
 
-    Source: WTA-CRS, arXiv 2305.15265, for the deterministic set; systematic sampling of the tail is
-    a deviation with lower variance. Its size minimises ``tail_c / (k - c)``, whose minimum is tau.
+    Source: WTA-CRS, arXiv 2305.15265; systematic sampling of the tail is a deviation with lower
+    variance. The size c minimises the paper's bound ``tail_c / (k - c)``, whose minimum is tau.
     """
     slots, slots_left = _slots(k, scores.device)
     if real is not None:
@@ -188,6 +207,8 @@ def sample_rows(
     # Behind the c heaviest rows lies a tail, for the other k - c: c = 0, 1, ..., k - 1.
     tails = (mass.sum(dtype=torch.float64) - head).add_(heaviest)
     tau = tails.div_(slots_left).amin().clamp_(min=1 / _UNITS)
+    if estimator != "systematic":
+        return _replaced(mass, _sure_rows(mass, k, estimator, tau * _UNITS, heaviest[-1]), k, key)
     pi = mass.div_(tau, rounding_mode="trunc").clamp_(max=_UNITS)
     edges = pi.cumsum(0, dtype=torch.float64)
     points = slots - first_word(key) * 2**6
@@ -195,6 +216,35 @@ def sample_rows(
     indices = torch.searchsorted(edges[:-1], points, out_int32=True)
     weights = pi.index_select(0, indices).reciprocal_().mul_(_UNITS)
     return indices, weights.masked_fill_(points > edges[-1], 0.0)
+
+
+def _sure_rows(mass: Tensor, k: int, estimator: Estimator, tau: Tensor, least: Tensor) -> Tensor:
+    """Return which rows are kept for certain, (n,) bool; ``least`` is the k-th largest mass."""
+    if estimator == "crs":
+        return torch.zeros_like(mass, dtype=torch.bool)
+    if estimator == "wta":
+        return mass >= tau
+    above, level = mass > least, mass == least
+    return above | (level & (level.cumsum(0) <= k - above.sum()))
+
+
+def _replaced(mass: Tensor, sure: Tensor, k: int, key: RandomKey) -> tuple[Tensor, Tensor]:
+    """Keep the sure rows, in order, and draw a row of the others for each position that is left."""
+    positions = torch.arange(1, k + 1, device=mass.device)
+    counts = sure.cumsum(0)
+    edges = mass.masked_fill(sure, 0.0).cumsum(0, dtype=torch.float64)
+    num_sure, tail = counts[-1], edges[-1]
+    is_sure = (positions <= num_sure) & tail.isfinite()
+    points = words(key, k).double() * 2.0**-32 * tail
+    drawn = torch.searchsorted(edges, points, right=True)
+    # Without a tail every point lies beyond the last row, and gets weight 0.
+    indices = torch.where(is_sure, torch.searchsorted(counts, positions), drawn)
+    indices = indices.clamp(max=len(mass) - 1)
+    kept = mass[indices]
+    share = (tail / (k - num_sure)).float()
+    # A mass is a whole number.
+    weights = torch.where(is_sure, (kept > 0).float(), share / kept.clamp(min=1))
+    return indices.int(), weights
 
 
 @lru_cache(maxsize=64)

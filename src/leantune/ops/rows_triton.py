@@ -21,7 +21,8 @@ from torch.compiler import is_compiling
 
 from leantune.errors import UnsupportedError
 from leantune.ops.draw_triton import draw
-from leantune.ops.random import MULTIPLIERS, RandomKey, mixed
+from leantune.ops.random import RandomKey, mixed
+from leantune.ops.rows import Estimator
 
 LAUNCHES = Counter[str]()
 """How often each kernel was launched."""
@@ -147,18 +148,25 @@ def draw_rows(
     grad: Tensor | None = None,
     real: Tensor | None = None,
     floor: float = 0.0,
+    estimator: Estimator = "systematic",
 ) -> tuple[Tensor, Tensor]:
     """See :func:`leantune.ops.rows.draw_rows`."""
     seed, stream = _signed(key.seed), _signed(key.stream)
-    return _draw_rows(x2d, grad, real, key.counter, seed, stream, k, floor)
+    return _draw_rows(x2d, grad, real, key.counter, seed, stream, k, floor, estimator)
 
 
 def sample_rows(
-    scores: Tensor, k: int, key: RandomKey, *, real: Tensor | None = None, floor: float = 0.0
+    scores: Tensor,
+    k: int,
+    key: RandomKey,
+    *,
+    real: Tensor | None = None,
+    floor: float = 0.0,
+    estimator: Estimator = "systematic",
 ) -> tuple[Tensor, Tensor]:
     """See :func:`leantune.ops.rows.sample_rows`."""
     seed, stream = _signed(key.seed), _signed(key.stream)
-    return _draw_rows(None, scores, real, key.counter, seed, stream, k, floor)
+    return _draw_rows(None, scores, real, key.counter, seed, stream, k, floor, estimator)
 
 
 def _empty_draw(counter: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -176,6 +184,7 @@ def _draw_rows(
     stream: int,
     k: int,
     floor: float,
+    estimator: str,
 ) -> tuple[Tensor, Tensor]:
     source = grad if x2d is None else x2d
     assert source is not None
@@ -183,9 +192,12 @@ def _draw_rows(
     assert 1 <= k <= n, (k, n)
     scratch = torch.empty(n, dtype=torch.float32, device=device)
     indices, weights = _empty_draw(counter, k)
+    edges = None
+    if estimator != "systematic":
+        edges = torch.empty(n, dtype=torch.int64, device=device)
     share = floor / (1 - floor) if floor > 0 else None
     word, tickets = _word(seed, stream), _tickets(device)
-    selection = counter, tickets, indices, weights, word, k, next(_turn), share
+    selection = edges, counter, tickets, indices, weights, word, k, next(_turn), share, estimator
     _launch_draw(x2d, grad, real, scratch, *selection)
     return indices, weights
 
@@ -235,6 +247,7 @@ def _launch_draw(
     grad: Tensor | None,
     real: Tensor | None,
     scores: Tensor,
+    edges: Tensor | None = None,
     counter: Tensor | None = None,
     tickets: Tensor | None = None,
     indices: Tensor | None = None,
@@ -243,6 +256,7 @@ def _launch_draw(
     k: int = 0,
     ticket: int = 0,
     share: float | None = None,
+    estimator: str = "systematic",
 ) -> None:
     """Score rows, and select some where there is room for them."""
     n = len(scores)
@@ -265,8 +279,8 @@ def _launch_draw(
         widest = d if grad_stride is None else max(d, grad_size)
         rows, width = _tile(widest, num_warps)
     real = None if real is None else real.contiguous()
-    args = x2d, x_stride, d, grad, grad_stride, grad_size, real, scores, counter, tickets
-    sizes = rows, width, block
+    args = x2d, x_stride, d, grad, grad_stride, grad_size, real, scores, edges, counter, tickets
+    sizes = estimator, rows, width, block
     grid = (triton.cdiv(n, rows),)
     selection = indices, weights, word, n, k, ticket, share
     _launch(draw, grid, scores, *args, *selection, *sizes, num_warps=num_warps)
@@ -290,10 +304,8 @@ def _signed(value: int) -> int:
 
 @cache
 def _word(seed: int, stream: int) -> int:
-    """Return what of a key's first number depends on neither counter nor device."""
-    word = mixed(seed, stream)
-    product = (word & 0xFFFFFFFF) * MULTIPLIERS[0]
-    return _signed((word >> 32 << 32) + ((product ^ (product >> 32)) & 0xFFFFFFFF))
+    """Return what of a key's numbers depends on neither counter nor device."""
+    return _signed(mixed(seed, stream))
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], where: Tensor, *args: Any, num_warps: int) -> None:

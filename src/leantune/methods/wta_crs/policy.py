@@ -3,6 +3,7 @@
 Legend: n rows (all leading dimensions flattened), k kept rows, w features of each row, d_out.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -11,7 +12,6 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from leantune.core.runtime import Runtime
-from leantune.methods.wta_crs import estimators
 from leantune.methods.wta_crs.cache import CachedNorms
 from leantune.methods.wta_crs.config import WTACRS
 from leantune.methods.wta_crs.masks import LearnedMasks, RowMask
@@ -24,6 +24,19 @@ from leantune.ops.rows import KeptRows, OuterProduct
 
 _EXTRA_BYTES = torch.int32.itemsize + torch.float32.itemsize
 """What a sampled row takes besides its features: its number and its weight."""
+
+
+def budget(n: int, keep_ratio: float, min_rows: int = 10) -> int:
+    """Return how many rows to keep: ``min(max(floor(keep_ratio * n), min_rows, 1), n)``.
+
+    Args:
+        n: rows there are, >= 0.
+        keep_ratio: in (0, 1].
+        min_rows: never keep fewer than this, as long as there are as many.
+    """
+    # 0.29 * 100 is 28.999999999999996 in floating point; four units of rounding undo that.
+    share = math.floor(keep_ratio * n * (1 + 2**-50))
+    return min(max(share, min_rows, 1), n)
 
 
 class Note(NamedTuple):
@@ -143,7 +156,7 @@ class SampledRows:
                 self._observe(note, note.column, looks, grad_output)
             return weighted(kept, grad_output)
         rows = flatten(kept.rows)
-        k = estimators.budget(len(rows), self.config.keep_ratio, self.config.min_rows)
+        k = budget(len(rows), self.config.keep_ratio, self.config.min_rows)
         # Exact norms: padding has none, and nothing else needs a floor.
         key = self._runtime.key(rows.device)
         return weighted(self._sample(rows, grad_output, None, 0.0, k, key), grad_output)
@@ -169,12 +182,9 @@ class SampledRows:
         key: RandomKey,
     ) -> KeptRows:
         key = RandomKey(key.seed, key.counter, self._stream)
-        ops = row_functions(rows)
-        if self.config.estimator == "systematic":
-            indices, weights = ops.draw_rows(rows, k, key, grad=grad, real=real, floor=floor)
-        else:
-            p = estimators.probabilities(ops.score_rows(rows, grad), real, floor)
-            indices, weights = estimators.sample(p, k, self.config.estimator, key)
+        draw_rows, estimator = row_functions(rows).draw_rows, self.config.estimator
+        known = {"grad": grad, "real": real, "floor": floor}
+        indices, weights = draw_rows(rows, k, key, estimator=estimator, **known)
         return KeptRows(rows.index_select(0, indices), indices, weights)
 
     def _draws_in_backward(self) -> bool:
@@ -186,7 +196,7 @@ class SampledRows:
     def _num_kept(self, shape: torch.Size, dtype: torch.dtype) -> int | None:
         """Return how many rows are kept of an input, or None where that would keep no less."""
         num_rows, w = shape[:-1].numel(), shape[-1]
-        k = estimators.budget(num_rows, self.config.keep_ratio, self.config.min_rows)
+        k = budget(num_rows, self.config.keep_ratio, self.config.min_rows)
         row_bytes = w * dtype.itemsize
         return k if k * (row_bytes + _EXTRA_BYTES) < num_rows * row_bytes else None
 
