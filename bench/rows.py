@@ -42,10 +42,15 @@ def commit() -> str:
     # A copy of the source without git says by a variable which commit it is.
     if "LEANTUNE_COMMIT" in os.environ:
         return os.environ["LEANTUNE_COMMIT"]
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or (
-        "unknown"
-    )
+
+    def git(*args: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parents[1]), *args]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+    # The rows that a bench writes do not make the next one's commit a changed one.
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results")
+    found = git("describe", "--always")
+    return f"{found}-dirty" if found and changed else found or "unknown"
 
 
 def read(name: str) -> list[dict[str, Any]]:

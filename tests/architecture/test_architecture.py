@@ -102,7 +102,7 @@ PRICES = {
     "routed_ffn": (7, 630),
     "sparse_grad": (6, 730),
     "spt_attention": (9, 1300),
-    "wta_crs": (9, 1235),
+    "wta_crs": (8, 1085),
 }
 NEW_METHOD = (5, 700)
 MAX_LINES, MAX_FILE, MAX_FUNCTION, MAX_SESSION = 16_350, 400, 60, 250

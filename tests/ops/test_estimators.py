@@ -170,7 +170,7 @@ def test_a_sample_is_the_oracles_to_the_bit(data: st.DataObject) -> None:
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
     spread = data.draw(st.sampled_from([0.0, 0.01, 0.5, 1.0, 2.0, 9.0]))
     scale = data.draw(st.sampled_from([1.0, 1e-20, 1e20]))
-    scores = np.float32(np.exp(spread * rng.normal(size=n)) * scale)
+    scores = (np.exp(spread * rng.normal(size=n)) * scale).astype(np.float32)
     scores[rng.random(n) < data.draw(st.sampled_from([0.0, 0.5]))] = 0
     key = RandomKey(n, torch.tensor(k), 1)
     for estimator in EVERY:

@@ -67,9 +67,9 @@ def _mix_floor(scores_ptr, real_ptr, n, share, BLOCK: tl.constexpr):
 
 @triton.jit
 def _weigh(scores_ptr, n, BLOCK: tl.constexpr):
-    """Turn scores into whole numbers up to 2**30 in place; return their sum, and the largest score.
+    """Turn scores into whole numbers up to 2**30 in place; return their sum, and 0.
 
-    That is infinite where some score is not finite; then each whole number is 0.
+    Where some score is not finite, each whole number is 0, and NaN is returned for 0.
     """
     offsets = tl.arange(0, BLOCK)
     tops = tl.full((BLOCK,), _TINY, tl.float32)
@@ -88,7 +88,8 @@ def _weigh(scores_ptr, n, BLOCK: tl.constexpr):
         tl.store(scores_ptr + first + offsets, mass.to(tl.float32), here)
         total += mass
     tl.debug_barrier()
-    return tl.sum(total, 0), largest
+    nothing = tl.where(tops < float("inf"), 0.0, float("nan"))
+    return tl.sum(total, 0), tl.sum(nothing, 0)
 
 
 @triton.jit
@@ -189,8 +190,8 @@ def _replace(
     """
     offsets = tl.arange(0, BLOCK)
     edge = tl.full((), 0, tl.int64)
-    kept = 0
-    level = 0
+    kept = tl.full((), 0, tl.int32)
+    level = tl.full((), 0, tl.int32)
     for first in range(0, n, BLOCK):
         here = offsets < n - first
         mass = tl.load(mass_ptr + first + offsets, here, -1.0).to(tl.int32)
@@ -274,8 +275,7 @@ def draw(
             tl.store(tickets_ptr + ticket, 0)
             if share is not None:
                 _mix_floor(scores_ptr, real_ptr, n, share, BLOCK)
-            total, largest = _weigh(scores_ptr, n, BLOCK)
-            nothing = tl.where(largest < float("inf"), 0.0, float("nan"))
+            total, nothing = _weigh(scores_ptr, n, BLOCK)
             if ESTIMATOR == "systematic":
                 tau = _threshold(scores_ptr, total, n, k, BLOCK)
                 start = (_words(counter_ptr, word, 0) >> 8) << 6

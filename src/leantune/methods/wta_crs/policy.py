@@ -183,8 +183,9 @@ class SampledRows:
     ) -> KeptRows:
         key = RandomKey(key.seed, key.counter, self._stream)
         draw_rows, estimator = row_functions(rows).draw_rows, self.config.estimator
-        known = {"grad": grad, "real": real, "floor": floor}
-        indices, weights = draw_rows(rows, k, key, estimator=estimator, **known)
+        indices, weights = draw_rows(
+            rows, k, key, grad=grad, real=real, floor=floor, estimator=estimator
+        )
         return KeptRows(rows.index_select(0, indices), indices, weights)
 
     def _draws_in_backward(self) -> bool:
