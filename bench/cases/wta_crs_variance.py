@@ -18,7 +18,7 @@ from bench import rows
 from bench.models import batches, glue, minilm
 
 SYNTHETIC, REAL = "wta_crs_variance_synthetic", "wta_crs_variance_minilm"
-NUM_BATCHES, NUM_DRAWS = 6, 4
+NUM_BATCHES, NUM_DRAWS = 4, 4
 _SEED = 0
 _EXACT_NORMS: dict[str, Any] = {"draw_at": "backward"}
 
