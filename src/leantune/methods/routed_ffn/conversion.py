@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from leantune.core.calibration import run_batches
 from leantune.core.conversion import SwapConversion
 from leantune.core.distributed import broadcast
-from leantune.core.ffn import HiddenUnits, view_ffn
+from leantune.core.ffn import view_ffn
 from leantune.core.linear import swap, trained_in_place_of_weight
 from leantune.core.runtime import Runtime
 from leantune.core.sites import Site
@@ -73,14 +73,13 @@ class RoutedFFNs(SwapConversion):
         self._model = model
         self._config = config
         self._runtime = runtime
-        self._layers: list[RoutedMLP] = []
-        self._units: dict[str, HiddenUnits] = {}
+        self._layers: dict[str, RoutedMLP] = {}
         self._parts: list[tuple[RoutedMLP, str, nn.Module, str]] = []
 
     def add(self, site: Site) -> None:
         """Put a routed FFN into a site's place."""
         layer = RoutedMLP(self._model, site, self._config, self._runtime)
-        self._layers.append(layer)
+        self._layers[site.name] = layer
         for part, child in site.children.items():
             parent, _, attribute = child.name.rpartition(".")
             self._parts.append((layer, part, self._model.get_submodule(parent), attribute))
@@ -88,15 +87,15 @@ class RoutedFFNs(SwapConversion):
         for name in site.also_replaced:
             self.swaps.append(swap(self._model, name, nn.Identity()))
         if layer.units is not None:
-            self._units[f"{site.name}.permutation"] = layer.units
             # Until calibration shows what is active together: weight rows that point alike.
             first = "gate" if "gate" in layer.ffn.linears else "up"
             layer.units.reorder(_order(layer, layer.ffn.weight(first).detach()))
 
     def undo(self) -> None:
         """Put units into their order and old modules back, parts with what others put around."""
-        for units in self._units.values():
-            units.restore()
+        for layer in self._layers.values():
+            if layer.units is not None:
+                layer.units.restore()
         super().undo()
         for layer, part, home, attribute in self._parts:
             setattr(home, attribute, layer.get_submodule(layer.names[part]))
@@ -110,31 +109,51 @@ class RoutedFFNs(SwapConversion):
         Raises:
             ConfigError: there is no batch, or none with a real token.
         """
-        for layer in self._layers:
+        for layer in self._layers.values():
             layer.recorded = []
         try:
             for _ in run_batches(self._model, self._runtime, batches):
-                if all(layer.num_recorded >= _MAX_TOKENS for layer in self._layers):
+                if all(layer.num_recorded >= _MAX_TOKENS for layer in self._layers.values()):
                     break
-            for layer in self._layers:
+            for layer in self._layers.values():
                 _fit(layer)
         finally:
-            for layer in self._layers:
+            for layer in self._layers.values():
                 layer.recorded = None
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the order of the hidden units of each FFN that was reordered."""
-        return {name: units.permutation.cpu() for name, units in self._units.items()}
+        """Return what calibration found for each FFN, its order of hidden units included."""
+        return {
+            f"{name}.{key}": tensor.cpu()
+            for name, layer in self._layers.items()
+            for key, tensor in layer.found().items()
+        }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Reorder the hidden units as they were when the state was saved.
+        """Take on what calibration had found when the state was saved.
 
         Raises:
-            ConfigError: the state has no order of these units, or something else.
+            ConfigError: the state is of other FFNs or groups, or damaged.
         """
-        super().load_state_dict({k: v for k, v in state.items() if k not in self._units})
-        for name, units in self._units.items():
-            units.load(state.get(name, torch.empty(0)))
+        rest = dict(state)
+        for name, layer in self._layers.items():
+            for key, buffer in layer.router.named_buffers():
+                buffer.copy_(_taken(rest, f"{name}.{key}", buffer.shape))
+            if layer.units is not None:
+                layer.units.load(rest.pop(f"{name}.permutation", torch.empty(0)))
+        super().load_state_dict(rest)
+
+
+def _taken(state: dict[str, Tensor], key: str, shape: torch.Size) -> Tensor:
+    """Take a tensor out of the state, checked."""
+    value = state.pop(key, None)
+    if value is None or value.shape != shape or not value.isfinite().all():
+        got = "none" if value is None else f"a tensor of shape {tuple(value.shape)}"
+        raise ConfigError(
+            f"RoutedFFN: {key} must be finite numbers of shape {tuple(shape)}, got {got}; load "
+            "onto the base model that the state was saved from"
+        )
+    return value
 
 
 def convert(model: nn.Module, sites: list[Site], config: RoutedFFN, runtime: Runtime) -> RoutedFFNs:
@@ -165,7 +184,7 @@ def _fit(layer: RoutedMLP) -> None:
         layer.units.reorder(order)
         hidden = hidden[:, order]
     norms = hidden.unflatten(1, (layer.config.num_groups, -1)).norm(dim=-1)
-    layer.set_router(*map(broadcast, maths.fit_router(x, norms, _RIDGE, _SPREAD)))
+    layer.router.restart(*map(broadcast, maths.fit_router(x, norms, _RIDGE, _SPREAD)))
 
 
 def _order(layer: RoutedMLP, features: Tensor) -> Tensor:

@@ -17,19 +17,43 @@ from leantune.ops.random import RandomKey, stream_of, uniform
 
 _TOKENS_PER_BATCH = 512
 _FRESH_SPREAD = 0.02
-"""Root mean square of a fresh router's logits: gates start near 1, yet no two groups tie."""
+"""Root mean square of a fresh router's logits: small, yet no two groups tie."""
 
 
 class Router(nn.Module):
-    """One logit per group; no ``nn.Linear``, so that no method takes it for one of the FFN's."""
+    """A router gives one logit for each group: that of its start, and what it has learnt since.
 
-    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+    No ``nn.Linear``, so that no method takes it for one of the FFN's.
+
+    Attributes:
+        start_weight, start_bias: at conversion, (G, d_model) and (G,).
+        weight: (G, d_model), trained from zero.
+        bias: (G,), trained from zero.
+    """
+
+    start_weight: Tensor
+    start_bias: Tensor
+
+    def __init__(self, like: Tensor, num_groups: int) -> None:
         super().__init__()
-        self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
+        weight, bias = like.new_zeros(num_groups, like.shape[1]), like.new_zeros(num_groups)
+        self.register_buffer("start_weight", weight)
+        self.register_buffer("start_bias", bias)
+        self.weight = nn.Parameter(weight.clone())
+        self.bias = nn.Parameter(bias.clone())
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the logits, (..., G)."""
-        return F.linear(x, self.weight, self.bias)
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the logits, and the part of them that was learnt; (..., G) each."""
+        learnt = F.linear(x, self.weight, self.bias)
+        return F.linear(x, self.start_weight, self.start_bias) + learnt, learnt
+
+    @torch.no_grad()
+    def restart(self, weight: Tensor, bias: Tensor) -> None:
+        """Start from weight (G, d_model) and bias (G,), with nothing learnt."""
+        self.start_weight.copy_(weight)
+        self.start_bias.copy_(bias)
+        self.weight.zero_()
+        self.bias.zero_()
 
 
 class RoutedMLP(nn.Module):
@@ -70,16 +94,11 @@ class RoutedMLP(nn.Module):
         inner = [m for name in linears.values() for m in self.get_submodule(name).modules()]
         # What is hooked already (by meProp, say) must be run by its own forward.
         self._is_hooked = any(m._forward_hooks or m._forward_pre_hooks for m in inner)
-        weight = self.ffn.weight("up")
-        d_model = weight.shape[1]
-        like = {"device": weight.device, "dtype": weight.dtype}
-        self.router = Router(
-            torch.empty(config.num_groups, d_model, **like), torch.empty(config.num_groups, **like)
-        )
+        self.router = Router(self.ffn.weight("up").detach(), config.num_groups)
         self._stream = stream_of(site.name)
         start = self.uniform(self.router.weight.numel()).view_as(self.router.weight)
-        scale = _FRESH_SPREAD * (12 / d_model) ** 0.5
-        self.set_router((start - 0.5) * scale, start.new_zeros(config.num_groups))
+        scale = _FRESH_SPREAD * (12 / start.shape[1]) ** 0.5
+        self.router.restart((start - 0.5) * scale, start.new_zeros(config.num_groups))
         is_reordered = config.split == "coactivation"
         self.units = HiddenUnits(model, self, linears) if is_reordered else None
         self.train(site.module.training)
@@ -102,18 +121,21 @@ class RoutedMLP(nn.Module):
                 )
                 self.recorded.append((x.flatten(0, -2)[rows], hidden.flatten(0, -2)[rows]))
             return ffn.output(hidden)
-        logits = self.router(x).flatten(0, -2)  # (n, G)
-        p = logits.to(torch.promote_types(logits.dtype, torch.float32)).sigmoid()
+        logits, learnt = (z.flatten(0, -2) for z in self.router(x))  # (n, G)
+        wide = torch.promote_types(logits.dtype, torch.float32)
         chosen = maths.choose(logits, config.num_active)
-        c = 2.0 * p.gather(1, chosen) if config.gate == "output" else None  # (n, A)
+        # Exactly 1 while nothing is learnt.
+        c = 2.0 * learnt.to(wide).sigmoid().gather(1, chosen) if config.gate == "output" else None
         is_partial = config.num_active < config.num_groups
         if is_partial and config.balance_weight and self.training:
+            p = logits.to(wide).sigmoid()
             loss = maths.balance_loss(p, chosen, self.runtime.batch.real_rows(x.shape))
             self.runtime.add_auxiliary_loss(config.balance_weight * loss)
         if is_partial and ffn.is_divisible and not self._is_hooked:
             return self._routed(ffn, x, chosen, c)
-        factors = torch.ones_like(chosen, dtype=p.dtype) if c is None else c
-        return ffn.output(ffn.hidden(x), torch.zeros_like(p).scatter(1, chosen, factors))
+        factors = torch.ones_like(chosen, dtype=wide) if c is None else c
+        zeros = torch.zeros_like(logits, dtype=wide)
+        return ffn.output(ffn.hidden(x), zeros.scatter(1, chosen, factors))
 
     @property
     def num_recorded(self) -> int:
@@ -125,11 +147,12 @@ class RoutedMLP(nn.Module):
         counter = torch.zeros((), dtype=torch.int64, device=self.router.weight.device)
         return uniform(RandomKey(self.runtime.seed, counter, self._stream), n)
 
-    @torch.no_grad()
-    def set_router(self, weight: Tensor, bias: Tensor) -> None:
-        """Give the router its start: weight (G, d_model) and bias (G,)."""
-        self.router.weight.copy_(weight)
-        self.router.bias.copy_(bias)
+    def found(self) -> dict[str, Tensor]:
+        """Return what calibration found: buffers by name."""
+        found = dict(self.router.named_buffers())
+        if self.units is not None:
+            found["permutation"] = self.units.permutation
+        return found
 
     def _routed(self, ffn: FFN, x: Tensor, chosen: Tensor, c: Tensor | None) -> Tensor:
         """Run the chosen groups alone; what does not depend on the group runs once per token."""
