@@ -19,13 +19,16 @@ from leantune.core.sites import Site
 from leantune.errors import ConfigError, UnsupportedError
 from leantune.methods.routed_ffn import maths
 from leantune.methods.routed_ffn.clusters import balanced_groups
+from leantune.methods.routed_ffn.compensation import Compensation, fit_compensation
 from leantune.methods.routed_ffn.config import RoutedFFN
 from leantune.methods.routed_ffn.module import RoutedMLP
 
 _MAX_TOKENS = 2048
 _RIDGE = 1e-2
 _SPREAD = 0.1
-"""Root mean square of a fitted router's logits: gates start within about 5 % of 1."""
+"""Root mean square of a fitted router's logits: far from where the balance loss is flat."""
+_RANK_DIVISOR = 32
+"""A low-rank compensation has rank d_model / this for each group."""
 
 
 def refusal(site: Site, config: RoutedFFN) -> str | None:
@@ -141,6 +144,7 @@ class RoutedFFNs(SwapConversion):
                 buffer.copy_(_taken(rest, f"{name}.{key}", buffer.shape))
             if layer.units is not None:
                 layer.units.load(rest.pop(f"{name}.permutation", torch.empty(0)))
+            layer.compensation = _compensation(layer, name, rest)
         super().load_state_dict(rest)
 
 
@@ -154,6 +158,17 @@ def _taken(state: dict[str, Tensor], key: str, shape: torch.Size) -> Tensor:
             "onto the base model that the state was saved from"
         )
     return value
+
+
+def _compensation(layer: RoutedMLP, name: str, state: dict[str, Tensor]) -> Compensation | None:
+    """Take a layer's compensation out of the state; None where it was not calibrated."""
+    if f"{name}.write" not in state or not layer.config.is_compensated:
+        return None
+    d_model, num_groups = layer.router.weight.shape[1], layer.config.num_groups
+    rank = _rank(layer)
+    shapes = {"read": (num_groups * rank, d_model), "write": (num_groups * (1 + rank), d_model)}
+    found = [_taken(state, f"{name}.{key}", torch.Size(s)) for key, s in shapes.items()]
+    return Compensation(*found).to(layer.router.start_weight)
 
 
 def convert(model: nn.Module, sites: list[Site], config: RoutedFFN, runtime: Runtime) -> RoutedFFNs:
@@ -176,6 +191,7 @@ def _fit(layer: RoutedMLP) -> None:
             "RoutedFFN: batches must hold at least one real token for calibration, got none; give "
             "session.calibrate a few training batches"
         )
+    config = layer.config
     inputs, activations = zip(*layer.recorded or [], strict=True)
     x, hidden = torch.cat(inputs)[:_MAX_TOKENS], torch.cat(activations)[:_MAX_TOKENS].float()
     # Processes that were shown other rows follow the first one.
@@ -183,10 +199,23 @@ def _fit(layer: RoutedMLP) -> None:
         order = broadcast(_order(layer, hidden.abs().t()))
         layer.units.reorder(order)
         hidden = hidden[:, order]
-    norms = hidden.unflatten(1, (layer.config.num_groups, -1)).norm(dim=-1)
-    layer.router.restart(*map(broadcast, maths.fit_router(x, norms, _RIDGE, _SPREAD)))
+    groups = hidden.unflatten(1, (config.num_groups, -1))  # (s, G, F / G)
+    layer.router.restart(*map(broadcast, maths.fit_router(x, groups.norm(dim=-1), _RIDGE, _SPREAD)))
+    if config.is_compensated:
+        chosen = maths.choose(layer.router(x)[0], config.num_active)
+        skipped = torch.ones(len(x), config.num_groups, dtype=torch.bool, device=x.device)
+        down = layer.ffn.merged("down").float().unflatten(1, (config.num_groups, -1))
+        outputs = torch.einsum("sgf,dgf->sgd", groups, down)
+        found = fit_compensation(x, outputs, skipped.scatter(1, chosen, False), _rank(layer))
+        layer.compensation = Compensation(*map(broadcast, found)).to(layer.router.start_weight)
 
 
 def _order(layer: RoutedMLP, features: Tensor) -> Tensor:
     """Return the order that groups a layer's hidden units by their features (F, any)."""
     return balanced_groups(features, layer.config.num_groups, layer.uniform(len(features)))
+
+
+def _rank(layer: RoutedMLP) -> int:
+    """Return the rank of a layer's compensation; 0 for means alone."""
+    is_mean = layer.config.compensate == "mean"
+    return 0 if is_mean else max(1, layer.router.weight.shape[1] // _RANK_DIVISOR)

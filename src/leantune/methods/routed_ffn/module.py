@@ -10,7 +10,9 @@ from torch.nn import functional as F
 from leantune.core.ffn import FFN, HiddenUnits, view_ffn
 from leantune.core.runtime import Runtime
 from leantune.core.sites import Site
+from leantune.errors import ConfigError
 from leantune.methods.routed_ffn import maths
+from leantune.methods.routed_ffn.compensation import Compensation
 from leantune.methods.routed_ffn.config import RoutedFFN
 from leantune.ops.groups import combine, dispatch, route
 from leantune.ops.random import RandomKey, stream_of, uniform
@@ -71,6 +73,7 @@ class RoutedMLP(nn.Module):
         recorded: inputs (s, d_model) and hidden activations (s, F) of some real tokens of each
             batch while the FFN is calibrated, otherwise None.
         units: the order of the hidden units, where it may change.
+        compensation: what stands in for skipped groups, once calibration has found it.
         names: part of the FFN -> the name of the child that computes it.
     """
 
@@ -80,6 +83,8 @@ class RoutedMLP(nn.Module):
         self.runtime = runtime
         self.recorded: list[tuple[Tensor, Tensor]] | None = None
         self._is_dense = config.is_dense
+        self._name = site.name
+        self.compensation: Compensation | None = None
         self.names: dict[str, str] = {}
         self._view: FFN | None = None
         order = {id(module): i for i, module in enumerate(model.modules())}
@@ -121,7 +126,8 @@ class RoutedMLP(nn.Module):
                 )
                 self.recorded.append((x.flatten(0, -2)[rows], hidden.flatten(0, -2)[rows]))
             return ffn.output(hidden)
-        logits, learnt = (z.flatten(0, -2) for z in self.router(x))  # (n, G)
+        flat = x.flatten(0, -2)
+        logits, learnt = self.router(flat)  # (n, G)
         wide = torch.promote_types(logits.dtype, torch.float32)
         chosen = maths.choose(logits, config.num_active)
         # Exactly 1 while nothing is learnt.
@@ -131,11 +137,13 @@ class RoutedMLP(nn.Module):
             p = logits.to(wide).sigmoid()
             loss = maths.balance_loss(p, chosen, self.runtime.batch.real_rows(x.shape))
             self.runtime.add_auxiliary_loss(config.balance_weight * loss)
+        guess = self._guess(flat, chosen)
         if is_partial and ffn.is_divisible and not self._is_hooked:
-            return self._routed(ffn, x, chosen, c)
+            return self._routed(ffn, flat, chosen, c, guess).view(*x.shape[:-1], -1)
         factors = torch.ones_like(chosen, dtype=wide) if c is None else c
         zeros = torch.zeros_like(logits, dtype=wide)
-        return ffn.output(ffn.hidden(x), zeros.scatter(1, chosen, factors))
+        guess = None if guess is None else guess.view(x.shape)
+        return ffn.output(ffn.hidden(x), zeros.scatter(1, chosen, factors), guess)
 
     @property
     def num_recorded(self) -> int:
@@ -152,13 +160,30 @@ class RoutedMLP(nn.Module):
         found = dict(self.router.named_buffers())
         if self.units is not None:
             found["permutation"] = self.units.permutation
+        if self.compensation is not None:
+            found |= dict(self.compensation.named_buffers())
         return found
 
-    def _routed(self, ffn: FFN, x: Tensor, chosen: Tensor, c: Tensor | None) -> Tensor:
+    def _guess(self, x: Tensor, chosen: Tensor) -> Tensor | None:
+        """Return what stands in for the groups that each token skips, (n, d_model), or None."""
+        if not self.config.is_compensated:
+            return None
+        if self.compensation is None:
+            raise ConfigError(
+                "RoutedFFN: compensate must be calibrated before the model runs, got no "
+                f"calibration at {self._name}; call session.calibrate(batches) (the trainer "
+                "callback does so by itself), or load a session that was calibrated"
+            )
+        skipped = x.new_ones(len(chosen), self.config.num_groups).scatter(1, chosen, 0.0)
+        return self.compensation(x, skipped)
+
+    def _routed(
+        self, ffn: FFN, x: Tensor, chosen: Tensor, c: Tensor | None, guess: Tensor | None
+    ) -> Tensor:
         """Run the chosen groups alone; what does not depend on the group runs once per token."""
         num_groups = self.config.num_groups
         routing = route(chosen, num_groups)
-        rows, *low = [dispatch(t.flatten(0, -2), routing) for t in (x, *ffn.project(x))]
+        rows, *low = [dispatch(t, routing) for t in (x, *ffn.project(x))]
         scale = None if c is None else c.reshape(-1, 1).index_select(0, routing.choices)
         sizes = routing.ends.diff(prepend=routing.ends.new_zeros(1)).tolist()
         split = [t.split(sizes) for t in (rows, *low)]
@@ -172,4 +197,6 @@ class RoutedMLP(nn.Module):
         ]
         sums = list(map(torch.cat, zip(*outputs, strict=True)))
         y, *low = [combine(t, routing) for t in sums]
-        return ffn.finish(y, low).view(*x.shape[:-1], -1)
+        if guess is not None:
+            y = y + guess
+        return ffn.finish(y, low)
