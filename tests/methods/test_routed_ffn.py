@@ -18,11 +18,14 @@ from oracles import routed_ffn as oracle
 from torch import Tensor, nn
 
 import leantune as lt
+from bench.host import operations
 from leantune.core.files import trained_weights
 from leantune.core.linear import ConvertedLinear, converted, swap
 from leantune.core.runtime import Runtime
 from leantune.errors import ConfigError, SiteError, UnsupportedError
 from leantune.methods.routed_ffn import maths
+from leantune.methods.routed_ffn import module as routed_module
+from leantune.methods.routed_ffn.compensation import Compensation, fit_compensation
 from leantune.methods.routed_ffn.module import RoutedMLP
 from leantune.ops.rows import OuterProduct
 
@@ -364,6 +367,170 @@ def test_no_auxiliary_loss_where_none_is_due() -> None:
     session = lt.apply(model.eval(), lt.RoutedFFN())
     model(**tiny.batch())
     assert session.auxiliary_loss().item() == 0.0
+
+
+def calibrated(
+    name: str = "llama", dtype: torch.dtype = torch.float64, **options: Any
+) -> tuple[nn.Module, lt.Session, RoutedMLP]:
+    model = MODELS[name].build().to(dtype)
+    session = lt.apply(model, lt.RoutedFFN(balance_weight=0.0, **options))
+    session.calibrate([MODELS[name].batch(seed) for seed in (1, 2)])
+    return model, session, layers_of(model)[0]
+
+
+@pytest.mark.parametrize("compensate", ["mean", "lowrank"])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_guess_is_the_formula_for_skipped_groups_alone(name: str, compensate: str) -> None:
+    """On top of the output without it, token by token: constants and maps of skipped groups."""
+    _, _, layer = calibrated(name, compensate=compensate)
+    compensation, x = layer.compensation, tokens()
+    assert compensation is not None
+    got = layer.eval()(x)
+    layer.config = lt.RoutedFFN(balance_weight=0.0)
+    chosen = oracle.best_groups(numbers(layer.router(x)[0]), 2)
+    wanted = oracle.compensated(
+        numbers(layer(x)),
+        numbers(x),
+        numbers(compensation.read),
+        numbers(compensation.write),
+        chosen,
+    )
+    assert close(got, wanted)
+    assert not close(layer(x), wanted, 1e-3)
+    assert len(compensation.read) == (4 if compensate == "lowrank" else 0)
+
+
+@pytest.mark.parametrize("compensate", ["mean", "lowrank"])
+def test_guess_is_nothing_where_all_groups_are_active(compensate: str) -> None:
+    model, _, layer = calibrated("bert", torch.float32, compensate=compensate, num_active=4)
+    assert layer.compensation is None
+    batch = MODELS["bert"].batch()
+    assert torch.equal(model(**batch).logits, MODELS["bert"].build()(**batch).logits)
+    # Nothing is skipped: exact zeros, whatever was calibrated.
+    _, _, layer = calibrated(compensate=compensate)
+    assert layer.compensation is not None
+    x = tokens()
+    assert not layer.compensation(x, x.new_zeros(len(x), 4)).any()
+    assert layer.compensation(x, x.new_ones(len(x), 4)).any()
+
+
+@pytest.mark.parametrize("compensate", ["mean", "lowrank"])
+def test_guess_with_gradients_is_the_same_both_ways(compensate: str) -> None:
+    results = []
+    for is_whole in (False, True):
+        model, _, _ = calibrated(compensate=compensate)
+        for layer in layers_of(model):
+            layer._is_hooked = is_whole
+        output = model(**MODELS["llama"].batch())
+        output.loss.backward()
+        results.append([output.logits, *(p.grad for p in model.parameters())])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_fit_finds_a_low_rank_map_and_the_mean_of_what_is_skipped() -> None:
+    x = tokens(300)
+    true = tokens(2, seed=3).t() @ tokens(2, seed=4)  # rank 2
+    outputs = torch.stack([x @ true + 5.0, tokens(300, seed=7)], 1)
+    skipped = torch.arange(300)[:, None] % 2 == torch.tensor([0, 3])  # the second group never
+    read, write = fit_compensation(x, outputs, skipped, 2)
+    guess = Compensation(read, write)(x, torch.tensor([[1.0, 0.0]]).expand(300, 2))
+    error = (guess - outputs[:, 0]).norm() / outputs[:, 0].norm()
+    assert error < 0.05
+    _, means = fit_compensation(x, outputs, skipped, 0)
+    torch.testing.assert_close(means[0], outputs[::2, 0].mean(0))
+    torch.testing.assert_close(means[1], outputs[:, 1].mean(0))
+    assert not torch.allclose(means[0], outputs[:, 0].mean(0))
+    one, _ = fit_compensation(x, outputs, skipped, 1)
+    assert len(one) == 2
+    read, write = fit_compensation(x[:3], outputs[:3], skipped[:3], 5)  # more than tokens
+    assert (len(read), len(write)) == (10, 12) and write.isfinite().all()
+
+
+def test_guess_of_a_group_has_the_adapters_part_in_it() -> None:
+    model, session, layer = make("llama", lora_for("llama"), compensate="mean")
+    session.calibrate([MODELS["llama"].batch(1)])
+    wanted = layer.ffn.weight("down").clone()
+    a, b = layer.ffn.linears["down"].adapters[0][:2]
+    torch.testing.assert_close(layer.ffn.merged("down"), wanted + 2.0 * b.weight @ a.weight)
+    before = layer.compensation.write.clone()  # type: ignore[union-attr]
+    nn.init.zeros_(b.weight)
+    session.calibrate([MODELS["llama"].batch(1)])
+    assert not torch.allclose(layer.compensation.write, before)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("compensate", ["mean", "lowrank"])
+def test_compensation_must_be_calibrated_and_is_saved(compensate: str, tmp_path: Path) -> None:
+    tiny = MODELS["llama"]
+    model = tiny.build()
+    session = lt.apply(model, lora_for("llama"), lt.RoutedFFN(compensate=compensate))
+    with pytest.raises(
+        ConfigError, match=r"compensate must be calibrated .* at model.layers.0.mlp; call session"
+    ):
+        model(**tiny.batch())
+    empty = {k: v.clone() for k, v in session.state_dict().items()}
+    session.calibrate([tiny.batch(1)])
+    wanted = model.eval()(**tiny.batch(5)).logits
+    session.save(tmp_path / "saved")
+    other = tiny.build()
+    again = lt.load(other, tmp_path / "saved")
+    assert torch.equal(other.eval()(**tiny.batch(5)).logits, wanted)
+    state = {k: v.clone() for k, v in again.state_dict().items()}
+    name = "1.routed_ffn/model.layers.1.mlp.write"
+    for bad in (state[name][1:], state[name] * torch.nan):
+        with pytest.raises(ConfigError, match="layers.1.mlp.write must be finite numbers of shape"):
+            again.load_state_dict({**state, name: bad})
+        assert torch.equal(other(**tiny.batch(5)).logits, wanted)
+    again.load_state_dict(empty)
+    with pytest.raises(ConfigError, match="compensate must be calibrated"):
+        other(**tiny.batch())
+
+
+def test_state_must_hold_the_routers_start() -> None:
+    session = lt.apply(MODELS["llama"].build(), lt.RoutedFFN())
+    state = session.state_dict()
+    name = "0.routed_ffn/model.layers.0.mlp.start_bias"
+    lacking = {k: v for k, v in state.items() if k != name}
+    with pytest.raises(ConfigError, match=r"0.mlp.start_bias must be finite .* \(4,\), got none"):
+        session.load_state_dict(lacking)
+    with pytest.raises(ConfigError, match=r"an entry 'model.layers.0.mlp.write' that no method"):
+        session.load_state_dict({**state, name.replace("start_bias", "write"): torch.zeros(4, 16)})
+
+
+@pytest.mark.parametrize("how", ["as it is", "alike", "all but one alike"])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_rounded_lists_compute_the_same(
+    name: str, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: rows that only fill lists change no output and no gradient."""
+    results = []
+    for multiple in (1, 8):
+        monkeypatch.setattr(routed_module, "by_device", lambda x, cpu, gpu, m=multiple: m)
+        _, _, layer = make(name)
+        for x in (tokens(13), tokens(1)):
+            force(layer, x, how)
+            layer.zero_grad()
+            leaf = x.requires_grad_()
+            y = layer(leaf)
+            y.square().sum().backward()
+            results.append([y, leaf.grad, *(p.grad.clone() for p in layer.parameters())])
+    for exact, rounded in zip(results[:2], results[2:], strict=True):
+        for a, b in zip(exact, rounded, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+LAUNCHES = {"llama": (100, 200), "opt": (80, 200)}
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_launches_are_few(name: str) -> None:
+    """Of a forward and of its backward, beside LoRA, with four groups and their gates."""
+    _, _, layer = make(name, lora_for(name), balance_weight=0.0)
+    x = tokens(40).requires_grad_()
+    outputs: list[Tensor] = []
+    forward = operations(lambda: outputs.append(layer(x)))
+    backward = operations(lambda: outputs[0].sum().backward())
+    assert (len(forward), len(backward)) == LAUNCHES[name], (Counter(forward), Counter(backward))
 
 
 def plain_and_reordered(name: str, **options: Any) -> tuple[nn.Module, nn.Module, lt.Session]:

@@ -9,7 +9,8 @@ from torch.nn import functional as F
 
 from leantune.methods.routed_ffn.maths import ridge_regression
 
-_RIDGE = 0.3
+_RIDGE = 1.0
+"""Held-out error on MiniLM is flat from 0.1 to 1 and rises from there."""
 
 
 class Compensation(nn.Module):

@@ -14,10 +14,13 @@ from leantune.errors import ConfigError
 from leantune.methods.routed_ffn import maths
 from leantune.methods.routed_ffn.compensation import Compensation
 from leantune.methods.routed_ffn.config import RoutedFFN
+from leantune.ops.backend import by_device, read_later
 from leantune.ops.groups import combine, dispatch, route
 from leantune.ops.random import RandomKey, stream_of, uniform
 
 _TOKENS_PER_BATCH = 512
+_MULTIPLE = 128
+"""Rows of a product's tile on a GPU, to which lists of tokens are rounded up there."""
 _FRESH_SPREAD = 0.02
 """Root mean square of a fresh router's logits: small, yet no two groups tie."""
 
@@ -182,16 +185,18 @@ class RoutedMLP(nn.Module):
     ) -> Tensor:
         """Run the chosen groups alone; what does not depend on the group runs once per token."""
         num_groups = self.config.num_groups
-        routing = route(chosen, num_groups)
+        routing = route(chosen, num_groups, by_device(x, cpu=1, gpu=_MULTIPLE))
+        read_sizes = read_later(routing.sizes)
         rows, *low = [dispatch(t, routing) for t in (x, *ffn.project(x))]
         scale = None if c is None else c.reshape(-1, 1).index_select(0, routing.choices)
-        sizes = routing.ends.diff(prepend=routing.ends.new_zeros(1)).tolist()
-        split = [t.split(sizes) for t in (rows, *low)]
-        scales = [None] * num_groups if scale is None else scale.split(sizes)
+        sizes = read_sizes()
+        ends = [*sizes, len(rows) - sum(sizes)]
+        *split, _ = zip(*(t.split(ends) for t in (rows, *low)), strict=True)
+        scales = [None] * num_groups if scale is None else scale.split(ends)[:-1]
         outputs = [
             own.run(rows, low, scale)
             for size, own, scale, (rows, *low) in zip(
-                sizes, ffn.slices(num_groups), scales, zip(*split, strict=True), strict=True
+                sizes, ffn.slices(num_groups), scales, split, strict=True
             )
             if size
         ]
