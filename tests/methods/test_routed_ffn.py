@@ -436,7 +436,7 @@ def test_fit_finds_a_low_rank_map_and_the_mean_of_what_is_skipped() -> None:
     read, write = fit_compensation(x, outputs, skipped, 2)
     guess = Compensation(read, write)(x, torch.tensor([[1.0, 0.0]]).expand(300, 2))
     error = (guess - outputs[:, 0]).norm() / outputs[:, 0].norm()
-    assert error < 0.05
+    assert error < 0.1 < (outputs[:, 0] - outputs[:, 0].mean(0)).norm() / outputs[:, 0].norm()
     _, means = fit_compensation(x, outputs, skipped, 0)
     torch.testing.assert_close(means[0], outputs[::2, 0].mean(0))
     torch.testing.assert_close(means[1], outputs[:, 1].mean(0))
@@ -448,7 +448,7 @@ def test_fit_finds_a_low_rank_map_and_the_mean_of_what_is_skipped() -> None:
 
 
 def test_guess_of_a_group_has_the_adapters_part_in_it() -> None:
-    model, session, layer = make("llama", lora_for("llama"), compensate="mean")
+    _, session, layer = make("llama", lora_for("llama"), compensate="mean")
     session.calibrate([MODELS["llama"].batch(1)])
     wanted = layer.ffn.weight("down").clone()
     a, b = layer.ffn.linears["down"].adapters[0][:2]
@@ -478,7 +478,9 @@ def test_compensation_must_be_calibrated_and_is_saved(compensate: str, tmp_path:
     state = {k: v.clone() for k, v in again.state_dict().items()}
     name = "1.routed_ffn/model.layers.1.mlp.write"
     for bad in (state[name][1:], state[name] * torch.nan):
-        with pytest.raises(ConfigError, match="layers.1.mlp.write must be finite numbers of shape"):
+        with pytest.raises(
+            ConfigError, match=r"layers\.1\.mlp\.write must be finite numbers of shape"
+        ):
             again.load_state_dict({**state, name: bad})
         assert torch.equal(other(**tiny.batch(5)).logits, wanted)
     again.load_state_dict(empty)
@@ -519,7 +521,7 @@ def test_rounded_lists_compute_the_same(
             torch.testing.assert_close(a, b)
 
 
-LAUNCHES = {"llama": (100, 200), "opt": (80, 200)}
+LAUNCHES = {"llama": (92, 113), "opt": (73, 79)}
 
 
 @pytest.mark.parametrize("name", LAUNCHES)
@@ -1012,7 +1014,7 @@ def test_copy_routes_by_its_own_session() -> None:
     assert layers_of(twin) and not layers_of(model)
 
 
-@pytest.mark.parametrize(("name", "most"), [("llama", 92), ("opt", 69)])
+@pytest.mark.parametrize(("name", "most"), [("llama", 92), ("opt", 73)])
 def test_forward_makes_few_calls_of_ours(name: str, most: int) -> None:
     """A third of what it took while the view of an FFN was built anew in every forward."""
     _, _, layer = make(name, lora_for(name))

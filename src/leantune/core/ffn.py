@@ -178,7 +178,7 @@ class FFN:
             y = y + down.bias.to(y.dtype)
         for z, adapter in zip(low, self.linears["down"].adapters, strict=True):
             view = LinearView.of(adapter.second, adapter.scaling)
-            y = y + view.multiply(z).to(y.dtype)
+            y = y + view.multiply(adapter.scaling * z).to(y.dtype)
         dropout = self.modules.get("output_dropout")
         return y if dropout is None else dropout(y)
 
@@ -226,7 +226,7 @@ class FFNSlice(NamedTuple):
         base, *factors = down
         results = [base.multiply(hidden)]
         for factor, adapter in zip(factors, self.ffn.linears["down"].adapters, strict=True):
-            results.append(adapter.scaling * factor.multiply(adapter.dropout(hidden)))
+            results.append(factor.multiply(adapter.dropout(hidden)))
         return results
 
 

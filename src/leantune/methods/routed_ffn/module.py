@@ -191,12 +191,12 @@ class RoutedMLP(nn.Module):
         scale = None if c is None else c.reshape(-1, 1).index_select(0, routing.choices)
         sizes = read_sizes()
         ends = [*sizes, len(rows) - sum(sizes)]
-        *split, _ = zip(*(t.split(ends) for t in (rows, *low)), strict=True)
+        split = [t.split(ends)[:-1] for t in (rows, *low)]
         scales = [None] * num_groups if scale is None else scale.split(ends)[:-1]
         outputs = [
             own.run(rows, low, scale)
             for size, own, scale, (rows, *low) in zip(
-                sizes, ffn.slices(num_groups), scales, split, strict=True
+                sizes, ffn.slices(num_groups), scales, zip(*split, strict=True), strict=True
             )
             if size
         ]
