@@ -164,9 +164,9 @@ def _compensation(layer: RoutedMLP, name: str, state: dict[str, Tensor]) -> Comp
     """Take a layer's compensation out of the state; None where it was not calibrated."""
     if f"{name}.write" not in state or not layer.config.is_compensated:
         return None
-    d_model, num_groups = layer.router.weight.shape[1], layer.config.num_groups
-    rank = _rank(layer)
-    shapes = {"read": (num_groups * rank, d_model), "write": (num_groups * (1 + rank), d_model)}
+    num_groups, rank = layer.config.num_groups, _rank(layer)
+    d_in, d_out = layer.router.weight.shape[1], len(layer.ffn.weight("down"))
+    shapes = {"read": (num_groups * rank, d_in), "write": (num_groups * (1 + rank), d_out)}
     found = [_taken(state, f"{name}.{key}", torch.Size(s)) for key, s in shapes.items()]
     return Compensation(*found).to(layer.router.start_weight)
 
@@ -193,7 +193,8 @@ def _fit(layer: RoutedMLP) -> None:
         )
     config = layer.config
     inputs, activations = zip(*layer.recorded or [], strict=True)
-    x, hidden = torch.cat(inputs)[:_MAX_TOKENS], torch.cat(activations)[:_MAX_TOKENS].float()
+    x = torch.cat(inputs)[:_MAX_TOKENS].to(layer.router.weight.dtype)  # autocast's may be another
+    hidden = torch.cat(activations)[:_MAX_TOKENS].float()
     # Processes that were shown other rows follow the first one.
     if layer.units is not None:
         order = broadcast(_order(layer, hidden.abs().t()))

@@ -145,7 +145,7 @@ class RoutedMLP(nn.Module):
             return self._routed(ffn, flat, chosen, c, guess).view(*x.shape[:-1], -1)
         factors = torch.ones_like(chosen, dtype=wide) if c is None else c
         zeros = torch.zeros_like(logits, dtype=wide)
-        guess = None if guess is None else guess.view(x.shape)
+        guess = None if guess is None else guess.view(*x.shape[:-1], -1)
         return ffn.output(ffn.hidden(x), zeros.scatter(1, chosen, factors), guess)
 
     @property
