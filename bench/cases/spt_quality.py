@@ -46,6 +46,13 @@ RECIPES: dict[str, Recipe] = {
         _LORA,
         lt.RoutedFFN(num_active=3, split="coactivation", compensate="lowrank"),
     ),
+    # As choose_layers has it for three quarters of all groups (routed_ffn_error.jsonl).
+    "LoRA + routed 1 of 4 in the last two layers, coactivation, low-rank guess": (
+        _LORA,
+        lt.RoutedFFN(
+            num_active=1, split="coactivation", compensate="lowrank", sites=["layer.[45].*"]
+        ),
+    ),
     "LoRA + SPT 1/8": (_LORA, _SPT),
     "LoRA + SPT 1/2": (_LORA, _SPT_SOFT),
     "LoRA + SPT 1/8 + routed 2 of 4": (_LORA, _SPT, _ROUTED),
