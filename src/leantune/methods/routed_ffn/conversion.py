@@ -151,8 +151,9 @@ class RoutedFFNs(SwapConversion):
 def _taken(state: dict[str, Tensor], key: str, shape: torch.Size) -> Tensor:
     """Take a tensor out of the state, checked."""
     value = state.pop(key, None)
-    if value is None or value.shape != shape or not value.isfinite().all():
-        got = "none" if value is None else f"a tensor of shape {tuple(value.shape)}"
+    is_right = value is not None and value.shape == shape and value.is_floating_point()
+    if value is None or not (is_right and bool(value.isfinite().all())):
+        got = "none" if value is None else f"{tuple(value.shape)} of {value.dtype}"
         raise ConfigError(
             f"RoutedFFN: {key} must be finite numbers of shape {tuple(shape)}, got {got}; load "
             "onto the base model that the state was saved from"
