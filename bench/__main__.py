@@ -15,6 +15,7 @@ _PARTS = {
     "sparse-grad-speed": "cases.sparse_grad_speed:BENCH.run",
     "sparse-grad-energy": "cases.sparse_grad_energy:main",
     "spt-ffn": "cases.routed_ffn_speed:BENCH.run",
+    "spt-ffn-error": "cases.routed_ffn_error:main",
     "spt-attention": "cases.spt_attention:BENCH.run",
     "spt-recall": "cases.spt_attention:recall",
     "quality-wta-crs": "cases.wta_crs_quality:main",

@@ -15,7 +15,14 @@ import zoo
 
 from bench import host, pareto, rows
 from bench.cases import launches as block_launches
-from bench.cases import models, sparse_grad_quality, spt_language, spt_quality, wta_crs_quality
+from bench.cases import (
+    models,
+    routed_ffn_error,
+    sparse_grad_quality,
+    spt_language,
+    spt_quality,
+    wta_crs_quality,
+)
 from bench.quality import NO_ROWS
 from leantune.cli.sites import print_survey
 from leantune.core.disk import write_atomic
@@ -314,6 +321,7 @@ TABLES: dict[str, Callable[[], Any]] = {
     "frontier": pareto.whole_page,
     "energy": energy,
     "routed-ffn": routed_ffn,
+    "routed-ffn-error": routed_ffn_error.summary,
     "attention": attention,
     "recall": recall,
     "hostile": hostile,

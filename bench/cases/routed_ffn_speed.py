@@ -133,7 +133,7 @@ def _load(model: nn.Module, methods: tuple[MethodConfig, ...], x: Tensor) -> lis
         return None
     logits: list[Tensor] = []
     router = next(m for name, m in model.named_modules() if name.endswith(".router"))
-    handle = router.register_forward_hook(lambda module, args, out: logits.append(out.detach()))
+    handle = router.register_forward_hook(lambda module, args, out: logits.append(out[0].detach()))
     with torch.no_grad():
         model(x)
     handle.remove()

@@ -34,6 +34,25 @@ RECIPES: dict[str, Recipe] = {
         lt.RoutedFFN(split="coactivation", sites=["layer.[0-3].*"]),
     ),
     "LoRA + routed 3 of 4, coactivation": (_LORA, _ROUTED_SOFT),
+    "LoRA + routed 2 of 4, coactivation, low-rank guess": (
+        _LORA,
+        lt.RoutedFFN(split="coactivation", compensate="lowrank"),
+    ),
+    "LoRA + routed 3 of 4, coactivation, mean guess": (
+        _LORA,
+        lt.RoutedFFN(num_active=3, split="coactivation", compensate="mean"),
+    ),
+    "LoRA + routed 3 of 4, coactivation, low-rank guess": (
+        _LORA,
+        lt.RoutedFFN(num_active=3, split="coactivation", compensate="lowrank"),
+    ),
+    # As choose_layers has it for three quarters of all groups (routed_ffn_error.jsonl).
+    "LoRA + routed 1 of 4 in the last two layers, coactivation, low-rank guess": (
+        _LORA,
+        lt.RoutedFFN(
+            num_active=1, split="coactivation", compensate="lowrank", sites=["layer.[45].*"]
+        ),
+    ),
     "LoRA + SPT 1/8": (_LORA, _SPT),
     "LoRA + SPT 1/2": (_LORA, _SPT_SOFT),
     "LoRA + SPT 1/8 + routed 2 of 4": (_LORA, _SPT, _ROUTED),

@@ -139,6 +139,23 @@ def test_scales_of_slices_multiply_their_hidden_units(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_merged_weight_is_the_product_of_linear_and_adapters(kind: str) -> None:
+    ffn = parts(kind)
+    x = torch.randn(7, F, dtype=torch.float64)
+    merged = x @ ffn.view().merged("down").t()
+    torch.testing.assert_close(merged, ffn.down(x) - ffn.down(torch.zeros_like(x)))
+
+
+def test_extra_is_added_before_the_output_is_dropped() -> None:
+    ffn = parts("plain")
+    x, extra = torch.randn(7, D, dtype=torch.float64), torch.randn(7, D, dtype=torch.float64)
+    hidden = ffn.view().hidden(x)
+    torch.testing.assert_close(ffn.view().output(hidden, extra=extra), ffn(x) + extra)
+    ffn.output_dropout = nn.Dropout(1.0)
+    assert not ffn.view().output(hidden, extra=extra).any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_views_share_memory_with_the_parameters(kind: str) -> None:
     ffn = parts(kind)
     held = {p.untyped_storage().data_ptr() for p in ffn.parameters()}

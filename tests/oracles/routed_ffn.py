@@ -91,6 +91,25 @@ def routed_ffn(
     return y
 
 
+def compensated(
+    y: Array, x: Array, read: Array, write: Array, chosen: list[list[int]], num_groups: int = 4
+) -> Array:
+    """Add to y (n, d) what stands in for each group that a token skips.
+
+    Args:
+        read: (G r, d), what a group's r numbers are read with.
+        write: (G (1 + r), d), a group's constant and what its numbers add.
+    """
+    rank, y = len(read) // num_groups, y.copy()
+    for t in range(len(x)):
+        for g in set(range(num_groups)) - set(chosen[t]):
+            own = write[g * (1 + rank) : (g + 1) * (1 + rank)]
+            y[t] += own[0]
+            for i in range(rank):
+                y[t] += (read[g * rank + i] @ x[t]) * own[1 + i]
+    return y
+
+
 def _outputs(layer: Linear, units: slice, x: Array) -> Array:
     out = layer.weight[units] @ x
     if layer.bias is not None:

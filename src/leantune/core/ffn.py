@@ -99,6 +99,14 @@ class FFN:
         """Return the weight of ``up``, ``gate`` or ``down`` without adapters, (d_out, d_in)."""
         return LinearView.of(self.linears[part].linear).weight
 
+    def merged(self, part: str) -> Tensor:
+        """Return the weight of a part with its adapters folded in, (d_out, d_in)."""
+        weight = self.weight(part)
+        for first, second, scaling, _ in self.linears[part].adapters:
+            low, high = LinearView.of(first).weight, LinearView.of(second).weight
+            weight = weight + scaling * (high @ low).to(weight.dtype)
+        return weight
+
     def hidden(self, x: Tensor) -> Tensor:
         """Return all hidden activations, (..., F), by the modules' own forwards."""
         modules = self.modules
@@ -109,12 +117,15 @@ class FFN:
             return modules["activation"](modules["up"](x))
         return modules["activation"](modules["gate"](x)) * modules["up"](x)
 
-    def output(self, hidden: Tensor, scale: Tensor | None = None) -> Tensor:
+    def output(
+        self, hidden: Tensor, scale: Tensor | None = None, extra: Tensor | None = None
+    ) -> Tensor:
         """Return the output from all hidden activations, by the modules' own forwards.
 
         Args:
             hidden: (..., F), from :meth:`hidden`.
             scale: (n, G), multiplies the units of each of G slices; None for ones.
+            extra: (..., d_model), added before the output's dropout.
         """
         hidden = self._drop("hidden_dropout", hidden)
         if scale is not None:
@@ -122,7 +133,8 @@ class FFN:
             hidden = (slices * scale.to(hidden.dtype).view(*slices.shape[:-1], 1)).flatten(-2)
         if autocast_dtype(hidden) is None:
             hidden = hidden.to(self.weight("down").dtype)
-        return self._drop("output_dropout", self.modules["down"](hidden))
+        y = self.modules["down"](hidden)
+        return self._drop("output_dropout", y if extra is None else y + extra)
 
     def _drop(self, part: str, x: Tensor) -> Tensor:
         return self.modules[part](x) if part in self.modules else x
@@ -166,7 +178,7 @@ class FFN:
             y = y + down.bias.to(y.dtype)
         for z, adapter in zip(low, self.linears["down"].adapters, strict=True):
             view = LinearView.of(adapter.second, adapter.scaling)
-            y = y + view.multiply(z).to(y.dtype)
+            y = y + view.multiply(adapter.scaling * z).to(y.dtype)
         dropout = self.modules.get("output_dropout")
         return y if dropout is None else dropout(y)
 
@@ -214,7 +226,7 @@ class FFNSlice(NamedTuple):
         base, *factors = down
         results = [base.multiply(hidden)]
         for factor, adapter in zip(factors, self.ffn.linears["down"].adapters, strict=True):
-            results.append(adapter.scaling * factor.multiply(adapter.dropout(hidden)))
+            results.append(factor.multiply(adapter.dropout(hidden)))
         return results
 
 

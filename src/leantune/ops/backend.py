@@ -5,6 +5,7 @@ chosen here.
 """
 
 import os
+from collections.abc import Callable
 from importlib.util import find_spec
 from types import ModuleType
 from typing import TypeVar
@@ -32,6 +33,23 @@ def on_gpu(where: Tensor | torch.device) -> bool:
 def by_device(where: Tensor | torch.device, *, cpu: T, gpu: T) -> T:
     """Return the one of two values, functions or limits that suits the device."""
     return gpu if on_gpu(where) else cpu
+
+
+def read_later(tensor: Tensor) -> Callable[[], list[int]]:
+    """Start to copy whole numbers to the host; return what waits for that copy alone.
+
+    What is launched meanwhile keeps a GPU busy while the host waits.
+    """
+    copy = tensor.to("cpu", non_blocking=True)  # pinned
+    if not on_gpu(tensor):
+        return copy.tolist
+    copied = torch.cuda.current_stream(tensor.device).record_event()
+
+    def read() -> list[int]:
+        copied.synchronize()
+        return copy.tolist()
+
+    return read
 
 
 def row_functions(where: Tensor) -> ModuleType:

@@ -1,6 +1,6 @@
 """Rows sorted by group: gather and scatter, without a dropped row.
 
-Legend: n rows, A groups that each row goes to, m = n A routed rows, G groups, d features.
+Legend: n rows, A groups that each row goes to, m routed rows, G groups, d features.
 """
 
 from typing import Any, NamedTuple
@@ -13,35 +13,42 @@ from torch.autograd.function import once_differentiable
 class Routing(NamedTuple):
     """Where routed rows come from and where they lie once they are sorted by group.
 
+    m is n A where no list is rounded up, and else the most that it can be. Rows that only fill
+    lists, after the routed ones of their group and after all, are copies of the first.
+
     Args:
         rows: (m,) int64, the row that each sorted one is a copy of; ascending within a group.
         choices: (m,) int64, the choice that each sorted row follows, as a place in (n, A).
         places: (n, A) int64, where each row's copies lie.
-        ends: (G,) int32, where each group's rows end.
+        sizes: (G,) int64, how long each group's list is.
     """
 
     rows: Tensor
     choices: Tensor
     places: Tensor
-    ends: Tensor
+    sizes: Tensor
 
 
-def route(chosen: Tensor, num_groups: int) -> Routing:
+def route(chosen: Tensor, num_groups: int, multiple: int = 1) -> Routing:
     """Sort rows by the groups that they go to; stable, and never read on the host.
 
     Args:
         chosen: (n, A) int64 group numbers, distinct within a row.
         num_groups: G.
+        multiple: lists are rounded up to it, so that their products fill a GPU's tiles and have
+            few different shapes.
     """
-    flat = chosen.reshape(-1)
-    order = flat.argsort(stable=True)
-    places = torch.empty_like(order).scatter_(
-        0, order, torch.arange(len(order), device=order.device)
-    )
-    groups = flat.index_select(0, order)
-    numbers = torch.arange(num_groups, device=flat.device)
-    ends = torch.searchsorted(groups, numbers, right=True, out_int32=True)
-    return Routing(order // chosen.shape[1], order, places.view_as(chosen), ends)
+    n, num_active = chosen.shape
+    by_choice = chosen.t()  # (A, n)
+    goes = chosen.new_zeros(num_groups, n).scatter_(0, by_choice, 1)
+    ranks = goes.cumsum(1)  # within the group, from 1
+    sizes = ranks[:, -1].add(multiple - 1).div(multiple, rounding_mode="floor") * multiple
+    starts = sizes.cumsum(0) - sizes
+    places = (ranks + (starts - 1)[:, None]).gather(0, by_choice).t()
+    num_rows = -(-(n * num_active + num_groups * (multiple - 1)) // multiple) * multiple
+    numbers = torch.arange(n * num_active, device=chosen.device)
+    choices = chosen.new_zeros(num_rows).scatter_(0, places.reshape(-1), numbers)
+    return Routing(choices // num_active, choices, places, sizes)
 
 
 def dispatch(x: Tensor, routing: Routing) -> Tensor:
@@ -54,7 +61,7 @@ def dispatch(x: Tensor, routing: Routing) -> Tensor:
 
 
 def combine(y: Tensor, routing: Routing) -> Tensor:
-    """Add up the copies of every row: (m, d) -> (n, d)."""
+    """Add up the copies of every row: (m, d) -> (n, d); what only fills lists has no gradient."""
     return _Combine.apply(y, routing.rows, routing.places)  # type: ignore[no-any-return]
 
 
@@ -74,14 +81,19 @@ class _Dispatch(torch.autograd.Function):
 class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, rows: Tensor, places: Tensor) -> Tensor:
-        ctx.save_for_backward(rows)
+        ctx.num_rows = len(y)
+        ctx.save_for_backward(rows if len(y) == places.numel() else places)
         return _sum_copies(y, places)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor):  # type: ignore[override]
-        (rows,) = ctx.saved_tensors
-        return grad_output.index_select(0, rows), None, None
+        (places,) = ctx.saved_tensors
+        if places.ndim == 1:  # rows: no list was rounded up
+            return grad_output.index_select(0, places), None, None
+        grad = grad_output.new_zeros(ctx.num_rows, grad_output.shape[1])
+        copies = grad_output[:, None].expand(*places.shape, -1)
+        return grad.index_put_((places,), copies), None, None
 
 
 def _sum_copies(y: Tensor, places: Tensor) -> Tensor:

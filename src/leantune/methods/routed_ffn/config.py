@@ -26,8 +26,13 @@ class RoutedFFN(MethodConfig):
     )
     gate: Literal["output", "none"] = option(
         "output",
-        help="what a group's output is multiplied by: 2p, through which the router learns the "
-        "task, or nothing",
+        help="what a group's output is multiplied by: 1 at first, then what its router learns from "
+        "the task, or always nothing",
+    )
+    compensate: Literal["none", "mean", "lowrank"] = option(
+        "none",
+        help="what stands in for a group that a token skips: nothing, the mean of its output, or a "
+        "low-rank map of the input; calibrated, not trained",
     )
     balance_weight: float = option(
         0.01, ge=0, help="weight of the auxiliary loss that spreads tokens over groups"
@@ -45,3 +50,8 @@ class RoutedFFN(MethodConfig):
     def is_dense(self) -> bool:
         """Whether the plain FFN computes the same."""
         return self.num_active == self.num_groups and self.gate == "none"
+
+    @property
+    def is_compensated(self) -> bool:
+        """Whether something stands in for groups that are skipped."""
+        return self.compensate != "none" and self.num_active < self.num_groups

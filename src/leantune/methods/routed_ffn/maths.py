@@ -57,9 +57,8 @@ def evenly_spaced_rows(x: Tensor, mask: Tensor | None, num_rows: int) -> Tensor:
 def fit_router(x: Tensor, norms: Tensor, ridge: float, spread: float) -> tuple[Tensor, Tensor]:
     """Regress the norms of the groups' activations on the input: ``z = W x + b``.
 
-    Ridge regression in its dual form, (s, s), of ``norms`` less their mean over groups, scaled so
-    that the logits' spread is ``spread``: the order of groups is what counts, and gates start
-    near 1.
+    Ridge regression of ``norms`` less their mean over groups, scaled so that the logits' spread is
+    ``spread``: the order of groups is what counts.
 
     Args:
         x: (s, d_model) calibration inputs.
@@ -72,9 +71,24 @@ def fit_router(x: Tensor, norms: Tensor, ridge: float, spread: float) -> tuple[T
 
     Source: router regression as in Zheng et al., "Learn To be Efficient", arXiv 2402.06126.
     """
-    x, norms = x.double(), norms.double()
+    norms = norms.double()
     targets = norms - norms.mean(1, keepdim=True)
     targets = targets * (spread / targets.square().mean().sqrt().clamp(min=1e-30))
+    return ridge_regression(x, targets, ridge)
+
+
+def ridge_regression(x: Tensor, targets: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """Regress targets on inputs, with a bias, in the dual form, (s, s); in float64.
+
+    Args:
+        x: (s, d_in).
+        targets: (s, d_out).
+        ridge: relative to the mean squared norm of the centred inputs.
+
+    Returns:
+        weight (d_out, d_in), bias (d_out,).
+    """
+    x, targets = x.double(), targets.double()
     mean_x, mean_t = x.mean(0), targets.mean(0)
     centred = x - mean_x
     kernel = centred @ centred.t()

@@ -10,26 +10,55 @@ from torch.nn import functional as F
 from leantune.core.ffn import FFN, HiddenUnits, view_ffn
 from leantune.core.runtime import Runtime
 from leantune.core.sites import Site
+from leantune.errors import ConfigError
 from leantune.methods.routed_ffn import maths
+from leantune.methods.routed_ffn.compensation import Compensation
 from leantune.methods.routed_ffn.config import RoutedFFN
+from leantune.ops.backend import by_device, read_later
 from leantune.ops.groups import combine, dispatch, route
 from leantune.ops.random import RandomKey, stream_of, uniform
 
 _TOKENS_PER_BATCH = 512
+_MULTIPLE = 128
+"""Rows of a product's tile on a GPU, to which lists of tokens are rounded up there."""
 _FRESH_SPREAD = 0.02
-"""Root mean square of a fresh router's logits: gates start near 1, yet no two groups tie."""
+"""Root mean square of a fresh router's logits: small, yet no two groups tie."""
 
 
 class Router(nn.Module):
-    """One logit per group; no ``nn.Linear``, so that no method takes it for one of the FFN's."""
+    """A router gives one logit for each group: that of its start, and what it has learnt since.
 
-    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+    No ``nn.Linear``, so that no method takes it for one of the FFN's.
+
+    Attributes:
+        start_weight, start_bias: at conversion, (G, d_model) and (G,).
+        weight: (G, d_model), trained from zero.
+        bias: (G,), trained from zero.
+    """
+
+    start_weight: Tensor
+    start_bias: Tensor
+
+    def __init__(self, like: Tensor, num_groups: int) -> None:
         super().__init__()
-        self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
+        weight, bias = like.new_zeros(num_groups, like.shape[1]), like.new_zeros(num_groups)
+        self.register_buffer("start_weight", weight)
+        self.register_buffer("start_bias", bias)
+        self.weight = nn.Parameter(weight.clone())
+        self.bias = nn.Parameter(bias.clone())
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the logits, (..., G)."""
-        return F.linear(x, self.weight, self.bias)
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the logits, and the part of them that was learnt; (..., G) each."""
+        learnt = F.linear(x, self.weight, self.bias)
+        return F.linear(x, self.start_weight, self.start_bias) + learnt, learnt
+
+    @torch.no_grad()
+    def restart(self, weight: Tensor, bias: Tensor) -> None:
+        """Start from weight (G, d_model) and bias (G,), with nothing learnt."""
+        self.start_weight.copy_(weight)
+        self.start_bias.copy_(bias)
+        self.weight.zero_()
+        self.bias.zero_()
 
 
 class RoutedMLP(nn.Module):
@@ -47,6 +76,7 @@ class RoutedMLP(nn.Module):
         recorded: inputs (s, d_model) and hidden activations (s, F) of some real tokens of each
             batch while the FFN is calibrated, otherwise None.
         units: the order of the hidden units, where it may change.
+        compensation: what stands in for skipped groups, once calibration has found it.
         names: part of the FFN -> the name of the child that computes it.
     """
 
@@ -56,6 +86,8 @@ class RoutedMLP(nn.Module):
         self.runtime = runtime
         self.recorded: list[tuple[Tensor, Tensor]] | None = None
         self._is_dense = config.is_dense
+        self._name = site.name
+        self.compensation: Compensation | None = None
         self.names: dict[str, str] = {}
         self._view: FFN | None = None
         order = {id(module): i for i, module in enumerate(model.modules())}
@@ -70,16 +102,11 @@ class RoutedMLP(nn.Module):
         inner = [m for name in linears.values() for m in self.get_submodule(name).modules()]
         # What is hooked already (by meProp, say) must be run by its own forward.
         self._is_hooked = any(m._forward_hooks or m._forward_pre_hooks for m in inner)
-        weight = self.ffn.weight("up")
-        d_model = weight.shape[1]
-        like = {"device": weight.device, "dtype": weight.dtype}
-        self.router = Router(
-            torch.empty(config.num_groups, d_model, **like), torch.empty(config.num_groups, **like)
-        )
+        self.router = Router(self.ffn.weight("up").detach(), config.num_groups)
         self._stream = stream_of(site.name)
         start = self.uniform(self.router.weight.numel()).view_as(self.router.weight)
-        scale = _FRESH_SPREAD * (12 / d_model) ** 0.5
-        self.set_router((start - 0.5) * scale, start.new_zeros(config.num_groups))
+        scale = _FRESH_SPREAD * (12 / start.shape[1]) ** 0.5
+        self.router.restart((start - 0.5) * scale, start.new_zeros(config.num_groups))
         is_reordered = config.split == "coactivation"
         self.units = HiddenUnits(model, self, linears) if is_reordered else None
         self.train(site.module.training)
@@ -102,18 +129,24 @@ class RoutedMLP(nn.Module):
                 )
                 self.recorded.append((x.flatten(0, -2)[rows], hidden.flatten(0, -2)[rows]))
             return ffn.output(hidden)
-        logits = self.router(x).flatten(0, -2)  # (n, G)
-        p = logits.to(torch.promote_types(logits.dtype, torch.float32)).sigmoid()
+        flat = x.flatten(0, -2)
+        logits, learnt = self.router(flat)  # (n, G)
+        wide = torch.promote_types(logits.dtype, torch.float32)
         chosen = maths.choose(logits, config.num_active)
-        c = 2.0 * p.gather(1, chosen) if config.gate == "output" else None  # (n, A)
+        # Exactly 1 while nothing is learnt.
+        c = 2.0 * learnt.to(wide).sigmoid().gather(1, chosen) if config.gate == "output" else None
         is_partial = config.num_active < config.num_groups
         if is_partial and config.balance_weight and self.training:
+            p = logits.to(wide).sigmoid()
             loss = maths.balance_loss(p, chosen, self.runtime.batch.real_rows(x.shape))
             self.runtime.add_auxiliary_loss(config.balance_weight * loss)
+        guess = self._guess(flat, chosen)
         if is_partial and ffn.is_divisible and not self._is_hooked:
-            return self._routed(ffn, x, chosen, c)
-        factors = torch.ones_like(chosen, dtype=p.dtype) if c is None else c
-        return ffn.output(ffn.hidden(x), torch.zeros_like(p).scatter(1, chosen, factors))
+            return self._routed(ffn, flat, chosen, c, guess).view(*x.shape[:-1], -1)
+        factors = torch.ones_like(chosen, dtype=wide) if c is None else c
+        zeros = torch.zeros_like(logits, dtype=wide)
+        guess = None if guess is None else guess.view(*x.shape[:-1], -1)
+        return ffn.output(ffn.hidden(x), zeros.scatter(1, chosen, factors), guess)
 
     @property
     def num_recorded(self) -> int:
@@ -125,21 +158,41 @@ class RoutedMLP(nn.Module):
         counter = torch.zeros((), dtype=torch.int64, device=self.router.weight.device)
         return uniform(RandomKey(self.runtime.seed, counter, self._stream), n)
 
-    @torch.no_grad()
-    def set_router(self, weight: Tensor, bias: Tensor) -> None:
-        """Give the router its start: weight (G, d_model) and bias (G,)."""
-        self.router.weight.copy_(weight)
-        self.router.bias.copy_(bias)
+    def found(self) -> dict[str, Tensor]:
+        """Return what calibration found: buffers by name."""
+        found = dict(self.router.named_buffers())
+        if self.units is not None:
+            found["permutation"] = self.units.permutation
+        if self.compensation is not None:
+            found |= dict(self.compensation.named_buffers())
+        return found
 
-    def _routed(self, ffn: FFN, x: Tensor, chosen: Tensor, c: Tensor | None) -> Tensor:
+    def _guess(self, x: Tensor, chosen: Tensor) -> Tensor | None:
+        """Return what stands in for the groups that each token skips, (n, d_model), or None."""
+        if not self.config.is_compensated:
+            return None
+        if self.compensation is None:
+            raise ConfigError(
+                "RoutedFFN: compensate must be calibrated before the model runs, got no "
+                f"calibration at {self._name}; call session.calibrate(batches) (the trainer "
+                "callback does so by itself), or load a session that was calibrated"
+            )
+        skipped = x.new_ones(len(chosen), self.config.num_groups).scatter(1, chosen, 0.0)
+        return self.compensation(x, skipped)
+
+    def _routed(
+        self, ffn: FFN, x: Tensor, chosen: Tensor, c: Tensor | None, guess: Tensor | None
+    ) -> Tensor:
         """Run the chosen groups alone; what does not depend on the group runs once per token."""
         num_groups = self.config.num_groups
-        routing = route(chosen, num_groups)
-        rows, *low = [dispatch(t.flatten(0, -2), routing) for t in (x, *ffn.project(x))]
+        routing = route(chosen, num_groups, by_device(x, cpu=1, gpu=_MULTIPLE))
+        read_sizes = read_later(routing.sizes)
+        rows, *low = [dispatch(t, routing) for t in (x, *ffn.project(x))]
         scale = None if c is None else c.reshape(-1, 1).index_select(0, routing.choices)
-        sizes = routing.ends.diff(prepend=routing.ends.new_zeros(1)).tolist()
-        split = [t.split(sizes) for t in (rows, *low)]
-        scales = [None] * num_groups if scale is None else scale.split(sizes)
+        sizes = read_sizes()
+        ends = [*sizes, len(rows) - sum(sizes)]
+        split = [t.split(ends)[:-1] for t in (rows, *low)]
+        scales = [None] * num_groups if scale is None else scale.split(ends)[:-1]
         outputs = [
             own.run(rows, low, scale)
             for size, own, scale, (rows, *low) in zip(
@@ -149,4 +202,6 @@ class RoutedMLP(nn.Module):
         ]
         sums = list(map(torch.cat, zip(*outputs, strict=True)))
         y, *low = [combine(t, routing) for t in sums]
-        return ffn.finish(y, low).view(*x.shape[:-1], -1)
+        if guess is not None:
+            y = y + guess
+        return ffn.finish(y, low)
