@@ -99,13 +99,13 @@ PRICES = {
     "checkpoint": (4, 375),
     "lora": (1, 190),
     "meprop": (1, 160),
-    "routed_ffn": (7, 630),
+    "routed_ffn": (9, 968),
     "sparse_grad": (6, 730),
-    "spt_attention": (9, 1300),
+    "spt_attention": (11, 1690),
     "wta_crs": (8, 1085),
 }
 NEW_METHOD = (5, 700)
-MAX_LINES, MAX_FILE, MAX_FUNCTION, MAX_SESSION = 16_350, 400, 60, 250
+MAX_LINES, MAX_FILE, MAX_FUNCTION, MAX_SESSION = 17_150, 400, 60, 250
 
 
 def relative(path: Path) -> str:

@@ -228,6 +228,38 @@ def _replace(
         tl.store(weights_ptr + first + offsets, tl.math.div_rn(share, mass) + nothing, here)
 
 
+@triton.jit
+def _select(
+    scores_ptr,
+    edges_ptr,
+    counter_ptr,
+    indices_ptr,
+    weights_ptr,
+    word,
+    n,
+    k,
+    ESTIMATOR: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Select k rows by their scores, which are used up."""
+    total, nothing = _weigh(scores_ptr, n, BLOCK)
+    if ESTIMATOR == "systematic":
+        tau = _threshold(scores_ptr, total, n, k, BLOCK)
+        start = (_words(counter_ptr, word, 0) >> 8) << 6
+        _lay_out(scores_ptr, indices_ptr, weights_ptr, n, k, tau, start, nothing, BLOCK)
+    else:
+        cut, num_level = _ONE, 0
+        if ESTIMATOR == "wta":
+            # Whole numbers above the cut reach tau.
+            tau = _threshold(scores_ptr, total, n, k, BLOCK)
+            tau = tl.minimum(tl.maximum(tau, 1.0), _UNITS + 1.0)
+            cut = tl.ceil(tau).to(tl.int32) - 1
+        elif ESTIMATOR == "topk":
+            cut, num_level = _least_kept(scores_ptr, n, k, BLOCK)
+        pointers = scores_ptr, edges_ptr, counter_ptr, indices_ptr, weights_ptr
+        _replace(*pointers, word, n, k, cut, num_level, nothing, BLOCK)
+
+
 @triton.jit(do_not_specialize=["k", "word", "ticket"])
 def draw(
     x_ptr,
@@ -275,19 +307,5 @@ def draw(
             tl.store(tickets_ptr + ticket, 0)
             if share is not None:
                 _mix_floor(scores_ptr, real_ptr, n, share, BLOCK)
-            total, nothing = _weigh(scores_ptr, n, BLOCK)
-            if ESTIMATOR == "systematic":
-                tau = _threshold(scores_ptr, total, n, k, BLOCK)
-                start = (_words(counter_ptr, word, 0) >> 8) << 6
-                _lay_out(scores_ptr, indices_ptr, weights_ptr, n, k, tau, start, nothing, BLOCK)
-            else:
-                cut, num_level = _ONE, 0
-                if ESTIMATOR == "wta":
-                    # Whole numbers above the cut reach tau.
-                    tau = _threshold(scores_ptr, total, n, k, BLOCK)
-                    tau = tl.minimum(tl.maximum(tau, 1.0), _UNITS + 1.0)
-                    cut = tl.ceil(tau).to(tl.int32) - 1
-                elif ESTIMATOR == "topk":
-                    cut, num_level = _least_kept(scores_ptr, n, k, BLOCK)
-                pointers = scores_ptr, edges_ptr, counter_ptr, indices_ptr, weights_ptr
-                _replace(*pointers, word, n, k, cut, num_level, nothing, BLOCK)
+            pointers = scores_ptr, edges_ptr, counter_ptr, indices_ptr, weights_ptr
+            _select(*pointers, word, n, k, ESTIMATOR, BLOCK)

@@ -192,16 +192,7 @@ def sample_rows(
     variance. The size c minimises the paper's bound ``tail_c / (k - c)``, whose minimum is tau.
     """
     slots, slots_left = _slots(k, scores.device)
-    if real is not None:
-        scores = torch.where(real, scores, 0.0)
-    if floor > 0:
-        # Above 0: scores that are all 0 say nothing, and every real row is as likely.
-        evenly = scores.mean(dtype=torch.float64).clamp_(min=_TINY)
-        if real is not None:
-            evenly = real * (evenly / real.double().mean().clamp_(min=_TINY)).float()
-        scores = scores.add(evenly, alpha=floor / (1 - floor))
-    largest = scores.amax().clamp_(min=_TINY)
-    mass = scores.div(largest).div_(1 / _UNITS, rounding_mode="trunc")
+    mass = _mass(scores, real, floor)
     heaviest = mass.topk(k).values
     head = heaviest.cumsum(0, dtype=torch.float64)
     # Behind the c heaviest rows lies a tail, for the other k - c: c = 0, 1, ..., k - 1.
@@ -216,6 +207,20 @@ def sample_rows(
     indices = torch.searchsorted(edges[:-1], points, out_int32=True)
     weights = pi.index_select(0, indices).reciprocal_().mul_(_UNITS)
     return indices, weights.masked_fill_(points > edges[-1], 0.0)
+
+
+def _mass(scores: Tensor, real: Tensor | None, floor: float) -> Tensor:
+    """Return scores with the floor mixed in, as whole numbers in float32, the largest 2**30."""
+    if real is not None:
+        scores = torch.where(real, scores, 0.0)
+    if floor > 0:
+        # Above 0: scores that are all 0 say nothing, and every real row is as likely.
+        evenly = scores.mean(dtype=torch.float64).clamp_(min=_TINY)
+        if real is not None:
+            evenly = real * (evenly / real.double().mean().clamp_(min=_TINY)).float()
+        scores = scores.add(evenly, alpha=floor / (1 - floor))
+    largest = scores.amax().clamp_(min=_TINY)
+    return scores.div(largest).div_(1 / _UNITS, rounding_mode="trunc")
 
 
 def _sure_rows(mass: Tensor, k: int, estimator: Estimator, tau: Tensor, least: Tensor) -> Tensor:
