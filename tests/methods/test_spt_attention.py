@@ -17,9 +17,7 @@ from leantune.errors import ConfigError, SiteError, UnsupportedError
 from leantune.integrations.attention import CHILD, NAME
 from leantune.methods.spt_attention import attention
 from leantune.ops.sparse_attention import attention as ops_attention
-from leantune.ops.sparse_attention.flex import block_attention, block_mask
 from leantune.ops.sparse_attention.tiles import unpack_bits
-from leantune.ops.sparse_attention.top_keys import Visibility, expand_blocks
 
 DECODERS = ("gpt2", "opt", "llama", "mistral", "qwen2", "qwen3")
 SMALL: dict[str, Any] = {"subspace_width": 2, "num_codewords": 4}
@@ -527,46 +525,6 @@ def test_nothing_is_chosen_inside_exact_or_where_every_key_is_kept() -> None:
         assert torch.equal(model(input_ids=ids()).logits, wanted)
     short = ids(3)
     assert torch.equal(model(input_ids=short).logits, plain(input_ids=short).logits)
-
-
-def test_the_mask_of_flex_attention_holds_the_chosen_blocks_and_what_is_visible() -> None:
-    """The kernel that reads it is torch's own, and needs a GPU."""
-    from torch.nn.attention.flex_attention import create_mask
-
-    n, m, size = 20, 24, 8
-    blocks = torch.rand(2, 4, 3, 3) > 0.5
-    q = torch.empty(2, 4, n, 1)
-    mask = torch.rand(2, 1, n, m) > 0.2
-    for view in (
-        Visibility("cross", None),
-        Visibility("self", mask),
-        Visibility("self", mask[:1, :, :1]),
-    ):
-        made = block_mask(blocks, view, size, n, m)
-        assert torch.equal(made.to_dense().bool(), blocks)
-        inside = create_mask(made.mask_mod, 2, 4, n, m, device="cpu")
-        assert torch.equal(inside, view.rows(q, slice(0, 2), slice(0, n), m).expand(2, 4, n, m))
-    made = block_mask(blocks, Visibility("causal", None), size, n, n)
-    inside = create_mask(made.mask_mod, 1, 1, n, n, device="cpu")[0, 0]
-    assert torch.equal(inside, torch.ones(n, n, dtype=torch.bool).tril())
-
-
-@pytest.mark.gpu
-def test_blocks_on_a_gpu_are_the_blocked_reference() -> None:
-    shape = (2, 4, 512, 64)
-    q, k, v = (torch.randn(shape).cuda().requires_grad_() for _ in range(3))
-    blocks = (torch.rand(2, 4, 4, 4).cuda() > 0.5) | torch.eye(4, dtype=torch.bool).cuda()
-    view = Visibility("causal", None)
-    bits = expand_blocks(blocks, q, 512, view, 128)
-    grad_output = torch.randn(shape).cuda()
-    results = []
-    for out in (
-        block_attention(q, k, v, blocks, view, 128, scale=0.125),
-        ops_attention.sparse_attention(q, k, v, bits, scale=0.125),
-    ):
-        results.append([out, *torch.autograd.grad(out, (q, k, v), grad_output)])
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2)
 
 
 def no_interface(model: nn.Module) -> None:

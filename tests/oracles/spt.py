@@ -97,12 +97,19 @@ def select(
 
 
 def select_blocks(
-    scores: NDArray, group: int, size: int, first: int, keep_ratio: float, kind: str
+    scores: NDArray,
+    group: int,
+    size: int,
+    first: int,
+    keep_ratio: float,
+    kind: str,
+    always_keep: int = 0,
 ) -> list[list[int]]:
     """Return the ascending key blocks of each block of ``group`` queries; scores (b, h, n, m).
 
-    A block's own queries vote where kind is "self"; its first and those before it elsewhere. The
-    query's own block is always kept; ties go to the nearest, or ("cross") the last block.
+    A block's own queries vote by their mean where kind is "self"; its first and those before it
+    elsewhere. The blocks of the query itself, of the first ``always_keep`` keys and of as many up
+    to the query's first are always kept.
     """
     b, h, n, m = scores.shape
     num_blocks = -(-m // size)
@@ -113,7 +120,7 @@ def select_blocks(
         if kind == "self":
             voters = range(begin, min(n, begin + group))
         votes = [
-            float(scores[x, y, voters, j * size : (j + 1) * size].sum()) for j in range(num_blocks)
+            float(scores[x, y, voters, j * size : (j + 1) * size].mean()) for j in range(num_blocks)
         ]
         position = begin + first
         own = position // size
@@ -121,14 +128,14 @@ def select_blocks(
         if kind == "causal":
             last = min(position + group, m) - 1
             seen = [j for j in seen if j * size <= last]
-        kept = max(1, int(np.ceil(keep_ratio * len(seen) * size - 1e-9)))
-        num_kept = -(-kept // size)
-        seen.sort(key=lambda j, own=own: (abs(j - own), j > own))
-        if kind == "cross":
-            seen.sort(reverse=True)
-        seen.sort(key=lambda j, votes=votes: votes[j], reverse=True)
+        always = {j for j in seen if j * size < always_keep}
         if kind != "cross":
-            seen.sort(key=lambda j, own=own: j != own)
+            num_recent = max(0, -(-(always_keep - 1) // size))
+            always |= {j for j in seen if own - num_recent <= j <= own}
+        kept = max(1, 2 * always_keep, int(np.ceil(keep_ratio * len(seen) * size - 1e-9)))
+        num_kept = max(-(-kept // size), len(always))
+        seen.sort(key=lambda j, votes=votes: votes[j], reverse=True)
+        seen.sort(key=lambda j, always=always: j not in always)
         chosen.append(sorted(seen[:num_kept]))
     return chosen
 

@@ -83,7 +83,6 @@ def error(actual: tuple[np.ndarray, ...], wanted: tuple[np.ndarray, ...]) -> flo
     )
 
 
-@pytest.mark.parametrize("block_size", [None, 4])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("num_kept", [1, 4, 20])
@@ -93,7 +92,6 @@ def test_equals_dense_attention_under_the_scattered_mask(
     shape: tuple[int, ...],
     num_kept: int,
     causal: bool,
-    block_size: int | None,
     monkeypatch: Any,
 ) -> None:
     """20 keys exceed every m, so that case is dense attention; parts of one to all rows."""
@@ -102,7 +100,7 @@ def test_equals_dense_attention_under_the_scattered_mask(
     keep = choose(shape, shape[1], num_kept, causal=causal)
     grad_output = torch.randn(*x[0].shape[:3], shape[6], dtype=torch.float64)
     wanted = expected(x, keep, grad_output)
-    actual = run(x, keep, grad_output, block_size=block_size, is_causal=causal)
+    actual = run(x, keep, grad_output, is_causal=causal)
     assert error(actual, wanted) < 1e-12
     assert error(actual, tuple(1.01 * w for w in wanted)) > 1e-3
 
@@ -265,10 +263,7 @@ def dropped(number: int = 3, stream: int = 7) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("part", [30, 2**21])
-@pytest.mark.parametrize("block_size", [None, 4])
-def test_dropout_is_the_counted_mask_however_it_is_cut(
-    part: int, block_size: int | None, monkeypatch: Any
-) -> None:
+def test_dropout_is_the_counted_mask_however_it_is_cut(part: int, monkeypatch: Any) -> None:
     shape = (2, 3, 1, 10, 10, 4, 4)
     x = operands(shape)
     keep = choose(shape, 3, 4, causal=False)
@@ -277,25 +272,19 @@ def test_dropout_is_the_counted_mask_however_it_is_cut(
     kept = (u >= 0.4).double().div(0.6).view(2, 3, 10, 10).numpy()
     grad_output = torch.randn(2, 3, 10, 4, dtype=torch.float64)
     wanted = expected(x, keep, grad_output, kept)
-    how = {"block_size": block_size}
-    assert error(run(x, keep, grad_output, **dropped(), **how), wanted) < 1e-12
-    assert error(run(x, keep, grad_output, **how), wanted) > 1e-1
+    assert error(run(x, keep, grad_output, **dropped()), wanted) < 1e-12
+    assert error(run(x, keep, grad_output), wanted) > 1e-1
 
 
-@pytest.mark.parametrize("block_size", [None, 4])
 @pytest.mark.parametrize("bias_shape", [(1, 4, 9, 9), (2, 1, 9, 9), (2, 4, 1, 9), (1, 1, 1, 9)])
-def test_bias_is_added_and_has_its_gradient(
-    bias_shape: tuple[int, ...], block_size: int | None, monkeypatch: Any
-) -> None:
+def test_bias_is_added_and_has_its_gradient(bias_shape: tuple[int, ...], monkeypatch: Any) -> None:
     monkeypatch.setattr(tiles, "_TILE_NUMBERS", 60)
     shape = (2, 4, 2, 9, 9, 4, 4)
     q, k, v = operands(shape)
     bias = torch.randn(bias_shape, dtype=torch.float64).requires_grad_()
     keep = choose(shape, 4, 5, causal=True)
     grad_output = torch.randn(2, 4, 9, 4, dtype=torch.float64)
-    out = sparse_attention(
-        q, k, v, pack_bits(keep), scale=SCALE, bias=bias, is_causal=True, block_size=block_size
-    )
+    out = sparse_attention(q, k, v, pack_bits(keep), scale=SCALE, bias=bias, is_causal=True)
     # Dense attention by torch's own operations; the first row has a key, so no NaN.
     wide_k, wide_v = (t.repeat_interleave(2, 1) for t in (k, v))
     scores = (SCALE * q @ wide_k.mT + bias).masked_fill(~keep, -torch.inf)
@@ -350,10 +339,9 @@ class _Largest(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("block_size", [None, 4])
 @pytest.mark.parametrize("with_dropout", [False, True])
 def test_only_q_k_v_and_the_bits_are_saved_and_no_square_is_made(
-    with_dropout: bool, block_size: int | None, monkeypatch: Any
+    with_dropout: bool, monkeypatch: Any
 ) -> None:
     monkeypatch.setattr(tiles, "_TILE_NUMBERS", 2**12)
     n, num_kept = 256, 16
@@ -366,7 +354,7 @@ def test_only_q_k_v_and_the_bits_are_saved_and_no_square_is_made(
         torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t),
         _Largest() as seen,
     ):
-        out = sparse_attention(*x, bits, scale=SCALE, **how, block_size=block_size)
+        out = sparse_attention(*x, bits, scale=SCALE, **how)
         out.sum().backward()
     kept = sum(t.numel() * t.itemsize for t in saved)
     # The draw number of dropout is one int64.

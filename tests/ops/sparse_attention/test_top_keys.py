@@ -16,9 +16,6 @@ from leantune.ops.sparse_attention.top_keys import (
     AttentionKind,
     KeyBudget,
     Visibility,
-    expand_blocks,
-    query_block,
-    top_blocks,
     top_keys,
 )
 
@@ -210,10 +207,7 @@ def test_no_tensor_of_queries_times_keys(kind: AttentionKind, monkeypatch: Any) 
     mask = torch.ones(1, 1, 1, n, dtype=torch.bool)
     for visible in (None, mask):
         with _Largest() as seen:
-            view = Visibility(kind, visible)
-            top_keys(Few(q, k), q, n, KeyBudget(0.125), view)
-            blocks = top_blocks(Few(q, k), q, n, KeyBudget(0.125), view, 16)
-            expand_blocks(blocks, q, n, view, 16)
+            top_keys(Few(q, k), q, n, KeyBudget(0.125), Visibility(kind, visible))
         # Bits are an eighth of a byte for each pair; a part holds 2**12 numbers of 8 bytes.
         assert seen.num_bytes <= max(n * n // 8, 2**16) < n * n
     with _Largest() as whole:
@@ -222,71 +216,19 @@ def test_no_tensor_of_queries_times_keys(kind: AttentionKind, monkeypatch: Any) 
     assert whole.num_bytes >= 4 * n * n
 
 
-def block_lists(blocks: Tensor) -> list[list[int]]:
-    return [row.nonzero()[:, 0].tolist() for row in blocks.flatten(0, 2)]
-
-
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("n", "m"), [(37, 37), (23, 40), (1, 17)])
-def test_blocks_are_voted_for_by_their_queries(n: int, m: int, kind: AttentionKind) -> None:
-    b, h, size = 2, 2, 8
-    if kind == "self":
-        n = m
-    q = torch.randint(-3, 4, (b, h, n, 5)).float()
-    k = torch.randint(-3, 4, (b, 1, m, 5)).float()
-    how = KeyBudget(0.4)
-    view = Visibility(kind, None if kind != "causal" or n == m else causal(n, m))
-    blocks = top_blocks(Few(q, k), q, m, how, view, size)
-    group = query_block(view, n, m, size)
-    assert group == (1 if kind == "causal" and n != m else size)
-    scores = (q.double() @ k.double().mT).numpy()
-    args = (scores, group, size, m - n, 0.4, kind)
-    assert block_lists(blocks) == oracle.select_blocks(*args)
-
-
-@pytest.mark.parametrize("kind", ["causal", "cross"])
-def test_later_queries_and_keys_change_no_earlier_choice_of_blocks(kind: AttentionKind) -> None:
-    n, t, size = 64, 37, 8
-    q, k = torch.randint(-3, 4, (2, 1, 2, n, 5)).float()
-    changed_q, changed_k = q.clone(), k.clone()
-    changed_q[:, :, t:] = torch.randint(-99, 99, (1, 2, n - t, 5)).float()
-    if kind == "causal":
-        changed_k[:, :, t:] = torch.randint(-3, 4, (1, 2, n - t, 5)).float()
-    view, how = Visibility(kind, None), KeyBudget(0.3)
-    keeps = []
-    for x, y in ((q, k), (changed_q, changed_k)):
-        blocks = top_blocks(Few(x, y), x, n, how, view, size)
-        keeps.append(unpack_bits(expand_blocks(blocks, x, n, view, size), n))
-    assert torch.equal(keeps[0][:, :, :t], keeps[1][:, :, :t])
-    assert not torch.equal(keeps[0], keeps[1])
-    # The control: votes of the whole block look ahead.
-    seen = Visibility("self", causal(n, n) if kind == "causal" else None)
-    blind = [top_blocks(Few(x, k), x, n, how, seen, size) for x in (q, changed_q)]
-    assert not torch.equal(blind[0][:, :, : t // size + 1], blind[1][:, :, : t // size + 1])
-
-
-def test_blocks_expand_to_the_visible_pairs_in_them() -> None:
-    n, size = 21, 8
-    blocks = torch.rand(2, 3, 3, 3) > 0.5
-    mask = torch.rand(2, 1, n, n) > 0.3
-    q = torch.empty(2, 3, n, 1)
-    keep = unpack_bits(expand_blocks(blocks, q, n, Visibility("self", mask), size), n)
-    for b, h, i, j in np.ndindex(2, 3, n, n):
-        assert keep[b, h, i, j] == (blocks[b, h, i // size, j // size] & mask[b, 0, i, j])
-
-
-def test_invisible_tokens_do_not_vote() -> None:
-    n, size = 32, 8
-    q, k = torch.randint(-3, 4, (2, 1, 1, n, 5)).float()
-    mask = torch.ones(1, 1, 1, n, dtype=torch.bool)
-    mask[..., 20:] = False
-    how = KeyBudget(0.5)
-    changed = (q.clone(), k.clone())
-    for x in changed:
-        x[:, :, 20:] = 50.0
-    a, b = (
-        top_blocks(Few(x, y), x, n, how, Visibility("self", mask), size)
-        for x, y in ((q, k), changed)
-    )
-    assert torch.equal(a[:, :, :3], b[:, :, :3])
-    assert not bool(a[..., 3].any())
+def test_first_and_recent_keys_are_always_kept_and_counted(kind: AttentionKind) -> None:
+    n, keep = 20, 3
+    scores = torch.zeros(1, 1, n, n)
+    scores[..., 8:12] = 9.0  # others that every query likes best
+    real = torch.ones(n, dtype=torch.bool)
+    real[:2] = False
+    mask = real[None, None, None] & (causal(n, n) if kind == "causal" else torch.tensor(True))
+    rows = pick(scores, KeyBudget(0.4, 1, keep), kind, mask.expand(1, 1, n, n))
+    plain = pick(scores, KeyBudget(0.4, 6), kind, mask.expand(1, 1, n, n))
+    for i in range(2, n):
+        wanted = {j for j in range(2, 2 + keep) if kind != "causal" or j <= i}
+        if kind != "cross":
+            wanted |= {j for j in range(i - keep + 1, i + 1) if j >= 2}
+        assert wanted <= set(rows[i]) and len(rows[i]) == len(plain[i])
+    assert rows != plain

@@ -16,9 +16,10 @@ from leantune.errors import ConfigError, UnsupportedError
 from leantune.methods.spt_attention.config import SPTAttention
 from leantune.ops.random import stream_of
 from leantune.ops.sparse_attention.attention import sparse_attention
+from leantune.ops.sparse_attention.blocks import choose_blocks
 from leantune.ops.sparse_attention.codebooks import kmeans, quantise
 from leantune.ops.sparse_attention.flex import block_attention
-from leantune.ops.sparse_attention.top_keys import AttentionKind, Visibility, top_blocks, top_keys
+from leantune.ops.sparse_attention.top_keys import AttentionKind, Visibility, top_keys
 
 # Vectors of one codebook that k-means sees; 64 MB at width 64 with its transients.
 _MAX_VECTORS = 2**14
@@ -65,10 +66,16 @@ class SparseAttention(nn.Module):
         """Return the output, (b, h, n, dv), or None where attention should run dense.
 
         Raises:
-            UnsupportedError: a mask of unknown shape or kind.
+            UnsupportedError: a mask of unknown shape or kind, or key heads that do not divide
+                the heads.
             ConfigError: the codebooks are not calibrated.
         """
         config, n = self.config, q.shape[2]
+        if q.shape[1] % k.shape[1]:
+            raise UnsupportedError(
+                f"SPTAttention: query heads must be a multiple of the {k.shape[1]} key heads, got "
+                f"{q.shape[1]} at {self.name}; leave it out with sites="
+            )
         if is_causal and mask is None and 1 < n < k.shape[2]:
             # A cache allocated in full, filled up to the queries.
             k, v, bias = k[:, :, :n], v[:, :, :n], None if bias is None else bias[..., :n]
@@ -79,6 +86,15 @@ class SparseAttention(nn.Module):
         num_keys = k.shape[2]
         if self.runtime.is_exact or config.budget.limit(num_keys) >= num_keys:
             return None
+        how: dict[str, Any] = {"scale": scale, "bias": bias}
+        if dropout > 0:
+            key = self.runtime.key(q.device)._replace(stream=self.stream)
+            how |= {"dropout": dropout, "key": key}
+        if config.granularity == "block":
+            num_lists = q.shape[1] if config.share_choice == "head" else k.shape[1]
+            what = (config.budget, visibility, config.block_size)
+            chosen = choose_blocks(q, k, *what, num_lists=num_lists)
+            return block_attention(q, k, v, chosen, visibility, **how)
         if not self.is_calibrated:
             raise ConfigError(
                 "SPTAttention: codebooks must be calibrated before the model runs, got none at "
@@ -86,17 +102,8 @@ class SparseAttention(nn.Module):
                 "callback does so by itself), or run dense inside session.exact()"
             )
         factors = quantise(q, k, self.codebooks, config.scorer)
-        is_causal = visibility.hides_later(n)
-        how: dict[str, Any] = {"scale": scale, "bias": bias, "is_causal": is_causal}
-        if dropout > 0:
-            key = self.runtime.key(q.device)._replace(stream=self.stream)
-            how |= {"dropout": dropout, "key": key}
-        if config.granularity == "token":
-            bits = top_keys(factors, q, num_keys, config.budget, visibility)
-            return sparse_attention(q, k, v, bits, **how)
-        size = config.block_size
-        blocks = top_blocks(factors, q, num_keys, config.budget, visibility, size)
-        return block_attention(q, k, v, blocks, visibility, size, **how)
+        bits = top_keys(factors, q, num_keys, config.budget, visibility)
+        return sparse_attention(q, k, v, bits, is_causal=visibility.hides_later(n), **how)
 
     def _read_mask(
         self, q: Tensor, k: Tensor, mask: Any, bias: Tensor | None, is_causal: bool

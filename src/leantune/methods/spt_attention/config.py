@@ -11,9 +11,11 @@ from leantune.ops.sparse_attention.top_keys import KeyBudget
 class SPTAttention(MethodConfig):
     """Let each query attend to the few keys that product quantisation finds nearest to it.
 
-    The choice is exact and deterministic and never looks ahead; attention over it and its
-    gradient are exact, and only q, k, v and one bit for each pair are kept for backward. Every
-    attention is taken by default. A sequence so short that every key would be kept runs dense.
+    The choice is deterministic and never looks ahead; attention over it and its gradient are
+    exact, and only q, k, v and one bit for each pair are kept for backward. By blocks
+    (``granularity="block"``) the products of mean queries and mean keys choose: no codebooks, no
+    calibration, and lists of blocks are kept in the place of bits. Every attention is taken by
+    default. A sequence so short that every key would be kept runs dense.
     """
 
     method: ClassVar[str] = "spt_attention"
@@ -38,7 +40,18 @@ class SPTAttention(MethodConfig):
     subspace_width: int = option(8, ge=1, help="width of a subspace; divides the head width")
     num_codewords: int = option(16, ge=2, le=256, help="codewords in each subspace")
 
+    always_keep: int = option(
+        0,
+        ge=0,
+        help="keys that every query keeps: so many of the first real tokens, and as many up to its "
+        "own; they count among those kept",
+    )
+    share_choice: Literal["head", "group"] = option(
+        "head",
+        help="for granularity='block': each query head chooses, or those of one key head together",
+    )
+
     @property
     def budget(self) -> KeyBudget:
         """How many keys each query keeps."""
-        return KeyBudget(self.keep_ratio, self.min_keys)
+        return KeyBudget(self.keep_ratio, self.min_keys, self.always_keep)

@@ -16,19 +16,20 @@ from leantune.methods.spt_attention.config import SPTAttention
 
 
 class SPTConversion(Conversion):
-    """The sites that one config made sparse, each with codebooks of its own."""
-
-    num_calibration_batches = 8
+    """The sites that one config made sparse, each with codebooks of its own if keys have codes."""
 
     def __init__(
         self, model: nn.Module, sites: list[Site], config: SPTAttention, runtime: Runtime
     ) -> None:
         self.can_merge = config.keep_ratio == 1.0
+        has_codes = config.granularity == "token"
+        self.num_calibration_batches = 8 if has_codes else 0
         self._model = model
         self._runtime = runtime
         self._children = [
             (s.module, SparseAttention(s, _shape(s, config), config, runtime)) for s in sites
         ]
+        self._coded = [child for _, child in self._children if has_codes]
         for module, child in self._children:
             module.add_module(registry.CHILD, child.train(module.training))
         self._redirected = registry.redirect(model, [s.name for s in sites])
@@ -45,14 +46,14 @@ class SPTConversion(Conversion):
             ConfigError: no batch, or fewer vectors than codewords.
         """
         try:
-            for _, child in self._children:
+            for child in self._coded:
                 child.collected = []
             for _ in run_batches(self._model, self._runtime, batches):
                 pass
-            for _, child in self._children:
+            for child in self._coded:
                 child.init_codebooks()
         finally:
-            for _, child in self._children:
+            for child in self._coded:
                 child.collected = None
 
     def undo(self) -> None:
@@ -63,10 +64,10 @@ class SPTConversion(Conversion):
         registry.direct_back(self._redirected)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the codebooks of every site; empty before calibration."""
-        if not all(child.is_calibrated for _, child in self._children):
+        """Return the codebooks of every site; empty before calibration, and without codes."""
+        if not all(child.is_calibrated for child in self._coded):
             return {}
-        return {f"{child.name}.codebooks": child.codebooks for _, child in self._children}
+        return {f"{child.name}.codebooks": child.codebooks for child in self._coded}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take codebooks on, so that a resumed run chooses by the same ones.
@@ -75,7 +76,7 @@ class SPTConversion(Conversion):
             ConfigError: codebooks of other sites, of another shape, or with numbers that are not
                 finite.
         """
-        names = {f"{child.name}.codebooks": child for _, child in self._children}
+        names = {f"{child.name}.codebooks": child for child in self._coded}
         wrong = state.keys() ^ names.keys()
         if state and wrong:
             raise ConfigError(
@@ -90,6 +91,8 @@ class SPTConversion(Conversion):
 
 def _shape(site: Site, config: SPTAttention) -> tuple[int, int, int, int]:
     """Return the shape of a site's codebooks: key heads, subspaces, codewords, their width."""
+    if config.granularity == "block":
+        return 0, 0, 0, 0
     head_width, num_heads = registry.head_width(site.module), _num_key_heads(site)
     assert head_width is not None and num_heads is not None, site.name
     width = config.subspace_width
@@ -106,7 +109,7 @@ def check(site: Site, config: SPTAttention) -> str | None:
     reason, width = registry.refusal(site.module), registry.head_width(site.module)
     if reason is not None or width is None:
         return reason
-    if width % config.subspace_width:
+    if config.granularity == "token" and width % config.subspace_width:
         divisors = ", ".join(str(w) for w in range(1, width + 1) if width % w == 0)
         return (
             f"subspace_width must divide the head width {width}, got {config.subspace_width}; "

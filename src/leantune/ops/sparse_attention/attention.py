@@ -1,18 +1,26 @@
 """Attention over chosen keys: exact for that choice, and no tensor of queries times keys is kept.
 
 Legend: b batch, h query heads, hk key heads, n queries, m keys, d width of queries and keys, dv
-width of values; a tile holds p pairs of a batch and a key head, x queries and y keys.
+width of values; a tile holds p pairs of a batch and a head, x queries and y keys.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from leantune.ops.autocast import autocast_dtype, autocast_off
 from leantune.ops.random import RandomKey, uniform_at
-from leantune.ops.sparse_attention.tiles import AttentionArgs, BitmaskTiles, Tile, accumulator
+from leantune.ops.sparse_attention.block_tiles import BlockTiles
+from leantune.ops.sparse_attention.blocks import BlockList
+from leantune.ops.sparse_attention.tiles import BitmaskTiles, Tile, accumulator
+from leantune.ops.sparse_attention.top_keys import Visibility
+
+Tiles = BitmaskTiles | BlockTiles
 
 
 def sparse_attention(
@@ -26,12 +34,11 @@ def sparse_attention(
     dropout: float = 0.0,
     key: RandomKey | None = None,
     is_causal: bool = False,
-    block_size: int | None = None,
 ) -> Tensor:
     """Return attention of each query over its chosen keys; the gradient is exact for that choice.
 
     ``out_i = sum_j P_ij v_j`` over the chosen j, with ``P_i = softmax_j(scale * q_i k_j + bias)``.
-    Backward recomputes P and uses ``dS = P (dP - sum_j P dP)``. Saved are q, k, v and the bits
+    Backward recomputes P and uses ``dS = P (dP - sum_j P dP)``. Saved are q, k, v and the choice
     alone (and the bias, if any): a tile holds whole rows, so neither the output nor a log-sum-exp
     is needed. Products accumulate in float32 (float64 stays). Two runs give the same bits, on a
     GPU too. Under autocast q, k and v are cast to its dtype first.
@@ -50,37 +57,108 @@ def sparse_attention(
             kept. Needed where dropout > 0.
         is_causal: promises that query i chose no key behind position ``m - n + i``, which halves
             the work.
-        block_size: promises that this many neighbouring queries chose few different keys: tiles
-            are blocks of queries then, and read the keys that one of them chose.
 
     Returns:
         (b, h, n, dv) in the dtype of q.
 
     Source: arXiv 2312.10365, sparse multi-head attention; the recomputation is an addition.
     """
-    _check(q, k, v, bits, bias)
-    assert dropout == 0 or key is not None
-    dtype = autocast_dtype(q)
-    if dtype is not None:
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    seed, counter, stream = (0, None, 0) if key is None or dropout == 0 else key
-    args = AttentionArgs(scale, dropout, seed, stream, is_causal, block_size)
-    return _SparseAttention.apply(q, k, v, bias, bits, counter, args)  # type: ignore[no-any-return]
+    _check(q, k, v, bias)
+    assert bits.dtype == torch.uint8 and bits.shape == (*q.shape[:3], -(-k.shape[2] // 8))
+    tiles = partial(BitmaskTiles, is_causal=is_causal)
+    return _attend(q, k, v, bias, (bits,), tiles, scale, dropout, key)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, bits: Tensor, bias: Tensor | None) -> None:
+def list_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    chosen: BlockList,
+    visibility: Visibility,
+    *,
+    scale: float,
+    bias: Tensor | None = None,
+    dropout: float = 0.0,
+    key: RandomKey | None = None,
+) -> Tensor:
+    """Return attention of each query over the visible keys of its chosen blocks.
+
+    Many blocks of queries go into one product with the keys of their lists, so that work and
+    memory are those of the lists. Saved are q, k, v, the list, and the mask if there is one.
+
+    Args:
+        chosen: lists for h heads, or for hk that their query heads share.
+        visibility: of the keys inside the blocks.
+
+    The others are those of :func:`sparse_attention`.
+    """
+    _check(q, k, v, bias)
+    n, m = q.shape[2], k.shape[2]
+    sizes = (chosen.query_size, chosen.block_size)
+    q, k, v = (_whole_blocks(x, s) for x, s in ((q, sizes[0]), (k, sizes[1]), (v, sizes[1])))
+    choice = (chosen.indices, chosen.counts, visibility.mask)
+    is_causal = visibility.hides_later(n)
+    tiles = partial(BlockTiles, shape=(n, m), sizes=sizes, is_causal=is_causal)
+    return _attend(q, k, v, bias, choice, tiles, scale, dropout, key)[:, :, :n]
+
+
+def _whole_blocks(x: Tensor, size: int) -> Tensor:
+    """Return ``x`` (b, any, n, any) contiguous, with zeros to whole blocks of ``size`` rows."""
+    missing = -x.shape[2] % size
+    return F.pad(x, (0, 0, 0, missing)) if missing else x.contiguous()
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> None:
     b, h, n, m = *q.shape[:3], k.shape[2]
     assert h % k.shape[1] == 0 and v.shape[:3] == k.shape[:3], (q.shape, k.shape, v.shape)
-    assert bits.dtype == torch.uint8 and bits.shape == (b, h, n, -(-m // 8)), bits.shape
     if bias is not None:
         wanted = zip(bias.shape, (b, h, n), strict=False)
         assert all(x in (1, y) for x, y in wanted) and bias.shape[3:] == (m,), bias.shape
 
 
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    choice: tuple[Tensor | None, ...],
+    tiles: Callable[..., Tiles],
+    scale: float,
+    dropout: float,
+    key: RandomKey | None,
+) -> Tensor:
+    assert dropout == 0 or key is not None
+    dtype = autocast_dtype(q)
+    if dtype is not None:
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    seed, counter, stream = (0, None, 0) if key is None or dropout == 0 else key
+    args = _Args(tiles, scale, dropout, seed, stream)
+    return _SparseAttention.apply(q, k, v, bias, args, counter, *choice)  # type: ignore[no-any-return]
+
+
+class _Args(NamedTuple):
+    """The arguments of attention that are no tensors.
+
+    Attributes:
+        tiles: makes the tiles of (q, k, *choice).
+        scale: the factor of the products.
+        dropout: the probability that a weight is dropped.
+        seed, stream: of the random key of dropout, without its counter.
+    """
+
+    tiles: Callable[..., Tiles]
+    scale: float
+    dropout: float
+    seed: int
+    stream: int
+
+
 class _Weights(NamedTuple):
     """The weights of one tile."""
 
-    has_key: Tensor  # (p, x, 1)
+    queries: Tensor  # (p, x, d), scaled
+    keys: Tensor  # (p, y, d)
+    is_empty: Tensor | None  # (p, x or 1, 1), whether a query has no key; None where all have one
     weights: Tensor  # (p, x, y), before dropout
     factors: Tensor | None  # (p, x, y), 0 or 1 / (1 - p)
 
@@ -90,26 +168,31 @@ class _Weights(NamedTuple):
 
 
 def _weigh(
-    tiles: BitmaskTiles,
+    args: _Args,
+    tiles: Tiles,
     tile: Tile,
-    queries: Tensor,
-    keys: Tensor,
+    q: Tensor,
+    k: Tensor,
     bias: Tensor | None,
     counter: Tensor | None,
 ) -> _Weights:
-    args = tiles.args
-    scores = torch.bmm(queries, keys.mT).mul_(args.scale)
+    wide = accumulator(q)
+    queries = tiles.load_queries(q, tile).to(wide) * args.scale
+    keys = tiles.load_keys(k, tile).to(wide)
+    scores = torch.bmm(queries, keys.mT)
     if bias is not None:
         scores += tiles.load_bias(bias, tile)
-    weights = scores.masked_fill_(~tile.keep, -torch.inf).softmax(-1)
-    has_key = tile.keep.any(-1, keepdim=True)
-    weights = weights.masked_fill_(~has_key, 0.0)
+    scores[..., tile.num_open :].masked_fill_(tile.hidden, -torch.inf)
+    weights, is_empty = scores.softmax(-1), None
+    if tile.num_open == 0:
+        is_empty = tile.hidden.all(-1, keepdim=True)
+        weights.masked_fill_(is_empty, 0.0)
     factors = None
     if counter is not None:
         key = RandomKey(args.seed, counter, args.stream)
         u = uniform_at(key, tiles.row_numbers(tile), tile.columns)
         factors = (u >= args.dropout).to(weights.dtype).div_(1.0 - args.dropout)
-    return _Weights(has_key, weights, factors)
+    return _Weights(queries, keys, is_empty, weights, factors)
 
 
 class _SparseAttention(torch.autograd.Function):
@@ -120,55 +203,53 @@ class _SparseAttention(torch.autograd.Function):
         k: Tensor,
         v: Tensor,
         bias: Tensor | None,
-        bits: Tensor,
+        args: _Args,
         counter: Tensor | None,
-        args: AttentionArgs,
+        *choice: Tensor | None,
     ) -> Tensor:
-        ctx.save_for_backward(q, k, v, bias, bits, counter)
+        ctx.save_for_backward(q, k, v, bias, counter, *choice)
         ctx.args = args
-        wide = accumulator(q)
-        tiles = BitmaskTiles(q, k, bits, args)
+        tiles = args.tiles(q, k, *choice)
         out = q.new_zeros(*q.shape[:3], v.shape[-1])
         with autocast_off(q):
             for tile in tiles:
-                queries = tiles.load_queries(q, tile).to(wide)
-                keys, values = (tiles.load_keys(x, tile).to(wide) for x in (k, v))
-                w = _weigh(tiles, tile, queries, keys, bias, counter)
+                w = _weigh(args, tiles, tile, q, k, bias, counter)
+                values = tiles.load_keys(v, tile).to(accumulator(q))
                 tiles.store_queries_(out, tile, torch.bmm(w.dropped, values))
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> Any:  # type: ignore[override]
-        q, k, v, bias, bits, counter = ctx.saved_tensors
-        needs_q, needs_k, needs_v, needs_bias = ctx.needs_input_grad[:4]
+        q, k, v, bias, counter, *choice = ctx.saved_tensors
+        args, needs = ctx.args, ctx.needs_input_grad
         wide = accumulator(q)
-        tiles = BitmaskTiles(q, k, bits, ctx.args)
-        grad_q = torch.zeros_like(q) if needs_q else None
-        grad_k = torch.zeros_like(k, dtype=wide) if needs_k else None
-        grad_v = torch.zeros_like(v, dtype=wide) if needs_v else None
-        grad_bias = torch.zeros_like(bias, dtype=wide) if needs_bias else None
+        tiles = args.tiles(q, k, *choice)
+        grad_output = grad_output.contiguous()
+        grad_q = torch.zeros_like(q) if needs[0] else None
+        grad_k = torch.zeros_like(k, dtype=wide) if needs[1] else None
+        grad_v = torch.zeros_like(v, dtype=wide) if needs[2] else None
+        grad_bias = torch.zeros_like(bias, dtype=wide) if needs[3] else None
         with autocast_off(q):
             for tile in tiles:
-                queries = tiles.load_queries(q, tile).to(wide)
-                keys, values = (tiles.load_keys(x, tile).to(wide) for x in (k, v))
-                w = _weigh(tiles, tile, queries, keys, bias, counter)
+                w = _weigh(args, tiles, tile, q, k, bias, counter)
                 grad_out = tiles.load_queries(grad_output, tile).to(wide)
-                grad_out = grad_out.masked_fill(~w.has_key, 0.0)
+                if w.is_empty is not None:
+                    grad_out = grad_out.masked_fill(w.is_empty, 0.0)
                 if grad_v is not None:
                     tiles.add_keys_(grad_v, tile, torch.bmm(w.dropped.mT, grad_out))
                 if grad_q is None and grad_k is None and grad_bias is None:
                     continue
-                grad_scores = _grad_scores(w, grad_out, values)
+                grad_scores = _grad_scores(w, grad_out, tiles.load_keys(v, tile).to(wide))
                 if grad_bias is not None:
                     tiles.add_bias_(grad_bias, tile, grad_scores)
-                grad_scores *= tiles.args.scale
                 if grad_q is not None:
-                    tiles.store_queries_(grad_q, tile, torch.bmm(grad_scores, keys))
+                    part = torch.bmm(grad_scores, w.keys).mul_(args.scale)
+                    tiles.store_queries_(grad_q, tile, part)
                 if grad_k is not None:
-                    tiles.add_keys_(grad_k, tile, torch.bmm(grad_scores.mT, queries))
+                    tiles.add_keys_(grad_k, tile, torch.bmm(grad_scores.mT, w.queries))
         # Autograd casts each to the dtype of its input.
-        return grad_q, grad_k, grad_v, grad_bias, None, None, None
+        return grad_q, grad_k, grad_v, grad_bias, None, None, *(None for _ in choice)
 
 
 def _grad_scores(w: _Weights, grad_out: Tensor, values: Tensor) -> Tensor:
@@ -176,5 +257,5 @@ def _grad_scores(w: _Weights, grad_out: Tensor, values: Tensor) -> Tensor:
     grad_weights = torch.bmm(grad_out, values.mT)
     if w.factors is not None:
         grad_weights *= w.factors
-    row_dot = (w.weights * grad_weights).sum(-1, keepdim=True)
-    return grad_weights.sub_(row_dot).mul_(w.weights)
+    backward = torch.ops.aten._softmax_backward_data
+    return backward(grad_weights, w.weights, -1, w.weights.dtype)  # type: ignore[no-any-return]

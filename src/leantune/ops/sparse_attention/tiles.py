@@ -8,7 +8,7 @@ is set where key j is chosen.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,39 +54,22 @@ def unpack_bits(bits: Tensor, num_keys: int) -> Tensor:
     return (words.view(torch.uint8) != 0)[..., :num_keys]
 
 
-class AttentionArgs(NamedTuple):
-    """The arguments of attention that are no tensors.
-
-    Attributes:
-        scale: the factor of the products.
-        dropout: the probability that a weight is dropped.
-        seed, stream: of the random key of dropout, without its counter.
-        is_causal: query i chose no key behind position ``m - n + i``.
-        block_size: this many neighbouring queries chose few different keys; or None.
-    """
-
-    scale: float
-    dropout: float
-    seed: int
-    stream: int
-    is_causal: bool
-    block_size: int | None
-
-
 class Tile(NamedTuple):
     """Some queries and the keys that these queries read.
 
     Attributes:
-        queries: batches, query heads and rows.
-        keys: batches, key heads and keys.
-        keep: (p, x, y) bool: which keys are chosen.
-        columns: (y,) int64: the numbers of the keys.
+        queries: which queries, in the words of who made the tile.
+        keys: which keys.
+        columns: the numbers of the keys, int64, (y,) or (p, 1, y).
+        num_open: so many of the first keys are hidden from no query.
+        hidden: (p, x or 1, y - num_open) bool: whether one of the others is.
     """
 
-    queries: tuple[slice, slice, slice]
-    keys: tuple[slice, slice, slice | Tensor]
-    keep: Tensor
+    queries: tuple[slice, ...]
+    keys: Any
     columns: Tensor
+    num_open: int
+    hidden: Tensor
 
 
 class BitmaskTiles:
@@ -96,47 +79,38 @@ class BitmaskTiles:
     (p, y, any), which is what batched products read.
     """
 
-    def __init__(self, q: Tensor, k: Tensor, bits: Tensor, args: AttentionArgs) -> None:
+    def __init__(self, q: Tensor, k: Tensor, bits: Tensor, *, is_causal: bool) -> None:
         self.shape = q.shape[:3]
         self.num_keys = k.shape[2]
         self.group = q.shape[1] // k.shape[1]
         self.bits = bits
-        self.args = args
+        self.is_causal = is_causal
 
     def __iter__(self) -> Iterator[Tile]:
         b, h, n = self.shape
         if self.num_keys == 0:
             return
-        if self.args.block_size is not None:
-            steps = (1, self.group, self.args.block_size)
-        else:
-            numbers, per_row = tile_numbers(self.bits), h * self.num_keys
-            steps = (numbers // (per_row * n), h, numbers // per_row)
-        for batch in slices(b, steps[0]):
-            for heads in slices(h, steps[1]):
-                for rows in slices(n, steps[2]):
-                    yield self._tile(batch, heads, rows)
+        numbers, per_row = tile_numbers(self.bits), h * self.num_keys
+        for batch in slices(b, numbers // (per_row * n)):
+            for rows in slices(n, numbers // per_row):
+                yield self._tile(batch, rows)
 
-    def _tile(self, batch: slice, heads: slice, rows: slice) -> Tile:
+    def _tile(self, batch: slice, rows: slice) -> Tile:
         stop = self.num_keys
-        if self.args.is_causal:
+        if self.is_causal:
             stop = min(stop, stop - self.shape[2] + rows.stop)
-        keep = unpack_bits(self.bits[batch, heads, rows], stop)
-        keys: slice | Tensor = slice(0, stop)
-        columns = torch.arange(stop, device=keep.device)
-        if self.args.block_size is not None:
-            keys = columns = keep.flatten(0, -2).any(0).nonzero()[:, 0]
-            keep = keep[..., keys]
-        key_heads = slice(heads.start // self.group, heads.stop // self.group)
-        return Tile((batch, heads, rows), (batch, key_heads, keys), self._flatten(keep), columns)
+        hidden = self._flatten(unpack_bits(self.bits[batch, :, rows], stop).logical_not_())
+        columns = torch.arange(stop, device=hidden.device)
+        return Tile(
+            (batch, slice(None), rows), (batch, slice(None), slice(stop)), columns, 0, hidden
+        )
 
     def _flatten(self, x: Tensor) -> Tensor:
-        """Return (b', h', x', y) as (p, x, y): the query heads of one key head stand together."""
+        """Return (b', h, x', y) as (p, x, y): the query heads of one key head stand together."""
         return x.unflatten(1, (-1, self.group)).flatten(0, 1).flatten(1, 2)
 
-    def _unflatten(self, x: Tensor, tile: Tile) -> Tensor:
-        sizes = [s.stop - s.start for s in tile.queries]
-        return x.reshape(*sizes, x.shape[-1])
+    def _unflatten(self, x: Tensor) -> Tensor:
+        return x.view(-1, self.shape[1], x.shape[1] // self.group, x.shape[2])
 
     def load_queries(self, x: Tensor, tile: Tile) -> Tensor:
         """Return a tile's part (p, x, any) of ``x`` (b, h, n, any)."""
@@ -144,20 +118,16 @@ class BitmaskTiles:
 
     def store_queries_(self, target: Tensor, tile: Tile, values: Tensor) -> None:
         """Write values (p, x, any) to a tile's part of ``target`` (b, h, n, any)."""
-        target[tile.queries] = self._unflatten(values, tile).to(target.dtype)
+        target[tile.queries] = self._unflatten(values).to(target.dtype)
 
     def load_keys(self, x: Tensor, tile: Tile) -> Tensor:
         """Return a tile's part (p, y, any) of ``x`` (b, hk, m, any)."""
-        return x[tile.keys[:2]][:, :, tile.keys[2]].flatten(0, 1)
+        return x[tile.keys].flatten(0, 1)
 
     def add_keys_(self, target: Tensor, tile: Tile, values: Tensor) -> None:
         """Add values (p, y, any) to a tile's part of ``target`` (b, hk, m, any)."""
-        part = target[tile.keys[:2]]
-        values = values.view(*part.shape[:2], *values.shape[1:])
-        if isinstance(tile.keys[2], slice):
-            part[:, :, tile.keys[2]] += values
-        else:
-            part.index_add_(2, tile.keys[2], values)
+        part = target[tile.keys]
+        part += values.view(part.shape)
 
     def row_numbers(self, tile: Tile) -> Tensor:
         """Return the number of each query among all of the call, (p, x, 1) int64."""
@@ -166,14 +136,14 @@ class BitmaskTiles:
 
     def load_bias(self, bias: Tensor, tile: Tile) -> Tensor:
         """Return a tile's part (p, x, y) of the bias (b or 1, h or 1, n or 1, m)."""
-        shape = self._unflatten(tile.keep, tile).shape
+        shape = self._unflatten(tile.hidden).shape
         part = bias[_present(bias, tile)][..., tile.keys[2]]
         return self._flatten(part.expand(shape))
 
     def add_bias_(self, target: Tensor, tile: Tile, values: Tensor) -> None:
         """Add values (p, x, y) to the bias, summed over the axes that the bias does not have."""
         part = target[_present(target, tile)]
-        sums = self._unflatten(values, tile).sum_to_size(*part.shape[:3], values.shape[-1])
+        sums = self._unflatten(values).sum_to_size(*part.shape[:3], values.shape[-1])
         part[..., tile.keys[2]] += sums
 
 
