@@ -13,6 +13,7 @@ from bench.models import BERT_MLP, BertBlocks, LlamaBlocks
 from bench.timing import TIMES, Bench, timing_row
 from leantune.core.config import MethodConfig
 from leantune.measure.peak import compare_steps
+from leantune.methods.sparse_grad.conversion import SparseGradConversion
 
 GALORE = "GaLore 128"
 """Its projections are refreshed every 200 steps, which none of the timed steps is. ``galore-torch``
@@ -145,7 +146,6 @@ def _cases(tiny: bool) -> list[Case]:
 _COLUMNS = {
     **TIMES,
     "mlp_bytes": "MLP bytes, all layers",
-    "copy_bytes": "and copies",
     "fewer": "times fewer than AdamW",
     "to_lora": "to LoRA",
     "saved_mib": "saved MiB",
@@ -160,7 +160,6 @@ def _measure(case: Case, where: torch.device, variants: Sequence[str]) -> list[d
         base = case.model().to(case.dtype).train()
     steps: dict[str, Callable[[], None]] = {}
     bytes_of: dict[str, int] = {}
-    copies: dict[str, int] = {}
     saved: dict[str, int] = {}
     for name in variants:
         methods = case.recipes()[name]
@@ -168,7 +167,7 @@ def _measure(case: Case, where: torch.device, variants: Sequence[str]) -> list[d
         session = lt.apply(model, *methods) if methods else None
         # Beside LoRA everything else trains, too, as in the paper.
         for n, p in model.named_parameters():
-            stands_in = n.endswith((".delta", ".rotated_weight", ".merged_delta"))
+            stands_in = n.endswith((".delta", ".rotated_weight"))
             if session is not None and not stands_in and not _is_mlp_weight(n):
                 p.requires_grad_(True)
         if session is not None:
@@ -177,8 +176,6 @@ def _measure(case: Case, where: torch.device, variants: Sequence[str]) -> list[d
         steps[name] = _step(model, optimizer, case.batch(where, 0))
         steps[name]()
         bytes_of[name] = _mlp_bytes(case, model, optimizer, session)
-        merged = [p for n, p in model.named_parameters() if n.endswith(".merged_delta")]
-        copies[name] = sum(map(_num_bytes, merged)) * case.whole_layers // case.num_layers
         saved[name] = lt.ledger(model, (case.batch(where, 0),)).activations
     stats = compare_steps(steps, reference=FULL, rounds=5)
     full, lora = bytes_of[FULL], bytes_of[case.lora]
@@ -187,7 +184,6 @@ def _measure(case: Case, where: torch.device, variants: Sequence[str]) -> list[d
             **timing_row(case, name, s, saved[name]),
             "num_layers": case.whole_layers,
             "mlp_bytes": bytes_of[name],
-            "copy_bytes": copies[name],
             "fewer": round(full / bytes_of[name], 2),
             "to_lora": round(bytes_of[name] / lora, 3),
         }
@@ -234,7 +230,7 @@ def _mlp_bytes(
     """Return gradients + optimiser state + bases + indices of the MLP weights, for all layers.
 
     Shared bases are counted once, whatever the number of layers; everything else per layer. What is
-    trained (LoRA's factors, the entries) and SparseGrad's copy of it are weights, and not in here.
+    trained (LoRA's factors, the entries) are weights, and not in here.
     """
     per_layer = 0
     for name, p in model.named_parameters():
@@ -246,12 +242,12 @@ def _mlp_bytes(
         state = optimizer.state.get(p, {})
         tensors = [p.grad, *state.values(), getattr(state.get("projector"), "ortho_matrix", None)]
         per_layer += sum(_num_bytes(t) for t in tensors if isinstance(t, Tensor))
-    shared = 0
-    for key, value in session.state_dict().items() if session is not None else ():
-        if key.endswith((":q_out", ":q_in")):
-            shared += _num_bytes(value)
-        elif key.endswith(":indices"):
-            per_layer += _num_bytes(value)
+    conversions = () if session is None else session.conversions
+    rules = [r for c in conversions if isinstance(c, SparseGradConversion) for r in c.rules]
+    # As they are held, in the dtype of the products; a file has them in half precision.
+    bases = {r.bases for r in rules if r.bases is not None}
+    shared = sum(_num_bytes(q) for b in bases for q in (b.q_out, b.q_in))
+    per_layer += sum(_num_bytes(r.indices) for r in rules if r.indices is not None)
     return shared + per_layer * case.whole_layers // case.num_layers
 
 

@@ -46,6 +46,9 @@ class Whole:
     def __init__(self, weight: Tensor) -> None:
         self.parameter = nn.Parameter(weight.detach().clone())
 
+    def effective(self, base: Tensor, trained: Tensor) -> Tensor:
+        return base
+
     def project(self, rows: Tensor) -> Tensor:
         return rows
 

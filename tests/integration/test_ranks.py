@@ -116,9 +116,8 @@ def test_plain_modules_come_back_in_shards(ranks: Ranks, end: str) -> None:
         torch.testing.assert_close(got[name], value, rtol=1e-7, atol=1e-9, msg=name)
 
 
-def test_a_model_sharded_all_at_once_is_refused(ranks: Ranks) -> None:
-    with pytest.raises(AssertionError, match=r"fully_shard must be called on every block .*dense"):
-        ranks.run(sparse_grad, "fixed", "fsdp root")
+def test_a_model_sharded_all_at_once_trains_as_any_other(ranks: Ranks) -> None:
+    check_close(both(ranks, sparse_grad, "block", "fsdp root"), sparse_grad("block"))
 
 
 def moved(run: dict, word: str) -> bool:

@@ -47,6 +47,9 @@ class Subspace:
     def __init__(self, weight: Tensor) -> None:
         self.parameter = nn.Parameter(weight.detach().clone())
 
+    def effective(self, base: Tensor, trained: Tensor) -> Tensor:
+        return base
+
     def project(self, rows: Tensor) -> Tensor:
         return rows
 

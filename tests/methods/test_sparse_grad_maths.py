@@ -13,6 +13,7 @@ from leantune.methods.sparse_grad.maths import (
     accumulate_grams,
     basis,
     block_shape,
+    num_entries,
     rotate,
     top_entries,
 )
@@ -194,15 +195,34 @@ def test_the_whole_matrix_may_be_selected() -> None:
     "shape", [(3072, 768), (768, 3072), (24, 16), (7, 7), (1000, 2), (2, 1000)]
 )
 @pytest.mark.parametrize("density", [0.001, 0.01, 0.3, 1.0])
-def test_the_block_has_about_as_many_entries_as_asked(
+def test_the_block_has_nearly_as_many_entries_as_it_may(
     shape: tuple[int, int], density: float
 ) -> None:
-    wanted = max(1, round(density * shape[0] * shape[1]))
-    r_out, r_in = block_shape(shape, wanted)
-    assert 1 <= r_out <= shape[0] and 1 <= r_in <= shape[1]
-    assert abs(r_out * r_in - wanted) <= max(r_out, r_in)
-    if wanted > 1000 and density < 0.3:
-        assert 0.9 < (shape[0] * r_out) / (shape[1] * r_in) < 1.1
+    most = max(1, num_entries(shape, density))
+    sides = block_shape(shape, most)
+    assert all(1 <= r <= d for r, d in zip(sides, shape, strict=True))
+    assert 0.83 * most <= sides[0] * sides[1] <= most
+    if density == 1:
+        assert sides == shape
+    if most > 1000 and density < 0.3:
+        assert 0.4 < (shape[0] * sides[0]) / (shape[1] * sides[1]) < 2.4
+
+
+@pytest.mark.parametrize(
+    ("shape", "unit", "sides"),
+    [
+        ((3072, 768), 16, (64, 368)),
+        ((768, 3072), 16, (368, 64)),
+        ((8192, 2048), 64, (256, 640)),
+        ((2048, 8192), 64, (832, 192)),
+        ((24, 16), 1, (1, 4)),
+    ],
+)
+def test_sides_are_what_tensor_cores_like(
+    shape: tuple[int, int], unit: int, sides: tuple[int, int]
+) -> None:
+    assert block_shape(shape, num_entries(shape, 0.01)) == sides
+    assert not any(side % unit for side in sides)
 
 
 def test_nothing_but_bases_waits_for_the_device() -> None:

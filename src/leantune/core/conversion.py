@@ -40,6 +40,11 @@ class Conversion(ABC):
     sparse_parameters: Sequence[nn.Parameter] = ()
     needs_sample_ids: bool = False
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether plain modules with the weights as they are now compute what the model does."""
+        return self.can_merge
+
     def calibrate(self, batches: Iterable[Any]) -> None:  # noqa: B027 (optional)
         """Find the method's starting point in some batches; does nothing by default.
 

@@ -181,21 +181,14 @@ Converted = ConvertedLinear | ConvertedConv1D
 def _forward(layer: Converted, x: Tensor, weight: Tensor) -> Tensor:
     subspace, runtime = layer.subspace, layer.runtime
     trained = weight if subspace is None else subspace.parameter
-    if trained.requires_grad and torch.is_grad_enabled():
-        if layer.training and not runtime.is_exact:
-            key = None if layer.rows is None else runtime.key(weight.device)
-            return linear(
-                x,
-                weight,
-                layer.bias,
-                rows=layer.rows,
-                codec=layer.codec,
-                key=key,
-                subspace=subspace,
-            )
-        if subspace is not None and trained is not layer.weight:
-            # Nothing is sampled here, but the trained parameter has a gradient all the same.
-            return linear(x, weight, layer.bias, subspace=subspace)
+    is_kept = layer.training and trained.requires_grad and torch.is_grad_enabled()
+    if is_kept and not runtime.is_exact:
+        key = None if layer.rows is None else runtime.key(weight.device)
+        rows, codec = layer.rows, layer.codec
+        return linear(x, weight, layer.bias, rows=rows, codec=codec, key=key, subspace=subspace)
+    if subspace is not None and trained is not layer.weight:
+        # Nothing is sampled here, but the subspace says which weight it is, and what trains.
+        return linear(x, weight, layer.bias, subspace=subspace)
     return F.linear(x, weight, layer.bias)
 
 

@@ -29,7 +29,7 @@ class _RefusedSaving:
             raise UnsupportedError(
                 "save_pretrained: model must compute what its plain modules do, got one converted "
                 "by a method that the files would lack; keep it with session.save(folder), or call "
-                "session.remove() first to save the plain one"
+                "session.merge() or session.remove() first to save the plain one"
             )
         save = self.own or getattr(type(self._model), _NAME).__get__(self._model)
         return save(save_directory, *args, **options)

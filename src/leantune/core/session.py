@@ -47,7 +47,7 @@ class Session:
         self._runtime = runtime
         self._base = base
         self._done = [f"{c.config!r} at {len(c.sites)} sites" for c in conversions]
-        if not self.can_merge:
+        if not all(conversion.is_plain for conversion in conversions):
             refuse_saving(model)
         self._first = model.register_forward_pre_hook(self._check_first_forward)
         runtime.install_hooks(model)

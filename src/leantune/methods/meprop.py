@@ -91,6 +91,10 @@ class LargestEntries:
         """The layer's own weight."""
         return self.layer.get_parameter("weight")
 
+    def effective(self, base: Tensor, trained: Tensor) -> Tensor:
+        """Return the layer's own weight."""
+        return base
+
     def project(self, rows: Tensor) -> Tensor:
         """Return the rows: all of the gradient is formed before it is thinned out."""
         return rows

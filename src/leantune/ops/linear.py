@@ -22,9 +22,9 @@ _as_no_view = torch.ops.aten._unsafe_view.default
 class TrainedSubspace(Protocol):
     """A trained subspace says which parameter a linear trains instead of its weight.
 
-    Output and input gradient stay those of the weight. Input rows are projected before anything is
-    stored, so that a small subspace also keeps little; the weight gradient comes in factored form,
-    so that what the subspace does not want is never formed.
+    Output and input gradient are those of the weight that it gives. Input rows are projected before
+    anything is stored, so that a small subspace also keeps little; the weight gradient comes in
+    factored form, so that what the subspace does not want is never formed.
     """
 
     @property
@@ -32,6 +32,18 @@ class TrainedSubspace(Protocol):
         """The trained parameter, of any shape; asked anew at each call, since sharding replaces it.
 
         The linear's own weight is allowed: the subspace then changes its gradient alone.
+        """
+        ...
+
+    def effective(self, base: Tensor, trained: Tensor) -> Tensor:
+        """Return the weight (d_out, d_in) that the linear computes with.
+
+        It is asked for in forward and again in backward, so that nothing but the two arguments is
+        kept between. What needs no weight of its own returns ``base``.
+
+        Args:
+            base: (d_out, d_in), the linear's own weight.
+            trained: :attr:`parameter`.
         """
         ...
 
@@ -100,13 +112,15 @@ def linear(
         if indices is not None:
             assert weights is not None
             saved = (indices, weights, *saved)
+    base = weight.detach()
+    used = base if subspace is None else subspace.effective(base, trained.detach())
     how = _How(rows, codec, subspace, note, indices is not None)
     # Saved first, multiplied second: see _SaveForBackward.
     placeholder: Tensor = _SaveForBackward.apply(
         x, weight, bias, None if subspace is None else trained, xc.dtype, how, *saved
     )
     bc = None if bias is None else bias.detach()
-    return _MatMul.apply(placeholder, xc, weight.detach(), bc, dtype)  # type: ignore[no-any-return]
+    return _MatMul.apply(placeholder, xc, used, bc, dtype)  # type: ignore[no-any-return]
 
 
 class _How(NamedTuple):
@@ -139,7 +153,7 @@ class _SaveForBackward(torch.autograd.Function):
         how: _How,
         *saved: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(weight, *saved)
+        ctx.save_for_backward(weight, trained, *saved)
         ctx.how, ctx.shape = how, x.shape
         ctx.x_dtype, ctx.weight_dtype = x.dtype, weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -151,13 +165,15 @@ class _SaveForBackward(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor):  # type: ignore[override]
-        weight, *saved = ctx.saved_tensors
+        weight, trained, *saved = ctx.saved_tensors
         how: _How = ctx.how
         grad_x = grad_weight = grad_bias = grad_trained = indices = weights = None
         num_saved = len(saved)
         g2 = grad_output.reshape(-1, grad_output.shape[-1])
         with autocast_off(grad_output):
             if ctx.needs_input_grad[0]:
+                if how.subspace is not None:
+                    weight = how.subspace.effective(weight, trained)
                 grad_x = (g2 @ weight.to(g2.dtype)).view(ctx.shape).to(ctx.x_dtype)
             if how.is_sampled:
                 indices, weights, *saved = saved

@@ -7,6 +7,7 @@ EMNLP 2024, arXiv 2410.07383. Equations beside names: docs/methods/sparse_grad.m
 from leantune.core.adapters import is_factor
 from leantune.core.registry import MethodSpec, register
 from leantune.core.sites import Site
+from leantune.methods.sparse_grad import maths
 from leantune.methods.sparse_grad.config import SparseGrad
 from leantune.methods.sparse_grad.conversion import SparseGradConversion
 
@@ -21,6 +22,12 @@ def _is_mlp(site: Site, config: SparseGrad) -> bool:
 def _check(site: Site, config: SparseGrad) -> str | None:
     if getattr(site.module, "subspace", None) is not None:
         return "the weight must be trained directly, got one that another method stands in for"
+    d_out, d_in = site.module.get_parameter("weight").shape
+    if not maths.num_entries((d_out, d_in), config.density):
+        return (
+            f"density must leave at least one entry of a {d_out} x {d_in} weight, got "
+            f"{config.density}; raise it, or leave the layer out with sites="
+        )
     return site.sharing
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from leantune.core.conversion import SwapConversion
-from leantune.core.distributed import broadcast, is_distributed, is_sharded, sum_over_ranks
+from leantune.core.distributed import broadcast, is_distributed, sum_over_ranks
 from leantune.core.linear import converted, swap
 from leantune.core.runtime import Runtime
 from leantune.core.sites import Site
@@ -28,11 +28,7 @@ from leantune.methods.sparse_grad.subspace import (
     SubspaceRule,
     leading_vectors,
 )
-from leantune.methods.sparse_grad.updater import (
-    RotatedWeightUpdater,
-    WeightUpdater,
-    sharded_with_root,
-)
+from leantune.methods.sparse_grad.updater import RotatedWeightUpdater
 
 SIDES = ("q_out", "q_in")
 
@@ -51,12 +47,12 @@ class SparseGradConversion(SwapConversion):
         self.num_calibration_batches = config.num_calibration_batches
         self.is_step = config.selection == "step"
         self.was_trained = [site.module.get_parameter("weight").requires_grad for site in sites]
-        self.updaters = [self._convert_site(site) for site in sites]
-        self.rules = [updater.rule for updater in self.updaters]
+        self.rules = [self._convert_site(site) for site in sites]
+        self.updaters = [RotatedWeightUpdater(rule) for rule in self.rules if self.is_step]
         runtime.at_forward_begin(self.before_forward)  # type: ignore[misc]
         self._hook = model.register_state_dict_pre_hook(self.update)
 
-    def _convert_site(self, site: Site) -> WeightUpdater:
+    def _convert_site(self, site: Site) -> SubspaceRule:
         weight = site.module.get_parameter("weight")
         rule = SubspaceRule(site, self.config, self.runtime)
         start = rule.make_parameter(weight)
@@ -65,17 +61,17 @@ class SparseGradConversion(SwapConversion):
         self.swaps.append(swap(self.model, site.name, new))
         weight.requires_grad_(False)
         new.register_parameter(PARAMETER[self.config.selection], start)
-        if self.is_step:
-            return RotatedWeightUpdater(rule)
-        # A frozen parameter and not a buffer: a measurement would put a buffer back.
-        merged = nn.Parameter(torch.zeros_like(start), requires_grad=False)
-        new.register_parameter("merged_delta", merged)
-        return WeightUpdater(rule)
+        return rule
 
     @property
     def sparse_parameters(self) -> Sequence[nn.Parameter]:  # type: ignore[override]
         """The rotated weights, where each step has entries of its own."""
         return [rule.parameter for rule in self.rules] if self.is_step else []
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the weights are those that the linears compute with; a delta stands beside."""
+        return self.is_step
 
     def undo(self) -> None:
         """Put the plain linears back, with what was trained; frozen where others froze that."""
@@ -83,48 +79,28 @@ class SparseGradConversion(SwapConversion):
         self._hook.remove()
         super().undo()
         for rule, was_trained in zip(self.rules, self.was_trained, strict=True):
+            if not self.is_step:
+                rule.fold()
             module = rule.module
             module.weight.requires_grad_(was_trained and rule.parameter.requires_grad)
             # The plain linear has the same dictionary of parameters.
-            for name in (PARAMETER[self.config.selection], "merged_delta"):
-                module._parameters.pop(name, None)
+            del module._parameters[PARAMETER[self.config.selection]]
 
     def before_forward(self) -> None:
-        """Bring dense weights up to date before a forward; check that training may begin."""
-        if torch.compiler.is_compiling():
-            # Whether a weight is up to date is not known when a graph is made.
-            torch._dynamo.graph_break()
+        """Check before each forward that training may begin."""
         is_training = self.model.training and torch.is_grad_enabled()
         if is_training and not self.is_calibrated and not self.runtime.is_exact:
             raise ConfigError(NOT_CALIBRATED)
-        if not self.is_step:
-            self._refuse_gathered()
-            self.update()
-        elif is_distributed():
+        if self.is_step and is_distributed():
             raise UnsupportedError(
                 "SparseGrad: selection must be 'block' or 'fixed' in several processes, which "
                 "cannot share sparse gradients, got 'step'"
             )
 
-    def _refuse_gathered(self) -> None:
-        gathered = (rule.name for rule in self.rules if not is_sharded(rule.module.weight))
-        name = sharded_with_root(self.model, gathered)
-        if name is not None:
-            raise UnsupportedError(
-                "SparseGrad: fully_shard must be called on every block before the model, got "
-                f"{name} sharded with the model itself, whose gathered weight would lose what has "
-                "been trained; call fully_shard(block) for each block first"
-            )
-
     def update(self, *of_hook: Any) -> None:
-        """Bring all dense weights up to date with what has been trained; a hook may call this."""
+        """Bring the dense weights beside rotated ones up to date; a hook may call this."""
         for updater in self.updaters:
             updater.update()
-
-    def on_step(self, step: int) -> None:
-        """Bring dense weights up to date while they are in shards."""
-        if not self.is_step:
-            self.update()
 
     @property
     def is_calibrated(self) -> bool:
@@ -187,7 +163,7 @@ class SparseGradConversion(SwapConversion):
         moments: dict[str, Tensor] = {}
 
         def add_moment(rule: SubspaceRule, grad: Tensor) -> None:
-            q_out, q_in = bases[rule.group].to_device_of(grad)
+            q_out, q_in = bases[rule.group].on(grad.device)
             total = moments.setdefault(rule.name, torch.zeros_like(grad, dtype=q_out.dtype))
             total.add_(maths.rotate(grad, q_out, q_in).square())
 
@@ -227,8 +203,8 @@ class SparseGradConversion(SwapConversion):
         state: dict[str, Tensor] = {}
         for rule in self.rules:
             if rule.bases is not None:
-                state[f"{rule.group}:q_out"] = rule.bases.q_out
-                state[f"{rule.group}:q_in"] = rule.bases.q_in
+                state[f"{rule.group}:q_out"] = rule.bases.q_out.to(rule.bases.stored)
+                state[f"{rule.group}:q_in"] = rule.bases.q_in.to(rule.bases.stored)
             if rule.indices is not None:
                 state[f"{rule.name}:indices"] = rule.indices
         return state

@@ -50,16 +50,34 @@ def rotate(grad: Tensor, q_out: Tensor, q_in: Tensor) -> Tensor:
     return torch.linalg.multi_dot((q_out.mT, grad.to(q_out.dtype), q_in))
 
 
-def block_shape(shape: tuple[int, int], num_entries: int) -> tuple[int, int]:
-    """Return (r_out, r_in) of about ``num_entries``, with ``d_out r_out`` near ``d_in r_in``.
+def num_entries(shape: tuple[int, int], density: float) -> int:
+    """Return how many entries a share of a weight is, 0 where that is less than half of one."""
+    return round(density * shape[0] * shape[1])
 
-    So balanced, thin bases are smallest and so is the work of rotating rows.
+
+def block_shape(shape: tuple[int, int], most: int) -> tuple[int, int]:
+    """Return (r_out, r_in) of at most ``most`` entries, with ``d_out r_out`` near ``d_in r_in``.
+
+    So balanced, thin bases are smallest and so is the work of rotating rows. Tensor cores want
+    sides in multiples of 16, and of 64 in wide layers: a side that is as long is cut to one.
     """
     d_out, d_in = shape
-    r_out = min(max(round(math.sqrt(num_entries * d_in / d_out)), 1), d_out)
-    r_in = min(max(round(num_entries / r_out), 1), d_in)
-    # A side that ran into its end leaves the rest to the other one.
-    return min(max(round(num_entries / r_in), 1), d_out), r_in
+    balanced = math.sqrt(most * d_in / d_out)
+    found = []
+    for side in (balanced, balanced + _unit(balanced, d_out)):
+        r_in = _cut(most / _cut(side, d_out), d_in)
+        # What cutting left over goes to the first side.
+        found.append((_cut(most / r_in, d_out), r_in))
+    return max(found, key=math.prod)
+
+
+def _unit(side: float, width: int) -> int:
+    return 64 if width >= 2048 and side >= 128 else 16 if side >= 16 else 1
+
+
+def _cut(side: float, width: int) -> int:
+    unit = _unit(side, width)
+    return width if side >= width else max(int(side) // unit * unit, 1)
 
 
 def top_entries(scores: Tensor, num_entries: int) -> Tensor:
