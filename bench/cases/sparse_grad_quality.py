@@ -37,6 +37,9 @@ RECIPES: dict[str, Recipe] = {
     "top-k of dW 1 %": (lt.MeProp(sites=BERT_MLP, variant="weight", keep_ratio=0.01),),
     "SparseGrad, fixed": (lt.SparseGrad(selection="fixed"),),
     "SparseGrad, block": (lt.SparseGrad(selection="block"),),
+    "SparseGrad, block 5 %": (lt.SparseGrad(density=0.05),),
+    "SparseGrad, block 20 %": (lt.SparseGrad(density=0.2),),
+    "SparseGrad, block 5 %, own bases": (lt.SparseGrad(density=0.05, basis="layer"),),
     "SparseGrad, every step": (lt.SparseGrad(selection="step"),),
     "SparseGrad, block + WTA-CRS 0.3": (
         lt.SparseGrad(selection="block"),
