@@ -6,6 +6,7 @@ this checkpoint was trained without it, so that LoRA, which freezes it, could no
 """
 
 import random
+import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -57,6 +58,8 @@ class Run:
     num_calibration: int = 0
     is_rest_trained: bool = False
     """Whether LoRA leaves everything but the weights it adapts trainable, as other methods do."""
+    frozen: str | None = None
+    """A regular expression; parameters in whose names it is found do not train."""
 
 
 def by_cost(settings: Sequence[Setting]) -> list[Setting]:
@@ -271,6 +274,9 @@ class _Trainee:
         self.model, _ = minilm(num_labels, run.seed, run.setting.pooling)
         self.model.to(self.device).get_submodule("bert.embeddings").requires_grad_(False)
         self.session: lt.Session | None = None
+        for name, parameter in self.model.named_parameters():
+            if run.frozen is not None and re.search(run.frozen, name):
+                parameter.requires_grad_(False)
         if run.recipe:
             self.session = lt.apply(self.model, *run.recipe, seed=run.seed)
         if any(isinstance(m, lt.LoRA) for m in run.recipe):

@@ -30,21 +30,22 @@ RATE_FROM = {"sst2": "sst2", "stsb": "stsb", "cola": "stsb"}
 NUM_HELD_OUT = 500
 FACTORS = (0.5, 1.0, 3.0)
 
+FROZEN_MLP = "frozen MLP"
+"""Full fine-tuning of everything but the MLP matrices: how much these matter at all."""
+MLP_WEIGHTS = r"(intermediate|layer\.\d+\.output)\.dense\.weight$"
+
 RECIPES: dict[str, Recipe] = {
     "full fine-tuning": (),
+    FROZEN_MLP: (),
     "LoRA 7": (lt.LoRA(rank=7, sites=BERT_MLP),),
     "meProp, unified 4 %": (lt.MeProp(sites=BERT_MLP),),
     "top-k of dW 1 %": (lt.MeProp(sites=BERT_MLP, variant="weight", keep_ratio=0.01),),
-    "SparseGrad, fixed": (lt.SparseGrad(selection="fixed"),),
-    "SparseGrad, block": (lt.SparseGrad(selection="block"),),
+    "SparseGrad, block": (lt.SparseGrad(),),
     "SparseGrad, block 5 %": (lt.SparseGrad(density=0.05),),
     "SparseGrad, block 20 %": (lt.SparseGrad(density=0.2),),
     "SparseGrad, block 5 %, own bases": (lt.SparseGrad(density=0.05, basis="layer"),),
     "SparseGrad, every step": (lt.SparseGrad(selection="step"),),
-    "SparseGrad, block + WTA-CRS 0.3": (
-        lt.SparseGrad(selection="block"),
-        lt.WTACRS(keep_ratio=0.3),
-    ),
+    "SparseGrad, block + WTA-CRS 0.3": (lt.SparseGrad(), lt.WTACRS(keep_ratio=0.3)),
 }
 
 
@@ -60,8 +61,7 @@ def main(worker: int = 0, num_workers: int = 1) -> None:
         encoded = Encoded(setting) if missing else None
         for seed, name in missing:
             assert encoded is not None
-            rate = best_rate(setting.task, name)
-            run = Run(setting, name, RECIPES[name], seed, rate, NUM_CALIBRATION, True)
+            run = _run(setting, name, seed, best_rate(setting.task, name))
             quality.append(RESULT, quality.measure(run, encoded))
     print(summary())
 
@@ -79,6 +79,11 @@ def best_rate(task: str, name: str) -> float:
     return max(found, key=lambda r: (r["metric"], -r["learning_rate"]))["learning_rate"]
 
 
+def _run(setting: Setting, name: str, seed: int, rate: float) -> Run:
+    frozen = MLP_WEIGHTS if name == FROZEN_MLP else None
+    return Run(setting, name, RECIPES[name], seed, rate, NUM_CALIBRATION, True, frozen)
+
+
 def _search(setting: Setting, name: str) -> None:
     """Try the rates that have no row yet, in one epoch."""
     base = quality.fixed_rate(setting, RECIPES[name])
@@ -87,7 +92,7 @@ def _search(setting: Setting, name: str) -> None:
     encoded = _held_out(setting) if rates else None
     for rate in sorted(rates):
         assert encoded is not None
-        run = Run(encoded.setting, name, RECIPES[name], SEARCH_SEED, rate, NUM_CALIBRATION, True)
+        run = _run(encoded.setting, name, SEARCH_SEED, rate)
         quality.append(SEARCH, quality.measure(run, encoded))
 
 
