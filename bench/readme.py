@@ -161,7 +161,7 @@ def sparse_grad() -> str:
         heads = {
             "variant": "",
             "time": "step time",
-            "bytes": f"gradients, state, bases, indices: MLP weights of {num_layers} layers",
+            "bytes": f"gradients, state, bases: MLP weights of {num_layers} layers",
             "fewer": "times fewer than AdamW",
             "saved": "saved for backward",
         }

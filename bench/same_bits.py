@@ -51,10 +51,6 @@ DRAW = Decision(
     "serves all readers of a sample, and row masks are learned: other draws, as unbiased as before"
 )
 EXPECTED: dict[str, Decision] = {
-    "SparseGrad fixed": Decision(
-        "dense products took the place of sparse ones and round in another order",
-        at_most=1e-4,
-    ),
     "meProp unified on BERT": THIN,
     "meProp unified on whole BERT": THIN,
     "meProp unified on GPT-2": THIN,
@@ -84,7 +80,6 @@ CASES: dict[str, Methods] = {
     "LoRA + WTA-CRS": (("LoRA", {"rank": 4}), ("WTACRS", WTA_CRS)),
     "SparseGrad block": (("SparseGrad", {**SPARSE_GRAD, "selection": "block"}),),
     "SparseGrad step": (("SparseGrad", {**SPARSE_GRAD, "selection": "step"}),),
-    "SparseGrad fixed": (("SparseGrad", {**SPARSE_GRAD, "selection": "fixed"}),),
     "SparseGrad block + WTA-CRS": (
         ("SparseGrad", {**SPARSE_GRAD, "selection": "block"}),
         ("WTACRS", WTA_CRS),

@@ -63,13 +63,11 @@ class Case:
 
     def recipes(self) -> dict[str, tuple[MethodConfig, ...]]:
         """Return name -> recipe of everything that can be timed, full fine-tuning first."""
-        block = lt.SparseGrad(selection="block")
         return {
             FULL: (),
             self.lora: (lt.LoRA(rank=self.lora_rank, sites=self.mlp),),
-            "SparseGrad, fixed": (lt.SparseGrad(selection="fixed"),),
-            "SparseGrad, block": (block,),
-            "SparseGrad, block + WTA-CRS 0.1": (block, lt.WTACRS(keep_ratio=0.1)),
+            "SparseGrad, block": (lt.SparseGrad(),),
+            "SparseGrad, block + WTA-CRS 0.1": (lt.SparseGrad(), lt.WTACRS(keep_ratio=0.1)),
             "SparseGrad, the paper's form": (lt.SparseGrad(selection="step"),),
             "meProp, unified 4 %": (lt.MeProp(sites=self.mlp),),
             "top-k of dW 1 %": (lt.MeProp(sites=self.mlp, variant="weight", keep_ratio=0.01),),
@@ -227,7 +225,7 @@ def _galore(model: nn.Module) -> torch.optim.Optimizer:
 def _mlp_bytes(
     case: Case, model: nn.Module, optimizer: torch.optim.Optimizer, session: lt.Session | None
 ) -> int:
-    """Return gradients + optimiser state + bases + indices of the MLP weights, for all layers.
+    """Return gradients + optimiser state + bases of the MLP weights, for all layers.
 
     Shared bases are counted once, whatever the number of layers; everything else per layer. What is
     trained (LoRA's factors, the entries) are weights, and not in here.
@@ -247,7 +245,6 @@ def _mlp_bytes(
     # As they are held, in the dtype of the products; a file has them in half precision.
     bases = {r.bases for r in rules if r.bases is not None}
     shared = sum(_num_bytes(q) for b in bases for q in (b.q_out, b.q_in))
-    per_layer += sum(_num_bytes(r.indices) for r in rules if r.indices is not None)
     return shared + per_layer * case.whole_layers // case.num_layers
 
 

@@ -66,7 +66,6 @@ def dropped_out(model: nn.Module, ratio: float) -> nn.Module:
 
 
 def sparse_grad(
-    selection: str,
     how: str | None = None,
     kind: str = "bert",
     *,
@@ -78,7 +77,7 @@ def sparse_grad(
     num_micro_batches: int = 1,
     **options: Any,
 ) -> dict[str, Any]:
-    """Train a few steps and return parameters, masks and what else must be alike.
+    """Train a few steps and return parameters, bases and what else must be alike.
 
     Args:
         how: None, "ddp", "fsdp" or "fsdp root".
@@ -89,7 +88,7 @@ def sparse_grad(
     model = dropped_out(MODELS[kind].build().double(), dropout)
     torch.manual_seed(1000 + rank())
     fields = {"density": 0.1, "num_calibration_batches": 2, **options}
-    session = lt.apply(model, lt.SparseGrad(selection=selection, **fields), seed=3)
+    session = lt.apply(model, lt.SparseGrad(**fields), seed=3)
     shown = [batch(kind, seed) for seed in (100, 101)]
     shown = shown if rows == "same" else [part(b) for b in shown]
     if calibrates == "before":
@@ -112,7 +111,6 @@ def sparse_grad(
     named = dict(model.named_parameters())
     return {
         "bases": [rule.bases.q_out for rule in change.rules],
-        "masks": [rule.indices for rule in change.rules],
         "moments": {
             f"{name}:{key}": full_tensor(value).detach()
             for name, p in named.items()

@@ -29,8 +29,6 @@ pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="needs torch built with gloo"
 )
 
-SELECTIONS = ["block", "fixed"]
-
 
 @pytest.fixture(scope="module")
 def ranks() -> Iterator[Ranks]:
@@ -57,7 +55,6 @@ def both(ranks: Ranks, call: Any, *args: Any, **options: Any) -> Any:
 
 
 def check_close(got: dict, wanted: dict) -> None:
-    assert agree(got["masks"], wanted["masks"])
     for part in ("values", "moments"):
         assert got[part].keys() == wanted[part].keys()
         for name, value in wanted[part].items():
@@ -71,53 +68,50 @@ def check_trained(run: dict) -> None:
 
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
-@pytest.mark.parametrize("selection", SELECTIONS)
-def test_two_halves_train_as_the_whole_batch(ranks: Ranks, selection: str, how: str) -> None:
-    wanted = sparse_grad(selection)
+def test_two_halves_train_as_the_whole_batch(ranks: Ranks, how: str) -> None:
+    wanted = sparse_grad()
     check_trained(wanted)
-    check_close(both(ranks, sparse_grad, selection, how), wanted)
+    check_close(both(ranks, sparse_grad, how), wanted)
 
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
 def test_transposed_weights_and_micro_batches(ranks: Ranks, how: str) -> None:
-    wanted = sparse_grad("fixed", kind="gpt2", num_micro_batches=2)
-    got = both(ranks, sparse_grad, "fixed", how, kind="gpt2", num_micro_batches=2)
+    wanted = sparse_grad(kind="gpt2", num_micro_batches=2)
+    got = both(ranks, sparse_grad, how, kind="gpt2", num_micro_batches=2)
     check_close(got, wanted)
 
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
 def test_a_fused_optimizers_steps_reach_the_weights(ranks: Ranks, how: str) -> None:
     fused = {"optimizer_options": {"fused": True}}
-    wanted = sparse_grad("block", **fused)
-    check_close(both(ranks, sparse_grad, "block", how, **fused), wanted)
+    wanted = sparse_grad(**fused)
+    check_close(both(ranks, sparse_grad, how, **fused), wanted)
 
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
 def test_calibration_of_the_wrapped_model_is_the_same(ranks: Ranks, how: str) -> None:
-    wanted = sparse_grad("fixed")
-    check_close(both(ranks, sparse_grad, "fixed", how, calibrates="after"), wanted)
+    check_close(both(ranks, sparse_grad, how, calibrates="after"), sparse_grad())
 
 
-@pytest.mark.parametrize("selection", SELECTIONS)
-def test_own_rows_and_dropout_give_all_ranks_one_basis(ranks: Ranks, selection: str) -> None:
+def test_own_rows_and_dropout_give_all_ranks_one_basis(ranks: Ranks) -> None:
     """Each process calibrates on other rows, after DDP has sent the first one's parameters."""
     options = {"calibrates": "after", "rows": "own", "dropout": 0.2}
-    got = both(ranks, sparse_grad, selection, "ddp", **options)
-    assert not agree(got["bases"], sparse_grad(selection)["bases"])
+    got = both(ranks, sparse_grad, "ddp", **options)
+    assert not agree(got["bases"], sparse_grad()["bases"])
 
 
 @pytest.mark.parametrize("end", ["merge", "remove"])
 def test_plain_modules_come_back_in_shards(ranks: Ranks, end: str) -> None:
     """The old module follows the weight into its shards, and holds no whole one meanwhile."""
-    wanted = sparse_grad("fixed", end=end)["values"]
-    got = both(ranks, sparse_grad, "fixed", "fsdp", end=end)["values"]
+    wanted = sparse_grad(end=end)["values"]
+    got = both(ranks, sparse_grad, "fsdp", end=end)["values"]
     assert got.keys() == wanted.keys() and not any("delta" in name for name in got)
     for name, value in wanted.items():
         torch.testing.assert_close(got[name], value, rtol=1e-7, atol=1e-9, msg=name)
 
 
 def test_a_model_sharded_all_at_once_trains_as_any_other(ranks: Ranks) -> None:
-    check_close(both(ranks, sparse_grad, "block", "fsdp root"), sparse_grad("block"))
+    check_close(both(ranks, sparse_grad, "fsdp root"), sparse_grad())
 
 
 def moved(run: dict, word: str) -> bool:
@@ -186,8 +180,8 @@ def test_a_sharded_session_is_not_saved(ranks: Ranks, tmp_path: Path) -> None:
 
 
 def test_sparse_gradients_are_refused(ranks: Ranks) -> None:
-    with pytest.raises(AssertionError, match=r"selection must be 'block' or .*got 'step'"):
-        ranks.run(sparse_grad, "step", "ddp")
+    with pytest.raises(AssertionError, match=r"selection must be 'block' in .*got 'step'"):
+        ranks.run(sparse_grad, "ddp", selection="step")
 
 
 @pytest.mark.slow

@@ -17,14 +17,13 @@ from transformers.pytorch_utils import Conv1D
 import leantune as lt
 from leantune.errors import ConfigError, SiteError
 from leantune.methods.sparse_grad.conversion import SparseGradConversion
-from leantune.methods.sparse_grad.subspace import Collect, SubspaceRule
+from leantune.methods.sparse_grad.subspace import SubspaceRule
 
 # torch's own warning about its own sparse tensors.
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")
 
 D_OUT, D_IN, NUM_ROWS = 24, 16, 10
-SELECTIONS = ["block", "fixed", "step"]
-DENSE = ["block", "fixed"]
+SELECTIONS = ["block", "step"]
 
 
 class One(nn.Module):
@@ -77,6 +76,11 @@ def dense_weight(model: One) -> Tensor:
     return weight if rule is None else rule.effective(weight, rule.parameter.detach())
 
 
+def entries(rule: SubspaceRule) -> list[int]:
+    """All positions of the block."""
+    return list(range(rule.parameter.numel()))
+
+
 def dense_gradient(conv: bool, x: Tensor, seed: int = 0) -> dict[str, Tensor]:
     model = build(seed, conv=conv)
     model(x).backward()
@@ -127,20 +131,17 @@ def test_any_number_of_leading_dimensions(selection: str, shape: tuple[int, ...]
     assert model.up.bias is None
 
 
-@pytest.mark.parametrize("selection", DENSE)
-def test_selected_entries_are_the_oracles(selection: str) -> None:
+def test_entries_of_the_block_are_the_oracles() -> None:
     model = build()
-    session = convert(model, selection=selection)
+    session = convert(model)
     rule, x = rule_of(session), rows(1)
     model(x).backward()
     y = (x @ model.first.weight.t() + model.first.bias).detach()
     grad_output = 2 * WEIGHTS * (y @ model.up.weight.t() + model.up.bias).detach()
     q_out, q_in = rule.bases.q_out.numpy(), rule.bases.q_in.numpy()
-    is_block = selection == "block"
-    chosen = list(range(q_out.shape[1] * q_in.shape[1])) if is_block else rule.indices.tolist()
-    wanted = oracle.selected_gradient(y.numpy(), grad_output.numpy(), q_out, q_in, chosen)
+    wanted = oracle.selected_gradient(y.numpy(), grad_output.numpy(), q_out, q_in, entries(rule))
     got = rule.parameter.grad.flatten().numpy()
-    assert got.shape == (len(chosen),) == ((6 * 6,) if is_block else (rule.num_entries,))
+    assert got.shape == (6 * 6,)
     assert np.linalg.norm(got - wanted) < 1e-12 * np.linalg.norm(wanted)
     assert np.linalg.norm(got * 1.01 - wanted) > 1e-12 * np.linalg.norm(wanted)
 
@@ -160,10 +161,9 @@ def test_each_step_sends_exactly_the_largest_entries() -> None:
     np.testing.assert_allclose(grad.values().numpy(), rotated.reshape(-1)[kept], rtol=1e-9)
 
 
-@pytest.mark.parametrize("selection", DENSE)
-def test_micro_batches_add_up(selection: str) -> None:
+def test_micro_batches_add_up() -> None:
     model = build()
-    rule = rule_of(convert(model, selection=selection))
+    rule = rule_of(convert(model))
     model(rows(1, 6)).backward()
     whole = rule.parameter.grad.clone()
     model.zero_grad()
@@ -173,10 +173,9 @@ def test_micro_batches_add_up(selection: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("selection", DENSE)
-def test_autocast_errs_no_more_than_the_plain_linear(selection: str, dtype: torch.dtype) -> None:
+def test_autocast_errs_no_more_than_the_plain_linear(dtype: torch.dtype) -> None:
     model = build()
-    rule = rule_of(convert(model, selection=selection))
+    rule = rule_of(convert(model))
     model.float()
     x = rows(1).float()
     exact = build()
@@ -189,8 +188,7 @@ def test_autocast_errs_no_more_than_the_plain_linear(selection: str, dtype: torc
     exact(x.double()).backward()
 
     def picked(dense: Tensor) -> Tensor:
-        flat = (q_out.t() @ dense.double() @ q_in).flatten()
-        return flat if rule.indices is None else flat[rule.indices]
+        return (q_out.t() @ dense.double() @ q_in).flatten()
 
     wanted = picked(exact.up.weight.grad)
     got = rule.parameter.grad.flatten()
@@ -221,26 +219,25 @@ def test_sgd_at_full_density_is_plain_sgd(selection: str, conv: bool) -> None:
         torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-9, atol=1e-11)
 
 
-def test_a_step_moves_the_weight_along_the_selected_entries_alone() -> None:
+def test_a_step_moves_the_weight_along_the_blocks_entries_alone() -> None:
     model = build()
-    rule = rule_of(session := convert(model, selection="fixed"))
+    rule = rule_of(session := convert(model))
     before = dense_weight(model)
     optimizer = session.optimizer(torch.optim.SGD, lr=0.1)
     model(rows(1)).backward()
-    values = rule.parameter.grad.numpy().copy()
+    values = rule.parameter.grad.flatten().numpy().copy()
     optimizer.step()
     q_out, q_in = rule.bases.q_out.numpy(), rule.bases.q_in.numpy()
-    change = oracle.rotate_back(rule.indices.tolist(), -0.1 * values, q_out, q_in)
+    change = oracle.rotate_back(entries(rule), -0.1 * values, q_out, q_in)
     torch.testing.assert_close(dense_weight(model) - before, torch.from_numpy(change))
-    wrong = oracle.rotate_back(rule.indices.tolist(), -0.1 * values, q_out, q_in.T)
+    wrong = oracle.rotate_back(entries(rule), -0.1 * values, q_out, q_in[::-1])
     assert not np.allclose((dense_weight(model) - before).numpy(), wrong)
 
 
 @pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("selection", DENSE)
-def test_the_next_forward_sees_every_optimizers_step(selection: str, fused: bool) -> None:
+def test_the_next_forward_sees_every_optimizers_step(fused: bool) -> None:
     model = build()
-    session = convert(model, selection=selection)
+    session = convert(model)
     model.float()
     optimizer = session.optimizer(torch.optim.AdamW, lr=0.1, fused=fused)
     x = rows(1).float()
@@ -285,13 +282,12 @@ def test_after_training_remove_and_merge_keep_the_trained_weights(selection: str
         assert not torch.allclose(build()(rows(2)), wanted)
 
 
-@pytest.mark.parametrize("selection", DENSE)
 @pytest.mark.parametrize("conv", [False, True])
-def test_steps_too_small_for_a_half_precision_weight_add_up(selection: str, conv: bool) -> None:
+def test_steps_too_small_for_a_half_precision_weight_add_up(conv: bool) -> None:
     """The weight is that before training plus all of the kept change, rounded once."""
     model = build(conv=conv).bfloat16()
     before = dense_weight(model).clone()
-    session = lt.apply(model, lt.SparseGrad(sites="up", density=0.5, selection=selection))
+    session = lt.apply(model, lt.SparseGrad(sites="up", density=0.5))
     session.calibrate([rows(s).bfloat16() for s in (100, 101)])
     rule = rule_of(session)
     step = torch.linspace(-1e-5, 1e-5, rule.parameter.numel()).view_as(rule.parameter)
@@ -301,11 +297,7 @@ def test_steps_too_small_for_a_half_precision_weight_add_up(selection: str, conv
     model(rows(1).bfloat16()).backward()
     q_out, q_in = rule.bases.q_out.double(), rule.bases.q_in.double()
     assert rule.parameter.grad.dtype == torch.float32
-    values = torch.zeros(D_OUT, D_IN, dtype=torch.float64)
-    values = rule.parameter.detach().double() if selection == "block" else values
-    if selection == "fixed":
-        values.view(-1)[rule.indices] = rule.parameter.detach().double()
-    exact = before.double() + q_out @ values @ q_in.t()
+    exact = before.double() + q_out @ rule.parameter.detach().double() @ q_in.t()
     half_a_unit = torch.exp2(exact.abs().log2().floor()) * 2**-8
     # The change itself is formed in the weight's dtype: a few 256ths of it.
     bound = half_a_unit + 2**-6 * (exact - before.double()).abs().amax()
@@ -376,25 +368,22 @@ class Sizes(TorchDispatchMode):
         return result
 
 
-def test_gradients_and_optimizer_state_have_the_size_of_the_entries() -> None:
+def test_gradients_of_each_step_have_the_size_of_the_entries_and_its_state_has_not() -> None:
     k = 38
-    for selection, grads, state in (
-        ("fixed", 8 * k, 2 * 8 * k + 4),
-        ("step", (16 + 8) * k, 2 * 8 * D_OUT * D_IN),
-    ):
-        model = build()
-        session = convert(model, selection=selection, density=k / 384)
-        optimizer = session.optimizer(torch.optim.AdamW, lr=0.1)
-        model(rows(1)).backward()
-        optimizer.step()
-        book = lt.ledger(model, (rows(2),), optimizer=optimizer)
-        of_weight = [e for e in book.entries if e.module == "up" and e.shape != (D_OUT,)]
+    model = build()
+    session = convert(model, selection="step", density=k / 384)
+    optimizer = session.optimizer(torch.optim.AdamW, lr=0.1)
+    model(rows(1)).backward()
+    optimizer.step()
+    book = lt.ledger(model, (rows(2),), optimizer=optimizer)
+    of_weight = [e for e in book.entries if e.module == "up" and e.shape != (D_OUT,)]
 
-        def total(name: str, entries=of_weight) -> int:
-            return sum(e.num_bytes for e in entries if e.ledger == name)
+    def total(name: str) -> int:
+        return sum(e.num_bytes for e in of_weight if e.ledger == name)
 
-        assert total("gradients") == grads
-        assert total("optimizer") in (state, state + 4)  # the bias's step counter has its shape
+    assert total("gradients") == (16 + 8) * k
+    state = 2 * 8 * D_OUT * D_IN
+    assert total("optimizer") in (state, state + 4)  # the bias's step counter has its shape
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -408,7 +397,7 @@ def test_a_block_costs_its_entries_and_thin_bases(dtype: torch.dtype) -> None:
     model(x).sum().backward()
     optimizer.step()
     (rule,) = conversion_of(session).rules
-    assert rule.block == (32, 48)
+    assert rule.num_vectors == (32, 48)
     new = [p for n, p in model.named_parameters() if n not in names]
     assert [p.nbytes for p in new] == [p.grad.nbytes for p in new] == [4 * 32 * 48]
     state = optimizer.state[rule.parameter]
@@ -431,14 +420,14 @@ def test_a_share_that_leaves_nothing_of_a_layer_is_refused() -> None:
 def test_the_block_keeps_only_its_own_features_and_never_forms_the_gradient() -> None:
     model = build()
     rule = rule_of(convert(model, selection="block", density=1 / 16))
-    r_out, r_in = rule.block
+    r_out, r_in = rule.num_vectors
     assert (r_out, r_in) == (4, 6)
     book = lt.ledger(model, (rows(1),))
     kept = [e for e in book.entries if e.ledger == "activations" and e.module == "up"]
     assert sorted(e.num_bytes for e in kept) == [NUM_ROWS * r_in * 8]
     for options, forms in (
-        ({"selection": "block", "density": 1 / 16}, False),
-        ({"selection": "fixed", "density": 1.0}, True),
+        ({"density": 1 / 16}, False),
+        ({"selection": "step"}, True),
     ):
         other = build()
         convert(other, **options)
@@ -463,7 +452,7 @@ def test_rows_are_projected_then_sampled_and_nothing_else_is_kept(
     x = rows(1, 64).float()
     book = lt.ledger(model, (x,))
     kept = [e for e in book.entries if e.ledger == "activations" and e.module == "up"]
-    assert sum(e.num_bytes for e in kept) == 32 * (rule.block[1] * 4 + 4 + 4)
+    assert sum(e.num_bytes for e in kept) == 32 * (rule.num_vectors[1] * 4 + 4 + 4)
     widths: list[int] = []
     policy = type(model.up.rows)
     keep = policy.keep
@@ -471,7 +460,7 @@ def test_rows_are_projected_then_sampled_and_nothing_else_is_kept(
         policy, "keep", lambda self, x, *rest: widths.append(x.shape[-1]) or keep(self, x, *rest)
     )
     model(x)
-    assert widths == [rule.block[1]]
+    assert widths == [rule.num_vectors[1]]
     with session.exact():
         model(x).backward()
     wanted = rule.parameter.grad.clone()
@@ -514,8 +503,8 @@ def test_calibration_leaves_no_trace_and_sees_only_what_it_was_told() -> None:
     assert all(torch.equal(v, values[n]) for n, v in model.state_dict().items())
 
 
-def test_bases_and_mask_come_from_the_mean_over_batches_and_layers() -> None:
-    """Shared by type: the grams of both layers are one sum; the masks are each one's own."""
+def test_bases_come_from_the_sum_over_batches_and_layers() -> None:
+    """Shared by type: the grams of both layers are one sum."""
     for basis in ("layer_type", "layer"):
         model = MODELS["bert"].build()
         batches = [MODELS["bert"].batch(seed) for seed in (90, 91)]
@@ -527,7 +516,7 @@ def test_bases_and_mask_come_from_the_mean_over_batches_and_layers() -> None:
             for n in names:
                 grads[n].append(model.get_submodule(n).weight.grad.double().numpy().copy())
         model.zero_grad()
-        session = lt.apply(model, lt.SparseGrad(selection="fixed", density=0.1, basis=basis))
+        session = lt.apply(model, lt.SparseGrad(selection="step", density=0.1, basis=basis))
         session.calibrate(batches)
         rules = {n.name: n for n in (rule_of(session, i) for i in range(4))}
         assert (rules[names[0]].bases is rules[names[1]].bases) == (basis == "layer_type")
@@ -538,9 +527,6 @@ def test_bases_and_mask_come_from_the_mean_over_batches_and_layers() -> None:
             for q, u in ((got.q_out, q_out), (got.q_in, q_in)):
                 lead = q[:, :1].double().numpy()
                 np.testing.assert_allclose(lead @ lead.T, u[:, :1] @ u[:, :1].T, atol=1e-4)
-            both = got.q_out.double().numpy(), got.q_in.double().numpy()
-            moment = sum(oracle.rotate(g, *both) ** 2 for g in grads[name])
-            assert rules[name].indices.tolist() == oracle.top_entries(moment, 51)
 
 
 def test_calibrating_again_keeps_the_bases() -> None:
@@ -560,28 +546,24 @@ def test_two_configs_are_two_conversions(monkeypatch: pytest.MonkeyPatch) -> Non
     first, second = (c for c in session.conversions if isinstance(c, SparseGradConversion))
     shown: list[str] = []
     steps: list[tuple[str, int]] = []
-    collect, step = SparseGradConversion.collect_gradients, SparseGradConversion.on_step
+    find, step = SparseGradConversion._find_bases, SparseGradConversion.on_step
 
-    def counted_collect(self: SparseGradConversion, batches: list, call: Collect) -> None:
+    def counted_find(self: SparseGradConversion, batches: list) -> dict:
         shown.append(self.rules[0].name)
         (other,) = (c for c in (first, second) if c is not self)
         was_calibrated = other.is_calibrated
-
-        def watched(rule: SubspaceRule, grad: Tensor) -> None:
-            assert other.rules[0].collect is None
-            call(rule, grad)
-
-        collect(self, batches, watched)
+        found = find(self, batches)
         assert other.is_calibrated == was_calibrated
+        return found
 
     def counted_step(self: SparseGradConversion, number: int) -> None:
         steps.append((self.rules[0].name, number))
         step(self, number)
 
-    monkeypatch.setattr(SparseGradConversion, "collect_gradients", counted_collect)
+    monkeypatch.setattr(SparseGradConversion, "_find_bases", counted_find)
     monkeypatch.setattr(SparseGradConversion, "on_step", counted_step)
     session.calibrate(batches)
-    assert shown == ["up", "down", "down"], "the second pass is the fixed selection's"
+    assert shown == ["up", "down"]
     assert all(c.rules[0].collect is None for c in (first, second))
     session.optimizer(torch.optim.SGD, lr=0.1)
     model(*batches[0]).backward()
@@ -603,7 +585,7 @@ def test_a_second_config_does_not_change_what_the_first_one_finds(name: str) -> 
     assert torch.equal(*found)
 
 
-CONFIGS = {"up": "block", "down": "fixed"}
+CONFIGS = {"up": "block", "down": "step"}
 
 
 def test_training_without_calibration_says_what_to_do() -> None:
@@ -710,7 +692,7 @@ def test_a_measurement_between_step_and_forward_changes_nothing() -> None:
     """What is put back after a measurement must not undo what the dense weight has taken."""
     runs = []
     for measures in (False, True):
-        with trained("fixed") as (model, _, optimizer):
+        with trained("block") as (model, _, optimizer):
             for seed in range(3):
                 optimizer.zero_grad()
                 model(rows(seed)).backward()
@@ -722,20 +704,21 @@ def test_a_measurement_between_step_and_forward_changes_nothing() -> None:
 
 
 def test_state_of_another_model_is_refused() -> None:
-    state = convert(build(), selection="fixed").state_dict()
+    state = convert(build()).state_dict()
     model = MODELS["bert"].build()
     session = lt.apply(model, lt.SparseGrad(density=0.1))
     with pytest.raises(ConfigError, match="state must belong to this model and recipe"):
         session.load_state_dict(state)
-    group = "0.sparse_grad/linear (24, 16)"
+    key = "0.sparse_grad/linear (24, 16):q_in"
     for options, damage, message in (
-        ({"density": 0.05}, {}, r"shape \(38,\) for the \(19,\) of up:indices; load it onto"),
-        ({"selection": "step"}, {}, "'up:indices' on one side only"),
-        ({}, {f"{group}:q_in": torch.eye(3)}, r"shape \(3, 3\) for the \(16, 16\) of linear"),
-        ({}, {f"{group}:q_in": torch.full((D_IN, D_IN), torch.nan)}, "NaN or infinite entries"),
+        ({"density": 0.05}, {}, r"shape \(24, 6\) for the \(24, 3\) of linear.*; load it onto"),
+        ({"selection": "step"}, {}, r"shape \(24, 6\) for the \(24, 24\) of linear"),
+        ({"basis": "layer"}, {}, "q_in' on one side only"),
+        ({}, {key: torch.eye(3)}, r"shape \(3, 3\) for the \(16, 6\) of linear"),
+        ({}, {key: torch.full((D_IN, 6), torch.nan)}, "NaN or infinite entries"),
+        ({}, {key: torch.zeros(D_IN, 6, dtype=torch.int32)}, "torch.int32 or NaN"),
     ):
-        config = {"sites": "up", "density": 0.1, "selection": "fixed", **options}
-        fresh = lt.apply(build(), lt.SparseGrad(**config))
+        fresh = lt.apply(build(), lt.SparseGrad(**{"sites": "up", "density": 0.1, **options}))
         with pytest.raises(ConfigError, match=message):
             fresh.load_state_dict(state | damage)
 
@@ -797,11 +780,10 @@ def test_a_dense_optimizer_refuses_sparse_gradients_and_the_sessions_takes_them(
 
 
 def test_moving_and_casting_carries_the_bases_along() -> None:
-    for selection in DENSE:
-        model = build()
-        session = convert(model, selection=selection)
-        model.float()
-        model(rows(1).float()).backward()
-        assert rule_of(session).parameter.grad.dtype == torch.float32
-        session.remove()
-        assert model.up.weight.dtype == torch.float32
+    model = build()
+    session = convert(model)
+    model.float()
+    model(rows(1).float()).backward()
+    assert rule_of(session).parameter.grad.dtype == torch.float32
+    session.remove()
+    assert model.up.weight.dtype == torch.float32

@@ -18,11 +18,10 @@ class SparseGrad(MethodConfig):
 
     method: ClassVar[str] = "sparse_grad"
 
-    selection: Literal["block", "step", "fixed"] = option(
+    selection: Literal["block", "step"] = option(
         "block",
-        help="which entries train: the leading block (which shrinks what backward keeps, too), the "
-        "largest of every step, as a sparse gradient (the paper's), or those of the largest mean "
-        "square in calibration",
+        help="which entries train: the leading block (which shrinks what backward keeps, too), or "
+        "the largest of every step, as a sparse gradient (the paper's)",
     )
     density: float = option(0.01, gt=0, le=1, help="share of each weight's entries that trains")
     basis: Literal["layer_type", "layer"] = option(
