@@ -26,6 +26,8 @@ class Conversion(ABC):
         sites: where it acts, as they were before; all that were chosen, unless the method has set
             fewer. Set with ``name`` and ``config`` once it is made.
         can_merge: whether plain modules can compute what the converted model computes.
+        is_plain: whether the model's state holds the weights that it computes with, where
+            ``can_merge`` says that there are such; otherwise :meth:`merge_state` makes them.
         num_calibration_batches: how many batches :meth:`calibrate` wants; 0 where none is needed.
         sparse_parameters: trained parameters whose gradients are sparse tensors.
         needs_sample_ids: whether training batches must carry an integer ``sample_id`` per sample,
@@ -36,14 +38,10 @@ class Conversion(ABC):
     config: Any
     sites: Sequence[Site] = ()
     can_merge: bool = True
+    is_plain: bool = True
     num_calibration_batches: int = 0
     sparse_parameters: Sequence[nn.Parameter] = ()
     needs_sample_ids: bool = False
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether plain modules with the weights as they are now compute what the model does."""
-        return self.can_merge
 
     def calibrate(self, batches: Iterable[Any]) -> None:  # noqa: B027 (optional)
         """Find the method's starting point in some batches; does nothing by default.
@@ -72,6 +70,16 @@ class Conversion(ABC):
     def merge(self) -> None:
         """Fold what was trained into the plain modules, and put those back."""
         self.undo()
+
+    def merge_state(self, state: dict[str, Tensor], model: nn.Module) -> None:  # noqa: B027
+        """Make of a model's state that of the plain model which :meth:`merge` would leave.
+
+        Nothing that runs is touched; does nothing by default.
+
+        Args:
+            state: name -> value, of the model or already gathered from its shards; changed.
+            model: shares all with the converted one but its own attributes, which may be changed.
+        """
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return what a resumed run needs besides weights and optimiser, by name."""

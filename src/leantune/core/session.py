@@ -17,7 +17,7 @@ from leantune.core.optim import paired
 from leantune.core.ownership import refuse_copies, refuse_idle, refuse_not_ours
 from leantune.core.recipe import Recipe
 from leantune.core.runtime import Runtime
-from leantune.core.saving import allow_saving, refuse_saving
+from leantune.core.saving import give_back_saving, take_over_saving
 from leantune.errors import ConfigError, UnsupportedError
 
 MARK = "_leantune_converted"
@@ -47,8 +47,8 @@ class Session:
         self._runtime = runtime
         self._base = base
         self._done = [f"{c.config!r} at {len(c.sites)} sites" for c in conversions]
-        if not all(conversion.is_plain for conversion in conversions):
-            refuse_saving(model)
+        if not self.is_plain:
+            take_over_saving(model, conversions)
         self._first = model.register_forward_pre_hook(self._check_first_forward)
         runtime.install_hooks(model)
         model._leantune_session = self  # type: ignore[assignment]
@@ -75,6 +75,11 @@ class Session:
     def can_merge(self) -> bool:
         """Whether plain modules can compute what every method here computes."""
         return all(conversion.can_merge for conversion in self.conversions)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the model's own files, an adapter's among them, compute what the model does."""
+        return self.can_merge and all(conversion.is_plain for conversion in self.conversions)
 
     def exact(self) -> AbstractContextManager[None]:
         """Run the plain computation inside: nothing sampled, exact gradients."""
@@ -173,7 +178,7 @@ class Session:
             self.conversions.pop()
         self._first.remove()
         self._runtime.remove_hooks()
-        allow_saving(self.model)
+        give_back_saving(self.model)
         del self.model._leantune_session
         for module in self.model.modules():
             vars(module).pop(MARK, None)

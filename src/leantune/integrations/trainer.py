@@ -133,7 +133,7 @@ class TrainerCallback(transformers.TrainerCallback):
             weights = trained_weights(model)
             if state.is_world_process_zero:
                 save_tensors(folder / SAFE_WEIGHTS_NAME, weights)
-        if args.should_save and not all(c.is_plain for c in self.session.conversions):
+        if args.should_save and not self.session.is_plain:
             _let_no_plain_model_load(folder)
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:

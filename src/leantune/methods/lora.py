@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from leantune.core.adapters import adapted_layers, saved_name, trained_by_adapter
 from leantune.core.calibration import seeded_generators
@@ -78,9 +78,12 @@ class InjectedAdapter(SwapConversion):
         super().undo()
         for parameter, flag in self.requires_grad:
             parameter.requires_grad_(flag)
+        self._restore_flags(self.model)
+
+    def _restore_flags(self, model: nn.Module) -> None:
         for name in _FLAGS:
-            self.model.__dict__.pop(name, None)
-        self.model.__dict__.update(self.flags)
+            vars(model).pop(name, None)
+        vars(model).update(self.flags)
 
     def merge(self) -> None:
         """Fold the factors into the weights, copy trained heads, and take the layers out."""
@@ -91,6 +94,21 @@ class InjectedAdapter(SwapConversion):
             else:
                 swap.old.load_state_dict(trained_by_adapter(layer)[_ADAPTER].state_dict())
         self.undo()
+
+    def merge_state(self, state: dict[str, Tensor], model: nn.Module) -> None:
+        """Put weights with folded factors, and trained heads, under the plain modules' names."""
+        self._restore_flags(model)
+        for swap in self.swaps:
+            layer: Any = swap.new
+            is_low_rank, name = hasattr(layer, "merge"), f"{swap.name}."
+            kept = name + ("base_layer." if is_low_rank else f"modules_to_save.{_ADAPTER}.")
+            own = {key: state.pop(key) for key in list(state) if key.startswith(name)}
+            plain = {k.replace(kept, name): v for k, v in own.items() if k.startswith(kept)}
+            if is_low_rank:
+                weight = plain[f"{name}weight"]
+                change = layer.get_delta_weight(_ADAPTER).to(weight)
+                plain[f"{name}weight"] = (weight + change).cpu()
+            state.update(plain)
 
 
 _NOTHING = "-"

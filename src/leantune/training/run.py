@@ -29,7 +29,6 @@ from leantune.core.disk import write_atomic, writing
 from leantune.core.distributed import is_first_process
 from leantune.core.manifest import atomic_folder
 from leantune.core.recipe import RECIPE_FILE
-from leantune.core.saving import allow_checkpoints
 from leantune.core.session import Session
 from leantune.errors import ConfigError
 from leantune.integrations.trainer import TrainerCallback
@@ -261,8 +260,7 @@ class _Experiment:
             if not session.can_merge:
                 # No plain model computes the same: `leantune.load` puts the session onto the base.
                 return
-            if hasattr(model, "peft_config"):
-                allow_checkpoints(model, str(output.resolve()))
+            if hasattr(model, "peft_config") and session.is_plain:
                 with atomic_folder(output / "adapter", "adapter") as fresh:
                     model.save_pretrained(fresh)
             session.merge()
