@@ -649,6 +649,14 @@ def test_lora_leaves_an_adapter_and_a_merged_model(base: dict[str, Any]) -> None
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
+def test_no_adapter_is_left_whose_base_has_trained_too(base: dict[str, Any]) -> None:
+    methods = [lt.LoRA(rank=2, sites="attention.output"), lt.SparseGrad(density=0.1)]
+    lt.train(base, methods=methods, max_steps=2)
+    assert {"session", "model"} <= {path.name for path in Path(base["output"]).iterdir()}
+    assert not (Path(base["output"]) / "adapter").exists()
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
 @pytest.mark.parametrize("method", [m for m, s in lt.list_methods().items() if not s.needs_gpu])
 def test_every_method_trains_from_files_to_folder(base: dict[str, Any], method: str) -> None:
     """Calibration included; a plain model is written where one computes the same."""
