@@ -11,7 +11,7 @@ import leantune as lt
 from leantune.errors import UnsupportedError
 from leantune.integrations.attention import CHILD
 from leantune.methods.spt_attention import attention
-from leantune.ops.sparse_attention.flex import block_attention
+from leantune.ops.sparse_attention.attention import sparse_attention
 
 SMALL: dict[str, Any] = {"granularity": "block", "block_size": 8, "keep_ratio": 0.3, "min_keys": 2}
 
@@ -107,9 +107,9 @@ def test_heads_of_a_group_share_a_choice_and_read_it(monkeypatch: Any) -> None:
 
     def watched(q: Tensor, k: Tensor, v: Tensor, chosen: Any, *rest: Any, **how: Any) -> Tensor:
         seen.append((q.shape[1], k.shape[1], chosen.indices.shape[1]))
-        return block_attention(q, k, v, chosen, *rest, **how)
+        return sparse_attention(q, k, v, chosen, *rest, **how)
 
-    monkeypatch.setattr(attention, "block_attention", watched)
+    monkeypatch.setattr(attention, "sparse_attention", watched)
     with torch.no_grad():
         own = block_model("llama")(input_ids=ids()).logits
         shared = block_model("llama", share_choice="group")(input_ids=ids()).logits
