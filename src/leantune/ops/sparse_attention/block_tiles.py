@@ -57,9 +57,9 @@ class BlockTiles(Tiles):
             num_full = 0 if self.mask is not None else max(0, min(fewest[rows]) - 1)
             for lists in slices(num_all, numbers // (per_row * (rows.stop - rows.start))):
                 if num_slots:
-                    yield self._tile((lists, rows, slice(None)), num_slots, num_full)
+                    yield self._list_tile((lists, rows, slice(None)), num_slots, num_full)
 
-    def _tile(self, at: At, num_slots: int, num_full: int) -> Tile:
+    def _list_tile(self, at: At, num_slots: int, num_full: int) -> Tile:
         blocks = self.indices[at[0], at[1], :num_slots].flatten(0, 1).long()
         inside = torch.arange(self.block_size, device=blocks.device)
         columns = (blocks[..., None] * self.block_size + inside).flatten(1)[:, None]

@@ -101,9 +101,9 @@ class Tiles:
         for batch in slices(len(self.bits), numbers // (per_row * self.num_queries)):
             choosers = slice(batch.start * self.num_choosers, batch.stop * self.num_choosers)
             for rows in slices(self.num_queries, numbers // per_row):
-                yield self._tile((choosers, slice(None), rows))
+                yield self._row_tile((choosers, slice(None), rows))
 
-    def _tile(self, at: At) -> Tile:
+    def _row_tile(self, at: At) -> Tile:
         stop = self.num_keys
         if self.is_causal:
             stop = min(stop, stop - self.num_queries + at[2].stop)
