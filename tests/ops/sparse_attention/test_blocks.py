@@ -1,6 +1,7 @@
 """Blocks are chosen by means, looking at nothing later or hidden; attention over them is exact."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, get_args
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from leantune.ops.random import RandomKey, uniform_at
-from leantune.ops.sparse_attention import tiles
+from leantune.ops.sparse_attention import attention, flex, tiles
 from leantune.ops.sparse_attention.attention import sparse_attention
 from leantune.ops.sparse_attention.blocks import BlockList, choose_blocks, readers
 from leantune.ops.sparse_attention.flex import block_mask
@@ -288,6 +289,7 @@ CASES = {
     "padding": ("causal", 29, 29, causal(29, 29) & (torch.arange(29) > 10)),
     "keys": ("self", 29, 29, (torch.arange(29) < torch.tensor([[29], [0]]))[:, None, None]),
     "one block": ("causal", 5, 5, None),
+    "one block, masked": ("self", 5, 5, torch.rand(2, 1, 5, 5) > 0.3),
 }
 
 
@@ -378,6 +380,85 @@ def test_low_precision_is_near_float32_and_keeps_its_dtype() -> None:
     assert out.dtype == torch.bfloat16
     wanted = dense(*(x.float() for x in (q, k, v)), pairs(chosen, view, (1, 2, 40), 40))
     torch.testing.assert_close(out.float(), wanted, rtol=2e-2, atol=2e-2)
+
+
+def test_without_a_mask_no_list_is_read_from_the_device() -> None:
+    """A tensor on the meta device has nothing to read."""
+    view = Visibility("causal", None)
+    for device in ("cpu", "meta"):
+        q = torch.randn(2, 2, 100, 4, device=device)
+        chosen = choose_blocks(q, q, KeyBudget(0.3, always_keep=20), view, 8)
+        fewest, most = chosen.bounds()
+        if device == "cpu":
+            assert fewest == most == chosen.counts[1, 1].tolist()
+    masked = choose_blocks(q, q, KeyBudget(0.3), Visibility("self", q[:, :1, :, :1].mT > 0), 8)
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        masked.bounds()
+
+
+def test_flex_attention_serves_what_its_kernels_can_read(monkeypatch: Any) -> None:
+    monkeypatch.setattr(flex, "on_gpu", lambda where: True)
+    x = torch.randn(1, 1, 300, 64)
+
+    def serves(q: Tensor = x, v: Tensor = x, sizes: tuple[int, int] = (128, 128)) -> bool:
+        return flex.serves(BlockList(q, q, *sizes), q, v)
+
+    assert serves() and serves(sizes=(256, 256))
+    assert not (serves(sizes=(64, 64)) or serves(sizes=(192, 192)) or serves(sizes=(1, 128)))
+    assert not (serves(v=x[..., :8]) or serves(q=x[..., :8]) or serves(q=x.double()))
+
+
+def listed(made: Any, num_blocks: int) -> Any:
+    """Give torch's uncompiled function, which reads the mask alone, the lists as well."""
+    reads = of_blocks(made.kv_num_blocks, made.kv_indices, num_blocks)
+    if made.full_kv_num_blocks is not None:
+        reads |= of_blocks(made.full_kv_num_blocks, made.full_kv_indices, num_blocks)
+    size, visible = made.BLOCK_SIZE[0], made.mask_mod
+    made.mask_mod = lambda i, j, q, k: visible(i, j, q, k) & reads[i, j, q // size, k // size]
+    return made
+
+
+@pytest.mark.parametrize("kind", ["causal", "mask", "cross"])
+def test_flex_attention_is_called_as_torch_wants_at_any_number_of_lengths(
+    kind: str, monkeypatch: Any
+) -> None:
+    """With kernels for each length the ninth one would fail. Kernels need a GPU, the rest not."""
+    from torch.nn.attention import flex_attention as torch_flex
+
+    right, compile_ = flex.block_mask, torch.compile
+    lists = {"on": True}
+
+    def block_mask_with_lists(chosen: BlockList, view: Visibility, q: Tensor, k: Tensor) -> Any:
+        made = right(chosen, view, q, k)
+        return listed(made, -(-k.shape[2] // chosen.block_size)) if lists["on"] else made
+
+    monkeypatch.setattr(torch_flex, "_validate_device", lambda *args: None)
+    monkeypatch.setattr(torch, "compile", partial(compile_, backend="eager"))
+    monkeypatch.setattr(flex, "block_mask", block_mask_with_lists)
+    monkeypatch.setattr(attention, "serves", lambda *args: True)
+    flex._compiled.cache_clear()
+    torch.compiler.reset()
+    try:
+        for i in range(10):
+            n, m = 45 + 3 * i, 60 if kind == "cross" else 45 + 3 * i
+            shapes = ((2, 4, n, 16), (2, 2, m, 16), (2, 2, m, 16))
+            q, k, v = (torch.randn(s).requires_grad_() for s in shapes)
+            mask = torch.rand(2, 1, n, m) > 0.3 if kind == "mask" else None
+            view = Visibility("self" if kind == "mask" else kind, mask)  # type: ignore[arg-type]
+            chosen = choose_blocks(q, k, KeyBudget(0.3), view, 8, num_lists=2 + 2 * (i % 2))
+            out = sparse_attention(q, k, v, chosen, view, scale=SCALE)
+            wanted = dense(q, k, v, pairs(chosen, view, (2, 4, n), m))
+            grad_output = torch.randn_like(out)
+            got = [out, *torch.autograd.grad(out, (q, k, v), grad_output)]
+            expected = [wanted, *torch.autograd.grad(wanted, (q, k, v), grad_output)]
+            for a, b in zip(got, expected, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+        lists["on"] = False
+        control = sparse_attention(q, k, v, chosen, view, scale=SCALE)
+        assert not torch.allclose(control, wanted, rtol=1e-2, atol=1e-2)
+    finally:
+        flex._compiled.cache_clear()
+        torch.compiler.reset()
 
 
 @pytest.mark.gpu

@@ -38,8 +38,8 @@ def sparse_attention(
 
     ``out_i = sum_j P_ij v_j`` over the chosen j, with ``P_i = softmax_j(scale * q_i k_j + bias)``.
     Backward recomputes P and uses ``dS = P (dP - sum_j P dP)``. Saved are q, k, v and the choice
-    alone (of blocks with the mask; and the bias, if any): a tile holds whole rows, so neither the
-    output nor a log-sum-exp is needed. Products accumulate in float32 (float64 stays). Two runs
+    alone (with blocks the mask, too; and the bias, if any): a tile holds whole rows, so neither
+    the output nor a log-sum-exp is needed. Products accumulate in float32 (float64 stays). Two runs
     give the same bits, on a GPU too. Under autocast q, k and v are cast to its dtype first.
 
     With lists of blocks work and memory are those of the lists. On a GPU FlexAttention reads them
@@ -65,12 +65,9 @@ def sparse_attention(
 
     Source: arXiv 2312.10365, sparse multi-head attention; the recomputation is an addition.
     """
-    (b, h, n, _), m = q.shape, k.shape[2]
-    assert h % k.shape[1] == 0 and v.shape[:3] == k.shape[:3], (q.shape, k.shape, v.shape)
-    if bias is not None:
-        wanted = zip(bias.shape, (b, h, n), strict=False)
-        assert all(x in (1, y) for x, y in wanted) and bias.shape[3:] == (m,), bias.shape
+    _check(q, k, v, bias)
     assert dropout == 0 or key is not None
+    n, m = q.shape[2], k.shape[2]
     dtype = autocast_dtype(q)
     if dtype is not None:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
@@ -82,7 +79,7 @@ def sparse_attention(
         how = {"shape": (n, m), "sizes": sizes, "bounds": chosen.bounds(), "is_causal": is_causal}
         tiles, choice = partial(BlockTiles, **how), (chosen.indices, visibility.mask)
     else:
-        assert chosen.dtype == torch.uint8 and chosen.shape == (b, h, n, -(-m // 8))
+        assert chosen.dtype == torch.uint8 and chosen.shape == (*q.shape[:3], -(-m // 8))
         sizes, choice = (1, 1), (chosen,)
         tiles = partial(Tiles, is_causal=is_causal)
     q, k, v = (_whole_blocks(x, s) for x, s in ((q, sizes[0]), (k, sizes[1]), (v, sizes[1])))
@@ -90,6 +87,13 @@ def sparse_attention(
     args = _Args(tiles, scale, dropout, seed, stream)
     out: Tensor = _SparseAttention.apply(q, k, v, bias, args, counter, *choice)  # type: ignore[assignment]
     return out if out.shape[2] == n else out[:, :, :n]
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> None:
+    assert q.shape[1] % k.shape[1] == 0 and v.shape[:3] == k.shape[:3], (q.shape, k.shape, v.shape)
+    if bias is not None:
+        fits = all(x in (1, y) for x, y in zip(bias.shape, q.shape[:3], strict=False))
+        assert fits and bias.shape[3:] == k.shape[2:3], bias.shape
 
 
 def _whole_blocks(x: Tensor, size: int) -> Tensor:
