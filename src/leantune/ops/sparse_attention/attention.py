@@ -42,10 +42,8 @@ def sparse_attention(
     the output nor a log-sum-exp is needed. Products accumulate in float32 (float64 stays). Two runs
     give the same bits, on a GPU too. Under autocast q, k and v are cast to its dtype first.
 
-    With lists of blocks work and memory are those of the lists. On a GPU FlexAttention reads them
-    where it can (:func:`leantune.ops.sparse_attention.flex.serves`); it saves its output, too.
-
-    A query without a key gets output 0 and gives gradient 0.
+    A query without a key gets output 0 and gives gradient 0. On a GPU FlexAttention reads lists of
+    blocks where it can (:func:`leantune.ops.sparse_attention.flex.serves`).
 
     Args:
         q: (b, h, n, d), float16, bfloat16, float32 or float64; k and v alike, all finite.
@@ -67,21 +65,18 @@ def sparse_attention(
     """
     _check(q, k, v, bias)
     assert dropout == 0 or key is not None
-    n, m = q.shape[2], k.shape[2]
-    dtype = autocast_dtype(q)
+    dtype, n = autocast_dtype(q), q.shape[2]
     if dtype is not None:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    is_causal = visibility.hides_later(n)
+    how: dict[str, Any] = {"is_causal": visibility.hides_later(n)}
     if isinstance(chosen, BlockList):
         if bias is None and dropout == 0 and serves(chosen, q, v):
             return flex_attention(q, k, v, chosen, visibility, scale)
         sizes = (chosen.query_size, chosen.block_size)
-        how = {"shape": (n, m), "sizes": sizes, "bounds": chosen.bounds(), "is_causal": is_causal}
+        how |= {"shape": (n, k.shape[2]), "sizes": sizes, "bounds": chosen.bounds()}
         tiles, choice = partial(BlockTiles, **how), (chosen.indices, visibility.mask)
     else:
-        assert chosen.dtype == torch.uint8 and chosen.shape == (*q.shape[:3], -(-m // 8))
-        sizes, choice = (1, 1), (chosen,)
-        tiles = partial(Tiles, is_causal=is_causal)
+        sizes, tiles, choice = (1, 1), partial(Tiles, **how), (chosen,)
     q, k, v = (_whole_blocks(x, s) for x, s in ((q, sizes[0]), (k, sizes[1]), (v, sizes[1])))
     seed, counter, stream = (0, None, 0) if key is None or dropout == 0 else key
     args = _Args(tiles, scale, dropout, seed, stream)

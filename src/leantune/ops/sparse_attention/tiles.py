@@ -89,6 +89,7 @@ class Tiles:
     def __init__(self, q: Tensor, k: Tensor, bits: Tensor, *, is_causal: bool) -> None:
         self._set_blocks(q, k.shape[1], q.shape[2])
         self.num_queries, self.num_keys = q.shape[2], k.shape[2]
+        assert bits.dtype == torch.uint8 and bits.shape == (*q.shape[:3], -(-k.shape[2] // 8))
         self.bits, self.is_causal = bits, is_causal
 
     def _set_blocks(self, q: Tensor, num_choosers: int, query_size: int) -> None:
