@@ -57,7 +57,7 @@ def scrambled(*args: Any, **how: Any) -> Tensor:
     return torch.from_numpy(oracle.scramble(out.detach().numpy()))
 
 
-def counting_key_0(q: Tensor, k: Tensor, v: Tensor, bits: Tensor, **how: Any) -> Tensor:
+def counting_key_0(q: Tensor, k: Tensor, v: Tensor, bits: Tensor, view: Any, **how: Any) -> Tensor:
     """The prototype's third defect: empty slots of short rows mean key 0, whatever is visible."""
     keep = unpack_bits(bits, k.shape[2]).numpy()
     g = q.shape[1] // k.shape[1]
@@ -69,7 +69,14 @@ def counting_key_0(q: Tensor, k: Tensor, v: Tensor, bits: Tensor, **how: Any) ->
 
 
 def dense_under_choice(
-    q: Tensor, k: Tensor, v: Tensor, bits: Tensor, *, scale: float, bias: Any = None, **how: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bits: Tensor,
+    view: Any,
+    *,
+    scale: float,
+    bias: Any = None,
 ) -> Tensor:
     """The same attention by torch's own operations and autograd."""
     g = q.shape[1] // k.shape[1]

@@ -11,7 +11,7 @@ import leantune as lt
 from leantune.errors import UnsupportedError
 from leantune.integrations.attention import CHILD
 from leantune.methods.spt_attention import attention
-from leantune.ops.sparse_attention.flex import block_attention
+from leantune.ops.sparse_attention.attention import sparse_attention
 
 SMALL: dict[str, Any] = {"granularity": "block", "block_size": 8, "keep_ratio": 0.3, "min_keys": 2}
 
@@ -53,7 +53,9 @@ def test_a_saved_session_of_blocks_loads_and_computes_the_same(tmp_path: Any) ->
     assert torch.equal(model(input_ids=ids()).logits, other(input_ids=ids()).logits)
 
 
-@pytest.mark.parametrize("options", [{}, {"share_choice": "group"}, {"always_keep": 3}])
+@pytest.mark.parametrize(
+    "options", [{}, {"share_choice": "group", "block_size": 9}, {"always_keep": 3}]
+)
 @pytest.mark.parametrize("name", ["gpt2", "llama", "mistral"])
 def test_later_tokens_change_no_earlier_bit(name: str, options: dict[str, Any]) -> None:
     model, plain = block_model(name, **options), block_model(name, keep_ratio=0.1)
@@ -67,9 +69,14 @@ def test_later_tokens_change_no_earlier_bit(name: str, options: dict[str, Any]) 
     assert not torch.equal(a[:, t:], b[:, t:]) and not torch.equal(a, other)
 
 
+TOKENS: dict[str, Any] = {"granularity": "token", "subspace_width": 2, "num_codewords": 4}
+
+
+@pytest.mark.parametrize("options", [{}, {"block_size": 11}, TOKENS])
 @pytest.mark.parametrize("name", ["bert", "llama"])
-def test_an_all_padding_row_spoils_nothing(name: str) -> None:
-    model = block_model(name).train()
+def test_an_all_padding_row_spoils_nothing(name: str, options: dict[str, Any]) -> None:
+    model = block_model(name, **options).train()
+    model._leantune_session.calibrate([{"input_ids": ids(seed=7)}])
     mask = torch.ones(2, 30, dtype=torch.long)
     mask[1] = 0
     batch = {"input_ids": ids(), "labels": ids() if name == "llama" else torch.tensor([0, 1])}
@@ -107,9 +114,9 @@ def test_heads_of_a_group_share_a_choice_and_read_it(monkeypatch: Any) -> None:
 
     def watched(q: Tensor, k: Tensor, v: Tensor, chosen: Any, *rest: Any, **how: Any) -> Tensor:
         seen.append((q.shape[1], k.shape[1], chosen.indices.shape[1]))
-        return block_attention(q, k, v, chosen, *rest, **how)
+        return sparse_attention(q, k, v, chosen, *rest, **how)
 
-    monkeypatch.setattr(attention, "block_attention", watched)
+    monkeypatch.setattr(attention, "sparse_attention", watched)
     with torch.no_grad():
         own = block_model("llama")(input_ids=ids()).logits
         shared = block_model("llama", share_choice="group")(input_ids=ids()).logits
@@ -117,8 +124,9 @@ def test_heads_of_a_group_share_a_choice_and_read_it(monkeypatch: Any) -> None:
     assert seen[0][0] > seen[0][1] and not torch.equal(own, shared)
 
 
-def test_heads_that_key_heads_do_not_divide_are_an_error() -> None:
-    choice = block_model().model.layers[0].self_attn._modules[CHILD]
+@pytest.mark.parametrize("options", [{}, TOKENS])
+def test_heads_that_key_heads_do_not_divide_are_an_error(options: dict[str, Any]) -> None:
+    choice = block_model(**options).model.layers[0].self_attn._modules[CHILD]
     q, k = torch.randn(1, 3, 40, 8), torch.randn(1, 2, 40, 8)
     with pytest.raises(UnsupportedError, match="query heads must be a multiple of the 2 key heads"):
         choice(q, k, k, None, None, is_causal=True, scale=1.0, dropout=0.0)

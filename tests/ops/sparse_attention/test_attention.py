@@ -15,6 +15,7 @@ from leantune.ops.random import RandomKey, uniform_at
 from leantune.ops.sparse_attention import tiles
 from leantune.ops.sparse_attention.attention import sparse_attention
 from leantune.ops.sparse_attention.tiles import pack_bits, unpack_bits
+from leantune.ops.sparse_attention.top_keys import Visibility
 
 Operands = tuple[Tensor, Tensor, Tensor]
 # b, h, hk, n, m, d, dv: grouped heads, odd sizes, one of everything, more keys than queries.
@@ -25,6 +26,13 @@ SHAPES = [
     (2, 2, 2, 5, 3, 8, 2),
 ]
 SCALE = 0.7
+
+
+def over_bits(
+    q: Tensor, k: Tensor, v: Tensor, bits: Tensor, *, is_causal: bool = False, **how: Any
+) -> Tensor:
+    view = Visibility("causal" if is_causal else "cross", None)
+    return sparse_attention(q, k, v, bits, view, **how)
 
 
 def operands(shape: tuple[int, ...], dtype: torch.dtype = torch.float64, seed: int = 0) -> Operands:
@@ -68,7 +76,7 @@ def expected(
 
 
 def run(x: Operands, keep: Tensor, grad_output: Tensor, **how: Any) -> tuple[np.ndarray, ...]:
-    out = sparse_attention(*x, pack_bits(keep), scale=SCALE, **how)
+    out = over_bits(*x, pack_bits(keep), scale=SCALE, **how)
     grads = torch.autograd.grad(out, x, grad_output.to(out.dtype))
     return tuple(t.detach().double().numpy() for t in (out, *grads))
 
@@ -116,18 +124,18 @@ def test_low_precision_accumulates_in_float32(dtype: torch.dtype, tolerance: flo
     grad_output = torch.randn(2, 4, 33, 16).to(dtype)
     actual = run(x, keep, grad_output)
     assert error(actual, expected(x, keep, grad_output)) < tolerance
-    assert sparse_attention(*x, pack_bits(keep), scale=SCALE).dtype == dtype
+    assert over_bits(*x, pack_bits(keep), scale=SCALE).dtype == dtype
 
 
 def test_gradcheck_where_row_dots_are_negative() -> None:
     shape = (1, 2, 1, 4, 5, 3, 2)
     x = operands(shape)
     bits = pack_bits(choose(shape, 2, 3, causal=True))
-    out = sparse_attention(*x, bits, scale=SCALE)
+    out = over_bits(*x, bits, scale=SCALE)
     # sum_j P dP = dO . O; half of the rows get either sign.
     for sign in (1.0, -1.0):
         assert torch.autograd.gradcheck(
-            lambda *t, s=sign: (s * sparse_attention(*t, bits, scale=SCALE) * out.detach()).sum(),
+            lambda *t, s=sign: (s * over_bits(*t, bits, scale=SCALE) * out.detach()).sum(),
             x,
         )
 
@@ -169,7 +177,7 @@ def test_an_output_feature_reads_its_own_head_and_feature_only(scrambled: bool) 
     for head, feature in np.ndindex(2, 5):
         v = torch.zeros(1, 2, 6, 5, dtype=torch.float64)
         v[:, head, :, feature] = 1.0
-        out = sparse_attention(q, k, v, bits, scale=SCALE).detach().numpy()
+        out = over_bits(q, k, v, bits, scale=SCALE).detach().numpy()
         out = oracle.scramble(out) if scrambled else out
         wanted = np.zeros_like(out)
         wanted[:, 2 * head : 2 * head + 2, :, feature] = 1.0
@@ -181,10 +189,10 @@ def test_batch_and_head_permutations_commute() -> None:
     shape = (3, 4, 4, 8, 8, 4, 4)
     x = operands(shape)
     bits = pack_bits(choose(shape, 4, 3, causal=True))
-    out = sparse_attention(*x, bits, scale=SCALE)
+    out = over_bits(*x, bits, scale=SCALE)
     batch, head = torch.tensor([2, 0, 1]), torch.tensor([3, 1, 0, 2])
     moved = [t[batch][:, head] for t in (*x, bits)]
-    assert torch.equal(sparse_attention(*moved, scale=SCALE), out[batch][:, head])
+    assert torch.equal(over_bits(*moved, scale=SCALE), out[batch][:, head])
 
 
 def test_short_rows_that_count_key_0_again_are_noticed() -> None:
@@ -246,11 +254,11 @@ def test_later_tokens_change_no_earlier_bit() -> None:
     shape = (2, 4, 2, 40, 40, 8, 8)
     x = tuple(t.detach() for t in operands(shape, torch.float32))
     bits = pack_bits(choose(shape, 4, 9, causal=True))
-    out = sparse_attention(*x, bits, scale=SCALE, is_causal=True)
+    out = over_bits(*x, bits, scale=SCALE, is_causal=True)
     changed = [t.clone() for t in x]
     for t in changed:
         t[:, :, 23:] = torch.randn_like(t[:, :, 23:])
-    other = sparse_attention(*changed, bits, scale=SCALE, is_causal=True)
+    other = over_bits(*changed, bits, scale=SCALE, is_causal=True)
     assert torch.equal(out[:, :, :23], other[:, :, :23])
     assert not torch.equal(out[:, :, 23:], other[:, :, 23:])
     # The prototype's layout carries later positions into earlier ones.
@@ -284,7 +292,7 @@ def test_bias_is_added_and_has_its_gradient(bias_shape: tuple[int, ...], monkeyp
     bias = torch.randn(bias_shape, dtype=torch.float64).requires_grad_()
     keep = choose(shape, 4, 5, causal=True)
     grad_output = torch.randn(2, 4, 9, 4, dtype=torch.float64)
-    out = sparse_attention(q, k, v, pack_bits(keep), scale=SCALE, bias=bias, is_causal=True)
+    out = over_bits(q, k, v, pack_bits(keep), scale=SCALE, bias=bias, is_causal=True)
     # Dense attention by torch's own operations; the first row has a key, so no NaN.
     wide_k, wide_v = (t.repeat_interleave(2, 1) for t in (k, v))
     scores = (SCALE * q @ wide_k.mT + bias).masked_fill(~keep, -torch.inf)
@@ -313,7 +321,7 @@ def test_dropout_depends_on_draw_stream_and_chunk_and_drops_its_share() -> None:
     keep = torch.ones(1, 1, 1024, 64, dtype=torch.bool)
     q = torch.zeros_like(q)  # equal weights: an output is the share kept, over 1 - p
     out = [
-        sparse_attention(q, k, v, pack_bits(keep), scale=1.0, **d)
+        over_bits(q, k, v, pack_bits(keep), scale=1.0, **d)
         for d in (dropped(), dropped(number=4), dropped(stream=8), dropped())
     ]
     assert torch.equal(out[0], out[3])
@@ -354,7 +362,7 @@ def test_only_q_k_v_and_the_bits_are_saved_and_no_square_is_made(
         torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t),
         _Largest() as seen,
     ):
-        out = sparse_attention(*x, bits, scale=SCALE, **how)
+        out = over_bits(*x, bits, scale=SCALE, **how)
         out.sum().backward()
     kept = sum(t.numel() * t.itemsize for t in saved)
     # The draw number of dropout is one int64.
@@ -377,13 +385,13 @@ def test_nothing_is_saved_or_computed_for_frozen_inputs() -> None:
         torch.no_grad(),
         torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t),
     ):
-        sparse_attention(q, k, v, pack_bits(keep), scale=SCALE)
+        over_bits(q, k, v, pack_bits(keep), scale=SCALE)
     assert not saved
-    out = sparse_attention(q, k, v, pack_bits(keep), scale=SCALE)
+    out = over_bits(q, k, v, pack_bits(keep), scale=SCALE)
     full = torch.autograd.grad(out.sum(), (q, k, v))
     for i in range(3):
         alone = [t if j == i else t.detach() for j, t in enumerate((q, k, v))]
-        out = sparse_attention(*alone, pack_bits(keep), scale=SCALE)
+        out = over_bits(*alone, pack_bits(keep), scale=SCALE)
         assert torch.equal(torch.autograd.grad(out.sum(), alone[i])[0], full[i])
 
 
@@ -392,9 +400,9 @@ def test_autocast_computes_in_its_dtype_and_returns_gradients_in_the_inputs() ->
     x = operands(shape, torch.float32)
     keep = choose(shape, 2, 4, causal=True)
     with torch.autocast("cpu", torch.bfloat16):
-        out = sparse_attention(*x, pack_bits(keep), scale=SCALE)
+        out = over_bits(*x, pack_bits(keep), scale=SCALE)
     low = [t.detach().bfloat16() for t in x]
-    assert torch.equal(out, sparse_attention(*low, pack_bits(keep), scale=SCALE))
+    assert torch.equal(out, over_bits(*low, pack_bits(keep), scale=SCALE))
     out.float().square().sum().backward()
     assert all(t.grad is not None and t.grad.dtype == torch.float32 for t in x)
 
@@ -431,9 +439,7 @@ def test_gpu_gives_the_same_bits_twice_and_the_cpus_values() -> None:
     keep = choose(shape, 4, 16, causal=True)
     grad_output = torch.randn(2, 4, 64, 16)
     there = tuple(t.detach().cuda().requires_grad_() for t in x)
-    first, second = (
-        sparse_attention(*there, pack_bits(keep).cuda(), scale=SCALE) for _ in range(2)
-    )
+    first, second = (over_bits(*there, pack_bits(keep).cuda(), scale=SCALE) for _ in range(2))
     grads = [torch.autograd.grad(o, there, grad_output.cuda()) for o in (first, second)]
     assert torch.equal(first, second)
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))

@@ -1,6 +1,7 @@
 """Blocks are chosen by means, looking at nothing later or hidden; attention over them is exact."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, get_args
 
 import numpy as np
@@ -12,10 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from leantune.ops.random import RandomKey, uniform_at
-from leantune.ops.sparse_attention import tiles
-from leantune.ops.sparse_attention.attention import list_attention
+from leantune.ops.sparse_attention import attention, flex, tiles
+from leantune.ops.sparse_attention.attention import sparse_attention
 from leantune.ops.sparse_attention.blocks import BlockList, choose_blocks, readers
-from leantune.ops.sparse_attention.flex import block_attention, block_mask
+from leantune.ops.sparse_attention.flex import block_mask
 from leantune.ops.sparse_attention.top_keys import AttentionKind, KeyBudget, Visibility
 
 KINDS = get_args(AttentionKind)
@@ -134,7 +135,7 @@ def test_the_first_real_tokens_are_kept_under_padding() -> None:
 
 
 class _Launches(TorchDispatchMode):
-    """Counts operations that are neither views nor allocations."""
+    """Counts operations of the device that are neither views nor allocations."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -143,9 +144,11 @@ class _Launches(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
         free = ("empty", "new_empty", "empty_strided", "_unsafe_view", "lift_fresh", "detach")
-        if not func.is_view and name not in free:
+        result = func(*args, **(kwargs or {}))
+        is_there = any(isinstance(t, Tensor) and t.is_meta for t in tree_leaves(result))
+        if is_there and not func.is_view and name not in free:
             self.names.append(name)
-        return func(*args, **(kwargs or {}))
+        return result
 
 
 @pytest.mark.parametrize("always_keep", [0, 300])
@@ -195,10 +198,10 @@ def test_saved_are_q_k_v_and_the_list_and_no_square_is_made(
         _Largest() as seen,
     ):
         chosen = choose_blocks(q, k, KeyBudget(0.125), view, size)
-        out = list_attention(q, k, v, chosen, view, scale=SCALE, dropout=dropout, key=key)
+        out = sparse_attention(q, k, v, chosen, view, scale=SCALE, dropout=dropout, key=key)
         out.sum().backward()
     num_rows = n // size
-    wanted = 3 * n * 8 * 4 + 4 * num_rows * (num_rows // 8 + 1) + (8 if dropout else 0)
+    wanted = 3 * n * 8 * 4 + 4 * num_rows * (num_rows // 8) + (8 if dropout else 0)
     assert sum(t.numel() * t.itemsize for t in saved) == wanted
     assert seen.num_bytes <= n * n // 8
     with _Largest() as square:
@@ -286,6 +289,7 @@ CASES = {
     "padding": ("causal", 29, 29, causal(29, 29) & (torch.arange(29) > 10)),
     "keys": ("self", 29, 29, (torch.arange(29) < torch.tensor([[29], [0]]))[:, None, None]),
     "one block": ("causal", 5, 5, None),
+    "one block, masked": ("self", 5, 5, torch.rand(2, 1, 5, 5) > 0.3),
 }
 
 
@@ -304,7 +308,7 @@ def test_equals_dense_attention_under_the_choice(
     view = Visibility(kind, mask)
     chosen = choose_blocks(q, k, KeyBudget(0.4), view, 8, num_lists=num_lists)
     keep = pairs(chosen, view, (2, 4, n), m)
-    out = block_attention(q, k, v, chosen, view, scale=SCALE)
+    out = sparse_attention(q, k, v, chosen, view, scale=SCALE)
     wanted = dense(q, k, v, keep)
     grad_output = torch.randn(out.shape, generator=g).double()
     got = [out, *torch.autograd.grad(out, (q, k, v), grad_output)]
@@ -319,7 +323,7 @@ def test_gradients_are_the_oracles_and_checked_numerically() -> None:
     view = Visibility("causal", None)
     chosen = choose_blocks(q, k, KeyBudget(0.4), view, 4)
     keep = pairs(chosen, view, (1, 2, 21), 21).numpy()
-    out = list_attention(q, k, v, chosen, view, scale=SCALE)
+    out = sparse_attention(q, k, v, chosen, view, scale=SCALE)
     grad_output = torch.randn_like(out)
     args = [x.detach().numpy() for x in (q, k, v)]
     wanted = oracle.gradients(*args, keep, SCALE, grad_output.numpy())
@@ -327,7 +331,7 @@ def test_gradients_are_the_oracles_and_checked_numerically() -> None:
     for a, b in zip(torch.autograd.grad(out, (q, k, v), grad_output), wanted, strict=True):
         np.testing.assert_allclose(a.numpy(), b, atol=1e-12)
     assert torch.autograd.gradcheck(
-        lambda *x: list_attention(*x, chosen, view, scale=SCALE), (q, k, v)
+        lambda *x: sparse_attention(*x, chosen, view, scale=SCALE), (q, k, v)
     )
 
 
@@ -347,7 +351,7 @@ def test_bias_and_dropout_are_those_of_the_pairs(
     u = uniform_at(key, torch.arange(2 * 4 * 19)[:, None], torch.arange(19))
     kept = (u >= 0.4).double().div(0.6).view(2, 4, 19, 19)
     how = {"scale": SCALE, "bias": bias, "dropout": 0.4, "key": key}
-    out = block_attention(q, k, v, chosen, view, **how)
+    out = sparse_attention(q, k, v, chosen, view, **how)
     wanted = dense(q, k, v, pairs(chosen, view, (2, 4, 19), 19), bias, kept)
     grad_output, inputs = torch.randn_like(out), (q, k, v, bias)
     got = [out, *torch.autograd.grad(out, inputs, grad_output)]
@@ -362,7 +366,7 @@ def test_two_runs_give_the_same_bits_and_strides_change_none() -> None:
     view, grads = Visibility("causal", None), []
     for x in ((q, k, v), (q, k, v), [t.detach().contiguous().requires_grad_() for t in (q, k, v)]):
         chosen = choose_blocks(*x[:2], KeyBudget(0.4), view, 8)
-        out = list_attention(*x, chosen, view, scale=SCALE)
+        out = sparse_attention(*x, chosen, view, scale=SCALE)
         grads.append([out, *torch.autograd.grad(out.square().sum(), x)])
     for a, b, c in zip(*grads, strict=True):
         assert torch.equal(a, b) and torch.equal(a, c)
@@ -372,10 +376,89 @@ def test_low_precision_is_near_float32_and_keeps_its_dtype() -> None:
     q, k, v = (torch.randn(1, 2, 40, 8).bfloat16().requires_grad_() for _ in range(3))
     view = Visibility("causal", None)
     chosen = choose_blocks(q, k, KeyBudget(0.4), view, 8)
-    out = list_attention(q, k, v, chosen, view, scale=SCALE)
+    out = sparse_attention(q, k, v, chosen, view, scale=SCALE)
     assert out.dtype == torch.bfloat16
     wanted = dense(*(x.float() for x in (q, k, v)), pairs(chosen, view, (1, 2, 40), 40))
     torch.testing.assert_close(out.float(), wanted, rtol=2e-2, atol=2e-2)
+
+
+def test_without_a_mask_no_list_is_read_from_the_device() -> None:
+    """A tensor on the meta device has nothing to read."""
+    view = Visibility("causal", None)
+    for device in ("cpu", "meta"):
+        q = torch.randn(2, 2, 100, 4, device=device)
+        chosen = choose_blocks(q, q, KeyBudget(0.3, always_keep=20), view, 8)
+        fewest, most = chosen.bounds()
+        if device == "cpu":
+            assert fewest == most == chosen.counts[1, 1].tolist()
+    masked = choose_blocks(q, q, KeyBudget(0.3), Visibility("self", q[:, :1, :, :1].mT > 0), 8)
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        masked.bounds()
+
+
+def test_flex_attention_serves_what_its_kernels_can_read(monkeypatch: Any) -> None:
+    monkeypatch.setattr(flex, "on_gpu", lambda where: True)
+    x = torch.randn(1, 1, 300, 64)
+
+    def serves(q: Tensor = x, v: Tensor = x, sizes: tuple[int, int] = (128, 128)) -> bool:
+        return flex.serves(BlockList(q, q, *sizes), q, v)
+
+    assert serves() and serves(sizes=(256, 256))
+    assert not (serves(sizes=(64, 64)) or serves(sizes=(192, 192)) or serves(sizes=(1, 128)))
+    assert not (serves(v=x[..., :8]) or serves(q=x[..., :8]) or serves(q=x.double()))
+
+
+def listed(made: Any, num_blocks: int) -> Any:
+    """Give torch's uncompiled function, which reads the mask alone, the lists as well."""
+    reads = of_blocks(made.kv_num_blocks, made.kv_indices, num_blocks)
+    if made.full_kv_num_blocks is not None:
+        reads |= of_blocks(made.full_kv_num_blocks, made.full_kv_indices, num_blocks)
+    size, visible = made.BLOCK_SIZE[0], made.mask_mod
+    made.mask_mod = lambda i, j, q, k: visible(i, j, q, k) & reads[i, j, q // size, k // size]
+    return made
+
+
+@pytest.mark.parametrize("kind", ["causal", "mask", "cross"])
+def test_flex_attention_is_called_as_torch_wants_at_any_number_of_lengths(
+    kind: str, monkeypatch: Any
+) -> None:
+    """With kernels for each length the ninth one would fail. Kernels need a GPU, the rest not."""
+    from torch.nn.attention import flex_attention as torch_flex
+
+    right, compile_ = flex.block_mask, torch.compile
+    lists = {"on": True}
+
+    def block_mask_with_lists(chosen: BlockList, view: Visibility, q: Tensor, k: Tensor) -> Any:
+        made = right(chosen, view, q, k)
+        return listed(made, -(-k.shape[2] // chosen.block_size)) if lists["on"] else made
+
+    monkeypatch.setattr(torch_flex, "_validate_device", lambda *args: None)
+    monkeypatch.setattr(torch, "compile", partial(compile_, backend="eager"))
+    monkeypatch.setattr(flex, "block_mask", block_mask_with_lists)
+    monkeypatch.setattr(attention, "serves", lambda *args: True)
+    flex._compiled.cache_clear()
+    torch.compiler.reset()
+    try:
+        for i in range(10):
+            n, m = 45 + 3 * i, 60 if kind == "cross" else 45 + 3 * i
+            shapes = ((2, 4, n, 16), (2, 2, m, 16), (2, 2, m, 16))
+            q, k, v = (torch.randn(s).requires_grad_() for s in shapes)
+            mask = torch.rand(2, 1, n, m) > 0.3 if kind == "mask" else None
+            view = Visibility("self" if kind == "mask" else kind, mask)  # type: ignore[arg-type]
+            chosen = choose_blocks(q, k, KeyBudget(0.3), view, 8, num_lists=2 + 2 * (i % 2))
+            out = sparse_attention(q, k, v, chosen, view, scale=SCALE)
+            wanted = dense(q, k, v, pairs(chosen, view, (2, 4, n), m))
+            grad_output = torch.randn_like(out)
+            got = [out, *torch.autograd.grad(out, (q, k, v), grad_output)]
+            expected = [wanted, *torch.autograd.grad(wanted, (q, k, v), grad_output)]
+            for a, b in zip(got, expected, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+        lists["on"] = False
+        control = sparse_attention(q, k, v, chosen, view, scale=SCALE)
+        assert not torch.allclose(control, wanted, rtol=1e-2, atol=1e-2)
+    finally:
+        flex._compiled.cache_clear()
+        torch.compiler.reset()
 
 
 @pytest.mark.gpu
@@ -389,7 +472,7 @@ def test_flex_attention_has_the_oracles_gradients(kind: str, num_lists: int) -> 
     mask = (torch.arange(m) < torch.tensor([[m], [300]]))[:, None, None] if kind == "mask" else None
     view = Visibility("self" if kind == "mask" else kind, None if mask is None else mask.cuda())  # type: ignore[arg-type]
     chosen = choose_blocks(q, k, KeyBudget(0.3), view, 128, num_lists=num_lists)
-    out = block_attention(q, k, v, chosen, view, scale=SCALE / 8)
+    out = sparse_attention(q, k, v, chosen, view, scale=SCALE / 8)
     grad_output = torch.randn_like(out)
     got = [out, *torch.autograd.grad(out, (q, k, v), grad_output)]
     here = BlockList(chosen.indices.cpu(), chosen.counts.cpu(), 128, 128)

@@ -8,12 +8,12 @@ import torch
 from oracles import spt as oracle
 from torch import Tensor
 
-from leantune.ops.sparse_attention import codebooks
+from leantune.ops.sparse_attention import codebooks, tiles
 from leantune.ops.sparse_attention.codebooks import assign, kmeans, quantise
 
 
 def test_codes_are_the_nearest_codewords_lowest_first(monkeypatch: Any) -> None:
-    monkeypatch.setattr(codebooks, "_CHUNK_NUMBERS", 100)
+    monkeypatch.setattr(tiles, "_TILE_NUMBERS", 100)
     # Small integers: plenty of exact ties.
     z = torch.randint(-2, 3, (3, 2, 7, 12)).double()
     codebook = torch.randint(-2, 3, (4, 9, 3)).double()

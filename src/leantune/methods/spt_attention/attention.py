@@ -16,9 +16,8 @@ from leantune.errors import ConfigError, UnsupportedError
 from leantune.methods.spt_attention.config import SPTAttention
 from leantune.ops.random import stream_of
 from leantune.ops.sparse_attention.attention import sparse_attention
-from leantune.ops.sparse_attention.blocks import choose_blocks
+from leantune.ops.sparse_attention.blocks import BlockList, choose_blocks
 from leantune.ops.sparse_attention.codebooks import kmeans, quantise
-from leantune.ops.sparse_attention.flex import block_attention
 from leantune.ops.sparse_attention.top_keys import AttentionKind, Visibility, top_keys
 
 # Vectors of one codebook that k-means sees; 64 MB at width 64 with its transients.
@@ -90,11 +89,15 @@ class SparseAttention(nn.Module):
         if dropout > 0:
             key = self.runtime.key(q.device)._replace(stream=self.stream)
             how |= {"dropout": dropout, "key": key}
+        chosen = self._choose(q, k, visibility)
+        return sparse_attention(q, k, v, chosen, visibility, **how)
+
+    def _choose(self, q: Tensor, k: Tensor, visibility: Visibility) -> Tensor | BlockList:
+        config = self.config
         if config.granularity == "block":
             num_lists = q.shape[1] if config.share_choice == "head" else k.shape[1]
-            what = (config.budget, visibility, config.block_size)
-            chosen = choose_blocks(q, k, *what, num_lists=num_lists)
-            return block_attention(q, k, v, chosen, visibility, **how)
+            how = (config.budget, visibility, config.block_size)
+            return choose_blocks(q, k, *how, num_lists=num_lists)
         if not self.is_calibrated:
             raise ConfigError(
                 "SPTAttention: codebooks must be calibrated before the model runs, got none at "
@@ -102,8 +105,7 @@ class SparseAttention(nn.Module):
                 "callback does so by itself), or run dense inside session.exact()"
             )
         factors = quantise(q, k, self.codebooks, config.scorer)
-        bits = top_keys(factors, q, num_keys, config.budget, visibility)
-        return sparse_attention(q, k, v, bits, is_causal=visibility.hides_later(n), **how)
+        return top_keys(factors, q, k.shape[2], config.budget, visibility)
 
     def _read_mask(
         self, q: Tensor, k: Tensor, mask: Any, bias: Tensor | None, is_causal: bool

@@ -17,63 +17,16 @@ from leantune.ops.autocast import autocast_dtype, autocast_off
 from leantune.ops.random import RandomKey, uniform_at
 from leantune.ops.sparse_attention.block_tiles import BlockTiles
 from leantune.ops.sparse_attention.blocks import BlockList
-from leantune.ops.sparse_attention.tiles import BitmaskTiles, Tile, accumulator
+from leantune.ops.sparse_attention.flex import flex_attention, serves
+from leantune.ops.sparse_attention.tiles import Tile, Tiles, accumulator
 from leantune.ops.sparse_attention.top_keys import Visibility
-
-Tiles = BitmaskTiles | BlockTiles
 
 
 def sparse_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    bits: Tensor,
-    *,
-    scale: float,
-    bias: Tensor | None = None,
-    dropout: float = 0.0,
-    key: RandomKey | None = None,
-    is_causal: bool = False,
-) -> Tensor:
-    """Return attention of each query over its chosen keys; the gradient is exact for that choice.
-
-    ``out_i = sum_j P_ij v_j`` over the chosen j, with ``P_i = softmax_j(scale * q_i k_j + bias)``.
-    Backward recomputes P and uses ``dS = P (dP - sum_j P dP)``. Saved are q, k, v and the choice
-    alone (and the bias, if any): a tile holds whole rows, so neither the output nor a log-sum-exp
-    is needed. Products accumulate in float32 (float64 stays). Two runs give the same bits, on a
-    GPU too. Under autocast q, k and v are cast to its dtype first.
-
-    A query without a key gets output 0 and gives gradient 0.
-
-    Args:
-        q: (b, h, n, d), float16, bfloat16, float32 or float64; k and v alike, all finite.
-        k: (b, hk, m, d), hk a divisor of h: query head i reads key head ``i // (h / hk)``.
-        v: (b, hk, m, dv).
-        bits: (b, h, n, ceil(m / 8)) uint8, the chosen keys; bit j % 8 of byte j // 8 for key j.
-        scale: factor of the products, usually ``d ** -0.5``.
-        bias: (b or 1, h or 1, n or 1, m), added to the scaled products.
-        dropout: probability that a weight P is dropped, in [0, 1).
-        key: of dropout, which is a function of counted numbers: backward replays it, no mask is
-            kept. Needed where dropout > 0.
-        is_causal: promises that query i chose no key behind position ``m - n + i``, which halves
-            the work.
-
-    Returns:
-        (b, h, n, dv) in the dtype of q.
-
-    Source: arXiv 2312.10365, sparse multi-head attention; the recomputation is an addition.
-    """
-    _check(q, k, v, bias)
-    assert bits.dtype == torch.uint8 and bits.shape == (*q.shape[:3], -(-k.shape[2] // 8))
-    tiles = partial(BitmaskTiles, is_causal=is_causal)
-    return _attend(q, k, v, bias, (bits,), tiles, scale, dropout, key)
-
-
-def list_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    chosen: BlockList,
+    chosen: Tensor | BlockList,
     visibility: Visibility,
     *,
     scale: float,
@@ -81,59 +34,67 @@ def list_attention(
     dropout: float = 0.0,
     key: RandomKey | None = None,
 ) -> Tensor:
-    """Return attention of each query over the visible keys of its chosen blocks.
+    """Return attention of each query over its chosen keys; the gradient is exact for that choice.
 
-    Many blocks of queries go into one product with the keys of their lists, so that work and
-    memory are those of the lists. Saved are q, k, v, the list, and the mask if there is one.
+    ``out_i = sum_j P_ij v_j`` over the chosen j, with ``P_i = softmax_j(scale * q_i k_j + bias)``.
+    Backward recomputes P and uses ``dS = P (dP - sum_j P dP)``. Saved are q, k, v and the choice
+    alone (with blocks the mask, too; and the bias, if any): a tile holds whole rows, so neither
+    the output nor a log-sum-exp is needed. Products accumulate in float32 (float64 stays). Two runs
+    give the same bits, on a GPU too. Under autocast q, k and v are cast to its dtype first.
+
+    A query without a key gets output 0 and gives gradient 0. On a GPU FlexAttention reads lists of
+    blocks where it can (:func:`leantune.ops.sparse_attention.flex.serves`).
 
     Args:
-        chosen: lists for h heads, or for hk that their query heads share.
-        visibility: of the keys inside the blocks.
+        q: (b, h, n, d), float16, bfloat16, float32 or float64; k and v alike, all finite.
+        k: (b, hk, m, d), hk a divisor of h: query head i reads key head ``i // (h / hk)``.
+        v: (b, hk, m, dv).
+        chosen: bits of the chosen visible keys, (b, h, n, ceil(m / 8)) uint8, as ``top_keys``
+            returns them; or lists of blocks for h heads, or for hk that their query heads share.
+        visibility: of the keys; inside chosen blocks it hides some.
+        scale: factor of the products, usually ``d ** -0.5``.
+        bias: (b or 1, h or 1, n or 1, m), added to the scaled products.
+        dropout: probability that a weight P is dropped, in [0, 1).
+        key: of dropout, which is a function of counted numbers: backward replays it, no mask is
+            kept. Needed where dropout > 0.
 
-    The others are those of :func:`sparse_attention`.
+    Returns:
+        (b, h, n, dv) in the dtype of q.
+
+    Source: arXiv 2312.10365, sparse multi-head attention; the recomputation is an addition.
     """
     _check(q, k, v, bias)
-    n, m = q.shape[2], k.shape[2]
-    sizes = (chosen.query_size, chosen.block_size)
+    assert dropout == 0 or key is not None
+    dtype, n = autocast_dtype(q), q.shape[2]
+    if dtype is not None:
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    how: dict[str, Any] = {"is_causal": visibility.hides_later(n)}
+    if isinstance(chosen, BlockList):
+        if bias is None and dropout == 0 and serves(chosen, q, v):
+            return flex_attention(q, k, v, chosen, visibility, scale)
+        sizes = (chosen.query_size, chosen.block_size)
+        how |= {"shape": (n, k.shape[2]), "sizes": sizes, "bounds": chosen.bounds()}
+        tiles, choice = partial(BlockTiles, **how), (chosen.indices, visibility.mask)
+    else:
+        sizes, tiles, choice = (1, 1), partial(Tiles, **how), (chosen,)
     q, k, v = (_whole_blocks(x, s) for x, s in ((q, sizes[0]), (k, sizes[1]), (v, sizes[1])))
-    choice = (chosen.indices, chosen.counts, visibility.mask)
-    is_causal = visibility.hides_later(n)
-    tiles = partial(BlockTiles, shape=(n, m), sizes=sizes, is_causal=is_causal)
-    return _attend(q, k, v, bias, choice, tiles, scale, dropout, key)[:, :, :n]
+    seed, counter, stream = (0, None, 0) if key is None or dropout == 0 else key
+    args = _Args(tiles, scale, dropout, seed, stream)
+    out: Tensor = _SparseAttention.apply(q, k, v, bias, args, counter, *choice)  # type: ignore[assignment]
+    return out if out.shape[2] == n else out[:, :, :n]
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> None:
+    assert q.shape[1] % k.shape[1] == 0 and v.shape[:3] == k.shape[:3], (q.shape, k.shape, v.shape)
+    if bias is not None:
+        fits = all(x in (1, y) for x, y in zip(bias.shape, q.shape[:3], strict=False))
+        assert fits and bias.shape[3:] == k.shape[2:3], bias.shape
 
 
 def _whole_blocks(x: Tensor, size: int) -> Tensor:
     """Return ``x`` (b, any, n, any) contiguous, with zeros to whole blocks of ``size`` rows."""
     missing = -x.shape[2] % size
     return F.pad(x, (0, 0, 0, missing)) if missing else x.contiguous()
-
-
-def _check(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> None:
-    b, h, n, m = *q.shape[:3], k.shape[2]
-    assert h % k.shape[1] == 0 and v.shape[:3] == k.shape[:3], (q.shape, k.shape, v.shape)
-    if bias is not None:
-        wanted = zip(bias.shape, (b, h, n), strict=False)
-        assert all(x in (1, y) for x, y in wanted) and bias.shape[3:] == (m,), bias.shape
-
-
-def _attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    choice: tuple[Tensor | None, ...],
-    tiles: Callable[..., Tiles],
-    scale: float,
-    dropout: float,
-    key: RandomKey | None,
-) -> Tensor:
-    assert dropout == 0 or key is not None
-    dtype = autocast_dtype(q)
-    if dtype is not None:
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    seed, counter, stream = (0, None, 0) if key is None or dropout == 0 else key
-    args = _Args(tiles, scale, dropout, seed, stream)
-    return _SparseAttention.apply(q, k, v, bias, args, counter, *choice)  # type: ignore[no-any-return]
 
 
 class _Args(NamedTuple):
@@ -158,7 +119,6 @@ class _Weights(NamedTuple):
 
     queries: Tensor  # (p, x, d), scaled
     keys: Tensor  # (p, y, d)
-    is_empty: Tensor | None  # (p, x or 1, 1), whether a query has no key; None where all have one
     weights: Tensor  # (p, x, y), before dropout
     factors: Tensor | None  # (p, x, y), 0 or 1 / (1 - p)
 
@@ -177,22 +137,22 @@ def _weigh(
     counter: Tensor | None,
 ) -> _Weights:
     wide = accumulator(q)
-    queries = tiles.load_queries(q, tile).to(wide) * args.scale
+    queries = tiles.load_queries(q, tile.queries).to(wide) * args.scale
     keys = tiles.load_keys(k, tile).to(wide)
     scores = torch.bmm(queries, keys.mT)
     if bias is not None:
         scores += tiles.load_bias(bias, tile)
     scores[..., tile.num_open :].masked_fill_(tile.hidden, -torch.inf)
-    weights, is_empty = scores.softmax(-1), None
-    if tile.num_open == 0:
-        is_empty = tile.hidden.all(-1, keepdim=True)
-        weights.masked_fill_(is_empty, 0.0)
+    weights = scores.softmax(-1)
+    if tile.is_empty is not None:
+        weights.masked_fill_(tile.is_empty, 0.0)
     factors = None
     if counter is not None:
         key = RandomKey(args.seed, counter, args.stream)
-        u = uniform_at(key, tiles.row_numbers(tile), tile.columns)
+        head, query = tiles.places(tile.queries, q.device)
+        u = uniform_at(key, head * tiles.num_queries + query, tile.columns)
         factors = (u >= args.dropout).to(weights.dtype).div_(1.0 - args.dropout)
-    return _Weights(queries, keys, is_empty, weights, factors)
+    return _Weights(queries, keys, weights, factors)
 
 
 class _SparseAttention(torch.autograd.Function):
@@ -210,12 +170,13 @@ class _SparseAttention(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, bias, counter, *choice)
         ctx.args = args
         tiles = args.tiles(q, k, *choice)
+        bias = tiles.whole(bias)
         out = q.new_zeros(*q.shape[:3], v.shape[-1])
         with autocast_off(q):
             for tile in tiles:
                 w = _weigh(args, tiles, tile, q, k, bias, counter)
                 values = tiles.load_keys(v, tile).to(accumulator(q))
-                tiles.store_queries_(out, tile, torch.bmm(w.dropped, values))
+                tiles.store_queries_(out, tile.queries, torch.bmm(w.dropped, values))
         return out
 
     @staticmethod
@@ -229,13 +190,14 @@ class _SparseAttention(torch.autograd.Function):
         grad_q = torch.zeros_like(q) if needs[0] else None
         grad_k = torch.zeros_like(k, dtype=wide) if needs[1] else None
         grad_v = torch.zeros_like(v, dtype=wide) if needs[2] else None
-        grad_bias = torch.zeros_like(bias, dtype=wide) if needs[3] else None
+        whole = tiles.whole(bias)
+        grad_bias = torch.zeros_like(whole, dtype=wide) if needs[3] else None
         with autocast_off(q):
             for tile in tiles:
-                w = _weigh(args, tiles, tile, q, k, bias, counter)
-                grad_out = tiles.load_queries(grad_output, tile).to(wide)
-                if w.is_empty is not None:
-                    grad_out = grad_out.masked_fill(w.is_empty, 0.0)
+                w = _weigh(args, tiles, tile, q, k, whole, counter)
+                grad_out = tiles.load_queries(grad_output, tile.queries).to(wide)
+                if tile.is_empty is not None:
+                    grad_out = grad_out.masked_fill(tile.is_empty, 0.0)
                 if grad_v is not None:
                     tiles.add_keys_(grad_v, tile, torch.bmm(w.dropped.mT, grad_out))
                 if grad_q is None and grad_k is None and grad_bias is None:
@@ -245,9 +207,11 @@ class _SparseAttention(torch.autograd.Function):
                     tiles.add_bias_(grad_bias, tile, grad_scores)
                 if grad_q is not None:
                     part = torch.bmm(grad_scores, w.keys).mul_(args.scale)
-                    tiles.store_queries_(grad_q, tile, part)
+                    tiles.store_queries_(grad_q, tile.queries, part)
                 if grad_k is not None:
                     tiles.add_keys_(grad_k, tile, torch.bmm(grad_scores.mT, w.queries))
+        if grad_bias is not None:
+            grad_bias = grad_bias[:, :, : bias.shape[2], : bias.shape[3]]
         # Autograd casts each to the dtype of its input.
         return grad_q, grad_k, grad_v, grad_bias, None, None, *(None for _ in choice)
 

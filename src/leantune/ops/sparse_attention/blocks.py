@@ -25,12 +25,24 @@ class BlockList(NamedTuple):
         counts: (b, hl, r) int32.
         query_size: queries in a block.
         block_size: keys in a block.
+        kept: the counts of all lists of each row, where no mask decides on them.
     """
 
     indices: Tensor
     counts: Tensor
     query_size: int
     block_size: int
+    kept: list[int] | None = None
+
+    def bounds(self) -> tuple[list[int], list[int]]:
+        """Return the fewest and the most blocks in the lists of each row.
+
+        Where a mask decides on them, this waits for a GPU.
+        """
+        if self.kept is not None:
+            return self.kept, self.kept
+        fewest, most = self.counts.flatten(0, 1).aminmax(dim=0)
+        return fewest.tolist(), most.tolist()
 
 
 @torch.no_grad()
@@ -61,116 +73,100 @@ def choose_blocks(
         block_size: in tokens.
         num_lists: h by default; hk lets the query heads of one key head vote together.
     """
-    fixed = _Fixed.of(q, k, budget.always_keep, visibility, block_size)
-    size, num_blocks = fixed.query_size, fixed.num_blocks
+    n, m, mask = q.shape[2], k.shape[2], visibility.mask
+    size = 1 if visibility.kind != "cross" and n != m else block_size
+    num_lists = num_lists or q.shape[1]
+    rule = _Rule.of(n, m, size, block_size, visibility, budget.always_keep)
+    num_rows, num_blocks = len(rule.own), rule.num_blocks
     in_blocks = KeyBudget(budget.keep_ratio, -(-budget.floor // block_size))
-    starts, kept = fixed.starts, []
-    if visibility.mask is None:
-        kept = fixed.num_kept(in_blocks)
-        limit = max(kept)
-    else:
-        limit = max(in_blocks.limit(num_blocks), fixed.num_first + fixed.num_recent + 2)
-        limit = min(limit, num_blocks)
+    kept = rule.num_kept(in_blocks)
+    limit = int(kept.max())
+    if mask is not None:
+        # The first real tokens may lie in one block more.
+        limit = max(in_blocks.limit(num_blocks), rule.num_first + rule.num_recent + 1)
+    limit = min(limit, num_blocks)
     # What is known beforehand goes to the device at once.
-    numbers = torch.tensor([*starts, *kept, *range(limit)], dtype=torch.int32)
-    start, counts, slot = _send(numbers, q.device).split([len(starts), len(kept), limit])
+    numbers = torch.cat([num_blocks - 1 - rule.own, kept, torch.arange(limit)]).to(torch.int32)
+    start, counts, slot = _send(numbers, q.device).split([num_rows, num_rows, limit])
+    lift = rule.lift(start)
+    if mask is not None:
+        lift = lift.masked_fill(_first_blocks(mask, budget.always_keep, block_size), torch.inf)
+        visible = _visible_blocks(mask, size, num_rows, block_size, num_lists)
+        lift = lift.masked_fill(~visible, -torch.inf)
+        num_visible, num_always = visible.sum(-1), (lift == torch.inf).sum(-1)
+        counts = torch.maximum(in_blocks.num_kept(num_visible), num_always)
+        counts = torch.minimum(counts, num_visible).to(torch.int32)
     with autocast_off(q):
-        scores = _scores(q, k, visibility, size, block_size, num_lists or q.shape[1])
-    if starts:
-        scores += fixed.bias(start)
-    elif fixed.num_first:
-        scores[..., : fixed.num_first].fill_(torch.inf)
-    if visibility.mask is not None:
-        if fixed.num_first:
-            first = _first_blocks(visibility.mask, budget.always_keep, block_size)
-            scores.masked_fill_(first, torch.inf)
-        visible = _visible_blocks(visibility.mask, fixed, block_size, scores.shape[1])
-        scores.masked_fill_(~visible, -torch.inf)
-        num_visible = visible.sum(-1)
-        most = torch.maximum(in_blocks.num_kept(num_visible), (scores == torch.inf).sum(-1))
-        counts = torch.minimum(most, num_visible).to(torch.int32)
+        scores = _scores(q, k, visibility, size, block_size, num_lists)
+    scores += lift
     counts = counts.expand(scores.shape[:3])
     best = scores.topk(limit).indices
     best = best.masked_fill_(slot >= counts[..., None], num_blocks).sort().values
-    return BlockList(best.to(torch.int32), counts, size, block_size)
+    host_counts = kept.tolist() if mask is None else None
+    return BlockList(best.to(torch.int32), counts, size, block_size, host_counts)
 
 
-class _Fixed(NamedTuple):
-    """What is known of a choice before any score.
+class _Rule(NamedTuple):
+    """What of a choice is known before any score.
 
     Attributes:
-        query_size: queries in a block.
-        num_rows: blocks of queries, r.
-        num_blocks: blocks of keys, j.
-        own: the key block of each query block's first query; None where queries have no position.
+        own: (r,) int64 on the host, the key block of each query block's first query; 0 where
+            queries have no position.
+        num_blocks: j.
+        num_first, num_recent: so many of the first blocks, and of those up to the own one, are
+            always kept.
         hides_later: whether blocks behind the own one are hidden without a mask.
-        num_first, num_recent: blocks of the keys that ``always_keep`` names, but the own.
     """
 
-    query_size: int
-    num_rows: int
+    own: Tensor
     num_blocks: int
-    own: list[int] | None
-    hides_later: bool
     num_first: int
     num_recent: int
+    hides_later: bool
 
     @classmethod
     def of(
-        cls, q: Tensor, k: Tensor, always_keep: int, visibility: Visibility, block_size: int
+        cls, n: int, m: int, size: int, block_size: int, visibility: Visibility, always_keep: int
     ) -> Self:
-        n, m = q.shape[2], k.shape[2]
-        is_cross = visibility.kind == "cross"
-        size = 1 if not is_cross and n != m else block_size
         num_rows, num_blocks = -(-n // size), -(-m // block_size)
-        own = [max(0, m - n + row * size) // block_size for row in range(num_rows)]
-        return cls(
-            query_size=size,
-            num_rows=num_rows,
-            num_blocks=num_blocks,
-            own=None if is_cross else own,
-            hides_later=visibility.hides_later(n),
-            num_first=min(num_blocks, -(-always_keep // block_size)),
-            num_recent=min(num_blocks - 1, max(0, -(-(always_keep - 1) // block_size))),
-        )
+        num_first = min(num_blocks, -(-always_keep // block_size))
+        if visibility.kind == "cross":
+            return cls(torch.zeros(num_rows).long(), num_blocks, num_first, 0, False)
+        own = (torch.arange(num_rows) * size + m - n) // block_size
+        num_recent = min(num_blocks, 1 + max(0, -(-(always_keep - 1) // block_size)))
+        return cls(own, num_blocks, num_first, num_recent, visibility.hides_later(n))
 
-    @property
-    def starts(self) -> list[int]:
-        """Where the row of each query block begins in the line that :meth:`bias` makes."""
-        return [self.num_blocks - 1 - block for block in self.own or ()]
+    def num_kept(self, budget: KeyBudget) -> Tensor:
+        """Return how many blocks each query block keeps of those it sees without a mask, (r,)."""
+        behind = self.own + 1
+        num_visible = behind if self.hides_later else torch.full_like(behind, self.num_blocks)
+        recent = (behind - self.num_recent).clamp(min=0)
+        first = num_visible.clamp(max=self.num_first)
+        always = behind - recent + torch.minimum(first, recent) + (first - behind).clamp(min=0)
+        return torch.minimum(torch.maximum(budget.num_kept(num_visible), always), num_visible)
 
-    def bias(self, start: Tensor) -> Tensor:
-        """Return what lifts the blocks that are always kept, and hides later ones: (r, j)."""
-        assert self.own is not None
+    def lift(self, start: Tensor) -> Tensor:
+        """Return what lifts the blocks that are always kept, and hides later ones: (r, j).
+
+        Args:
+            start: ``j - 1 - own``, on the device of the scores.
+        """
         # By how far a block lies behind the own one; each row of the result is a window of it.
-        line = [0.0] * (self.num_blocks - 1 - self.num_recent)
-        line += [torch.inf] * (self.num_recent + 1)
-        line += [-torch.inf if self.hides_later else 0.0] * (self.num_blocks - 1)
-        bias = _send(torch.tensor(line), start.device).unfold(0, self.num_blocks, 1)[start]
-        if self.num_first:
-            # In a decoder the rows before keep all that they see.
-            row = sum(b < self.num_first for b in self.own) if self.hides_later else 0
-            bias[row:, : self.num_first].fill_(torch.inf)
-        return bias
-
-    def num_kept(self, budget: KeyBudget) -> list[int]:
-        """Return how many blocks each query block keeps of those that it sees without a mask."""
-        if self.own is None:
-            return [max(budget.limit(self.num_blocks), self.num_first)] * self.num_rows
-        kept: list[int] = []
-        for own in self.own:
-            visible = own + 1 if self.hides_later else self.num_blocks
-            recent = max(0, own - self.num_recent)
-            before = min(self.num_first, recent)
-            behind = max(0, min(self.num_first, visible) - own - 1)
-            always = own + 1 - recent + before + behind
-            kept.append(max(budget.limit(visible), always))
-        return kept
+        line = torch.zeros(2 * self.num_blocks - 1)
+        line[self.num_blocks - self.num_recent : self.num_blocks] = torch.inf
+        if self.hides_later:
+            line[self.num_blocks :] = -torch.inf
+        lift = _send(line, start.device).unfold(0, self.num_blocks, 1)[start]
+        # In a decoder the rows before keep all that they see.
+        row = int((self.own < self.num_first).sum()) if self.hides_later else 0
+        lift[row:, : self.num_first].fill_(torch.inf)
+        return lift
 
 
 def _send(x: Tensor, device: torch.device) -> Tensor:
     """Return ``x`` on a device, without waiting for it."""
-    return x.pin_memory().to(device, non_blocking=True) if on_gpu(device) else x.to(device)
+    is_far = on_gpu(device) and not on_gpu(x)
+    return x.pin_memory().to(device, non_blocking=True) if is_far else x.to(device)
 
 
 def _scores(
@@ -215,14 +211,16 @@ def _means(x: Tensor, size: int, num_first: int = 0, share: int = 1) -> Tensor:
     return out
 
 
-def _visible_blocks(mask: Tensor, fixed: _Fixed, block_size: int, num_lists: int) -> Tensor:
+def _visible_blocks(
+    mask: Tensor, size: int, num_rows: int, block_size: int, num_lists: int
+) -> Tensor:
     """Return (b or 1, hl or 1, r, j): whether any pair of tokens is visible."""
-    height = fixed.query_size if mask.shape[2] > 1 else 1
+    height = size if mask.shape[2] > 1 else 1
     mask = F.pad(mask, (0, -mask.shape[3] % block_size, 0, -mask.shape[2] % height))
     mask = mask.unflatten(3, (-1, block_size)).unflatten(2, (-1, height)).any(-1).any(3)
     if mask.shape[1] > num_lists:
         mask = mask.unflatten(1, (num_lists, -1)).any(2)
-    return mask.expand(-1, -1, fixed.num_rows, -1)
+    return mask.expand(-1, -1, num_rows, -1)
 
 
 def _first_blocks(mask: Tensor, num_keys: int, block_size: int) -> Tensor:

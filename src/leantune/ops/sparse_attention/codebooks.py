@@ -17,12 +17,9 @@ from torch import Tensor
 
 from leantune.ops.backend import on_gpu
 from leantune.ops.random import RandomKey, uniform
-from leantune.ops.sparse_attention.tiles import accumulator
+from leantune.ops.sparse_attention.tiles import accumulator, slices, tile_numbers
 
 Scorer = Literal["adc", "match"]
-
-# Numbers per transient tensor of a chunk: 4 MiB of them in float32.
-_CHUNK_NUMBERS = 2**20
 
 
 def assign(z: Tensor, codebook: Tensor) -> Tensor:
@@ -39,9 +36,7 @@ def assign(z: Tensor, codebook: Tensor) -> Tensor:
     assert z.shape[-1] == num_subspaces * width and num_codewords <= 256
     rows = z.detach().reshape(-1, z.shape[-1])
     codes = torch.empty(len(rows), num_subspaces, dtype=torch.uint8, device=z.device)
-    step = max(1, _CHUNK_NUMBERS // (num_subspaces * num_codewords))
-    for start in range(0, len(rows), step):
-        part = slice(start, start + step)
+    for part in slices(len(rows), tile_numbers(z) // (num_subspaces * num_codewords)):
         codes[part] = _squared_distances(rows[part], codebook).argmin(-1).to(torch.uint8)
     return codes.view(*z.shape[:-1], num_subspaces)
 

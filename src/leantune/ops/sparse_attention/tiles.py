@@ -1,10 +1,8 @@
 """How attention over chosen keys is cut into tiles, so that transient memory stays bounded.
 
-Legend: b batch, h query heads, hk key heads, n queries, m keys, d width; a tile holds p pairs of a
-batch and a key head, x queries (the query heads of one key head times some rows) and y keys.
-
-The chosen keys are a plain tensor of bits, (b, h, n, ceil(m / 8)) uint8: bit j % 8 of byte j // 8
-is set where key j is chosen.
+Legend: b batch, h query heads, hk key heads, hl choosers (heads that read the same keys choose them
+once: h, or hk for the query heads of one key head), n queries, m keys, r query blocks; a tile holds
+p query blocks of some choosers, each with x queries and y keys.
 """
 
 from collections.abc import Iterator
@@ -38,7 +36,10 @@ def slices(num: int, step: int) -> list[slice]:
 
 
 def pack_bits(keep: Tensor) -> Tensor:
-    """Return one bit per entry of ``keep`` (..., m) bool: (..., ceil(m / 8)) uint8."""
+    """Return one bit per entry of ``keep`` (..., m) bool: (..., ceil(m / 8)) uint8.
+
+    Bit j % 8 of byte j // 8 is set where entry j is.
+    """
     padded = F.pad(keep, (0, -keep.shape[-1] % 8)).contiguous()
     if padded.shape[-1] == 0:
         return padded.to(torch.uint8)
@@ -54,100 +55,118 @@ def unpack_bits(bits: Tensor, num_keys: int) -> Tensor:
     return (words.view(torch.uint8) != 0)[..., :num_keys]
 
 
+At = tuple[slice, slice, slice]
+"""Slices of the b x hl choosers, of their query blocks, and of the queries in each."""
+
+
 class Tile(NamedTuple):
     """Some queries and the keys that these queries read.
 
     Attributes:
-        queries: which queries, in the words of who made the tile.
-        keys: which keys.
+        queries: which queries.
+        keys: which keys, in the words of who made the tile.
         columns: the numbers of the keys, int64, (y,) or (p, 1, y).
         num_open: so many of the first keys are hidden from no query.
         hidden: (p, x or 1, y - num_open) bool: whether one of the others is.
+        is_empty: (p, x or 1, 1) bool: whether a query has no key; None where all have one.
     """
 
-    queries: tuple[slice, ...]
+    queries: At
     keys: Any
     columns: Tensor
     num_open: int
     hidden: Tensor
+    is_empty: Tensor | None
 
 
-class BitmaskTiles:
-    """The tiles of one attention call whose chosen keys are bits.
+class Tiles:
+    """The tiles of an attention call whose chosen keys are bits: some rows of some batches.
 
-    Queries are tensors (b, h, n, any), keys (b, hk, m, any). A tile of either is (p, x, any) or
-    (p, y, any), which is what batched products read.
+    Queries are tensors (b, h, r x query_size, any), keys (b, hk, m, any), contiguous. A tile of
+    either is (p, x, any) or (p, y, any), which is what batched products read.
     """
 
     def __init__(self, q: Tensor, k: Tensor, bits: Tensor, *, is_causal: bool) -> None:
-        self.shape = q.shape[:3]
-        self.num_keys = k.shape[2]
-        self.group = q.shape[1] // k.shape[1]
-        self.bits = bits
-        self.is_causal = is_causal
+        self._set_blocks(q, k.shape[1], q.shape[2])
+        self.num_queries, self.num_keys = q.shape[2], k.shape[2]
+        assert bits.dtype == torch.uint8 and bits.shape == (*q.shape[:3], -(-k.shape[2] // 8))
+        self.bits, self.is_causal = bits, is_causal
+
+    def _set_blocks(self, q: Tensor, num_choosers: int, query_size: int) -> None:
+        b, self.num_heads, num_rows, _ = q.shape
+        self.num_choosers, self.group = num_choosers, self.num_heads // num_choosers
+        self.blocks = (b * num_choosers, self.group, num_rows // query_size, query_size)
 
     def __iter__(self) -> Iterator[Tile]:
-        b, h, n = self.shape
-        if self.num_keys == 0:
-            return
-        numbers, per_row = tile_numbers(self.bits), h * self.num_keys
-        for batch in slices(b, numbers // (per_row * n)):
-            for rows in slices(n, numbers // per_row):
-                yield self._tile(batch, rows)
+        numbers, per_row = tile_numbers(self.bits), max(1, self.num_heads * self.num_keys)
+        for batch in slices(len(self.bits), numbers // (per_row * self.num_queries)):
+            choosers = slice(batch.start * self.num_choosers, batch.stop * self.num_choosers)
+            for rows in slices(self.num_queries, numbers // per_row):
+                yield self._row_tile((choosers, slice(None), rows))
 
-    def _tile(self, batch: slice, rows: slice) -> Tile:
+    def _row_tile(self, at: At) -> Tile:
         stop = self.num_keys
         if self.is_causal:
-            stop = min(stop, stop - self.shape[2] + rows.stop)
-        hidden = self._flatten(unpack_bits(self.bits[batch, :, rows], stop).logical_not_())
-        columns = torch.arange(stop, device=hidden.device)
-        return Tile(
-            (batch, slice(None), rows), (batch, slice(None), slice(stop)), columns, 0, hidden
-        )
+            stop = min(stop, stop - self.num_queries + at[2].stop)
+        bits = self.load_queries(self.bits, at)
+        hidden = unpack_bits(bits, stop).logical_not_()
+        is_empty = (bits == 0).all(-1, keepdim=True)
+        columns = torch.arange(stop, device=bits.device)
+        return Tile(at, (at[0], slice(stop)), columns, 0, hidden, is_empty)
 
-    def _flatten(self, x: Tensor) -> Tensor:
-        """Return (b', h, x', y) as (p, x, y): the query heads of one key head stand together."""
-        return x.unflatten(1, (-1, self.group)).flatten(0, 1).flatten(1, 2)
-
-    def _unflatten(self, x: Tensor) -> Tensor:
-        return x.view(-1, self.shape[1], x.shape[1] // self.group, x.shape[2])
-
-    def load_queries(self, x: Tensor, tile: Tile) -> Tensor:
+    def load_queries(self, x: Tensor, at: At) -> Tensor:
         """Return a tile's part (p, x, any) of ``x`` (b, h, n, any)."""
-        return self._flatten(x[tile.queries])
+        return self._view(x, at).flatten(2, 3).flatten(0, 1)
 
-    def store_queries_(self, target: Tensor, tile: Tile, values: Tensor) -> None:
+    def store_queries_(self, target: Tensor, at: At, values: Tensor) -> None:
         """Write values (p, x, any) to a tile's part of ``target`` (b, h, n, any)."""
-        target[tile.queries] = self._unflatten(values).to(target.dtype)
+        part = self._view(target, at)
+        part.copy_(values.view(part.shape))
+
+    def _view(self, x: Tensor, at: At) -> Tensor:
+        """Return a part of ``x`` (b, h, n, any) as (choosers, blocks, group, queries, any)."""
+        choosers, rows, inside = at
+        return x.view(*self.blocks, x.shape[-1])[choosers, :, rows, inside].transpose(1, 2)
+
+    def places(self, at: At, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return each query's head among b x h, and its number in its sequence, (p, x, 1)."""
+        choosers, rows, inside = at
+        num, group, num_rows, size = self.blocks
+        head = torch.arange(num * group, device=device).view(num, 1, group, 1)[choosers]
+        query = torch.arange(num_rows * size, device=device).view(num_rows, 1, size)
+        both = torch.broadcast_tensors(head, query[rows, :, inside])
+        head, query = (x.flatten(2, 3).flatten(0, 1)[..., None] for x in both)
+        return head, query
 
     def load_keys(self, x: Tensor, tile: Tile) -> Tensor:
         """Return a tile's part (p, y, any) of ``x`` (b, hk, m, any)."""
-        return x[tile.keys].flatten(0, 1)
+        return x.flatten(0, 1)[tile.keys]
 
     def add_keys_(self, target: Tensor, tile: Tile, values: Tensor) -> None:
         """Add values (p, y, any) to a tile's part of ``target`` (b, hk, m, any)."""
-        part = target[tile.keys]
-        part += values.view(part.shape)
+        part = target.flatten(0, 1)[tile.keys]
+        part += values
 
-    def row_numbers(self, tile: Tile) -> Tensor:
-        """Return the number of each query among all of the call, (p, x, 1) int64."""
-        numbers = torch.arange(self.shape.numel(), device=self.bits.device)
-        return self._flatten(numbers.view(*self.shape, 1)[tile.queries])
+    def whole(self, bias: Tensor | None) -> Tensor | None:
+        """Return a bias or a mask, if there is one, with its queries and keys in whole blocks."""
+        return bias
 
     def load_bias(self, bias: Tensor, tile: Tile) -> Tensor:
-        """Return a tile's part (p, x, y) of the bias (b or 1, h or 1, n or 1, m)."""
-        shape = self._unflatten(tile.hidden).shape
-        part = bias[_present(bias, tile)][..., tile.keys[2]]
-        return self._flatten(part.expand(shape))
+        """Return a tile's part (p, x or 1, y) of a whole bias (b or 1, h or 1, n or 1, m)."""
+        part = self._bias(bias, tile)
+        return part.expand(self._in_batches(tile.hidden)).reshape(tile.hidden.shape)
 
     def add_bias_(self, target: Tensor, tile: Tile, values: Tensor) -> None:
         """Add values (p, x, y) to the bias, summed over the axes that the bias does not have."""
-        part = target[_present(target, tile)]
-        sums = self._unflatten(values).sum_to_size(*part.shape[:3], values.shape[-1])
-        part[..., tile.keys[2]] += sums
+        part = self._bias(target, tile)
+        part += values.view(self._in_batches(values)).sum_to_size(part.shape)
 
+    def _bias(self, bias: Tensor, tile: Tile) -> Tensor:
+        choosers, _, rows = tile.queries
+        batch = slice(choosers.start // self.num_choosers, choosers.stop // self.num_choosers)
+        at = zip((batch, slice(None), rows), bias.shape, strict=False)
+        return bias[tuple(s if n > 1 else slice(None) for s, n in at)][..., tile.keys[1]]
 
-def _present(bias: Tensor, tile: Tile) -> tuple[slice, ...]:
-    """Return the slices of a tile's queries along the axes that a bias has."""
-    sizes = bias.shape[:3]
-    return tuple(s if n > 1 else slice(0, 1) for s, n in zip(tile.queries, sizes, strict=True))
+    def _in_batches(self, x: Tensor) -> tuple[int, ...]:
+        """Return the shape of a tile's pairs (p, x, y) as (b', h, n', y)."""
+        return len(x) // self.num_choosers, self.num_heads, x.shape[1] // self.group, x.shape[2]
