@@ -20,7 +20,7 @@ register(
         source="Gui et al., SIGMOD 2024, arXiv 2312.10365",
         convert=convert,
         check=refusal,
-        identity_options={"num_active": 4, "gate": "none"},
+        identity_options={"num_active": 4},
         # Reentrant checkpointing cannot carry an auxiliary loss, and tests run under it.
         test_options={"num_groups": 4, "num_active": 2, "balance_weight": 0.0},
     )
