@@ -70,22 +70,25 @@ class Case:
 
 
 def _cases(tiny: bool) -> list[Case]:
-    wide, num_tokens = (64, 128) if tiny else (4096, 16384)
+    num_tokens = 128 if tiny else 16384
     kinds: dict[str, Callable[[int], nn.Module]] = {"Llama": LlamaFFN, "OPT": OPTFFN}
     cases = []
     for kind, build in kinds.items():
         for width in (1024, 2048):
             name = f"{kind} FFN {width}, {NUM_TOKENS} tokens"
             cases.append(Case(name, lambda b=build, w=width: b(w), width, torch.float32))
-        name = f"{kind} FFN 4096, 16384 tokens, bf16"
-        build_wide = lambda b=build: b(wide)  # noqa: E731
-        cases.append(Case(name, build_wide, wide, torch.bfloat16, num_tokens, needs_gpu=True))
+        for width in (4096, 2048):
+            name = f"{kind} FFN {width}, 16384 tokens, bf16"
+            d = width // 64 if tiny else width
+            model = lambda b=build, d=d: b(d)  # noqa: E731
+            cases.append(Case(name, model, d, torch.bfloat16, num_tokens, needs_gpu=True))
     return [case for case in cases if case.needs_gpu or not tiny]
 
 
 VARIANTS: dict[str, tuple[MethodConfig, ...]] = {
     "LoRA 16": (_LORA,),
     "LoRA 16 + routed 2 of 4": (_LORA, lt.RoutedFFN()),
+    "LoRA 16 + routed 2 of 4, low-rank guess": (_LORA, lt.RoutedFFN(compensate="lowrank")),
     "LoRA 16 + routed 4 of 8": (_LORA, lt.RoutedFFN(num_groups=8, num_active=4)),
 }
 

@@ -1,4 +1,4 @@
-"""The view of an FFN: one product for every kind of layer, whole and in slices, built once."""
+"""The view of an FFN: one product for every kind of layer, whole and in groups, built once."""
 
 import copy
 import pickle
@@ -110,35 +110,50 @@ ORDERED = ("plain", "gated", "conv1d", "lora", "gated lora", "conv1d lora", "gat
 KINDS = (*ORDERED, "halved", "halved conv1d", "halved lora converted")
 
 
-def by_slices(ffn: FFN, x: Tensor, num: int) -> Tensor:
-    low = ffn.project(x)
-    outputs = [piece.run(x, low) for piece in ffn.slices(num)]
-    y, *rest = [sum(part) for part in zip(*outputs, strict=True)]
+def by_groups(ffn: FFN, x: Tensor, num: int, scale: Tensor | None = None) -> Tensor:
+    """Send every row to every group, in order of the groups."""
+    scale = torch.ones(len(x), num, dtype=x.dtype) if scale is None else scale
+    low = [z.repeat(num, 1) for z in ffn.project(x)]
+    weights = scale.t().reshape(-1, 1)
+    outputs = ffn.run_groups(x.repeat(num, 1), low, [len(x)] * num, weights)
+    y, *rest = [t.unflatten(0, (num, -1)).sum(0) for t in outputs]
     return ffn.finish(y, rest)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_slices_make_up_the_ffn(kind: str) -> None:
+def test_groups_make_up_the_ffn(kind: str) -> None:
     ffn = parts(kind)
     x = torch.randn(7, D, dtype=torch.float64)
     wanted = ffn(x)
-    torch.testing.assert_close(by_slices(ffn.view(), x, 3), wanted)
     view = ffn.view()
+    torch.testing.assert_close(by_groups(view, x, 3), wanted)
     torch.testing.assert_close(view.output(view.hidden(x)), wanted)
-    # The control: a slice is missing.
-    low = view.project(x)
-    first, *rest = view.slices(3)[0].run(x, low)
-    assert not torch.allclose(view.finish(first, rest), wanted)
+    # The control: a group is missing.
+    assert not torch.allclose(by_groups(view, x, 3, torch.tensor([[1.0, 1, 0]] * 7)), wanted)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_scales_of_slices_multiply_their_hidden_units(kind: str) -> None:
+def test_scales_of_groups_multiply_their_hidden_units(kind: str) -> None:
     ffn = parts(kind).view()
     x, scale = torch.randn(7, D, dtype=torch.float64), torch.rand(7, 3, dtype=torch.float64)
-    low = ffn.project(x)
-    outputs = [s.run(x, low, scale[:, g : g + 1]) for g, s in enumerate(ffn.slices(3))]
-    y, *rest = [sum(part) for part in zip(*outputs, strict=True)]
-    torch.testing.assert_close(ffn.finish(y, rest), ffn.output(ffn.hidden(x), scale))
+    wanted = ffn.output(ffn.hidden(x), scale)
+    torch.testing.assert_close(by_groups(ffn, x, 3, scale), wanted)
+
+
+@pytest.mark.parametrize("kind", ["lora", "conv1d lora", "halved lora converted"])
+@pytest.mark.parametrize("change", ["bias", "dtype"])
+def test_factors_of_another_kind_are_added_all_the_same(kind: str, change: str) -> None:
+    """A factor with a bias, or in another dtype than its linear, cannot be added in place."""
+    ffn = parts(kind)
+    for adapted in ffn.view().linears.values():
+        for first, second, *_ in adapted.adapters:
+            if change == "bias":
+                second.bias = nn.Parameter(torch.randn(len(second.weight), dtype=torch.float64))
+            else:
+                (adapted.linear.float(), first.double(), second.double())
+    x = torch.randn(7, D, dtype=torch.float64 if change == "bias" else torch.float32)
+    wanted = ffn(x)
+    torch.testing.assert_close(by_groups(ffn.view(), x, 3), wanted)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -158,30 +173,19 @@ def test_extra_is_added_before_the_output_is_dropped() -> None:
     assert not ffn.view().output(hidden, extra=extra).any()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_views_share_memory_with_the_parameters(kind: str) -> None:
-    ffn = parts(kind)
-    held = {p.untyped_storage().data_ptr() for p in ffn.parameters()}
-    for piece in ffn.view().slices(2):
-        for part in piece.parts:
-            assert all(view.weight.untyped_storage().data_ptr() in held for view in part)
-
-
-@pytest.mark.parametrize("kind", ["gated lora", "lora", "halved lora"])
-def test_gradients_of_a_slice(kind: str) -> None:
+@pytest.mark.parametrize("kind", ["gated", "gated lora", "conv1d lora", "halved lora"])
+def test_gradients_of_groups(kind: str) -> None:
     ffn = parts(kind)
     names = [n for n, p in ffn.named_parameters() if p.requires_grad]
-    assert any("lora_A" in n for n in names) and any("lora_B" in n for n in names)
 
-    def run(x: Tensor, scale: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+    def run(x: Tensor, scale: Tensor, *values: Tensor) -> Tensor:
         with torch.nn.utils.stateless._reparametrize_module(
             ffn, dict(zip(names, values, strict=True))
         ):
-            view = ffn.view()
-            return tuple(view.slices(3)[1].run(x, view.project(x), scale))
+            return by_groups(ffn.view(), x, 3, scale)
 
     x = torch.randn(2, D, dtype=torch.float64, requires_grad=True)
-    scale = torch.rand(2, 1, dtype=torch.float64, requires_grad=True)
+    scale = torch.rand(2, 3, dtype=torch.float64, requires_grad=True)
     values = [ffn.get_parameter(n).detach().clone().requires_grad_() for n in names]
     assert torch.autograd.gradcheck(run, (x, scale, *values))
 
@@ -191,9 +195,9 @@ def test_products_go_through_the_row_policy_in_training_alone() -> None:
     ffn = parts("plain", torch.float32)
     ffn.up = converted(ffn.up, Runtime(ffn, 0), rows=policy)
     x = torch.randn(5, D)
-    view = LinearView.of(ffn.up).chunk(0, 2)[0]
-    view.multiply(x).sum().backward()
-    assert policy.num_kept == 1
+    view = LinearView.of(ffn.up)
+    view.multiply_groups(x, [5, 0]).sum().backward()
+    assert policy.num_kept == 2  # one in each group
     grad = ffn.up.weight.grad
     assert isinstance(grad, Tensor) and (grad[3:] == 0).all()
     torch.testing.assert_close(grad[:3], x.sum(0).expand(3, D))
@@ -202,8 +206,8 @@ def test_products_go_through_the_row_policy_in_training_alone() -> None:
     with torch.no_grad():
         view.multiply(x)
     ffn.eval()
-    view.multiply(x)
-    assert policy.num_kept == 1
+    view.multiply_groups(x, [5, 0])
+    assert policy.num_kept == 2
 
 
 def test_view_is_built_once_until_something_changes() -> None:
@@ -215,7 +219,7 @@ def test_view_is_built_once_until_something_changes() -> None:
         """Ask for the view again; whether or not it is the same one, it must be right."""
         nonlocal view
         now = ffn.view(view)
-        torch.testing.assert_close(by_slices(now, x, 2), ffn(x))
+        torch.testing.assert_close(by_groups(now, x, 2), ffn(x))
         kept, view = now is view, now
         return kept
 
@@ -266,7 +270,7 @@ def test_copies_have_views_of_their_own(how: Callable[[Any], Any]) -> None:
     with torch.no_grad():
         other.up.base_layer.weight.zero_()
     x = torch.randn(5, D)
-    torch.testing.assert_close(by_slices(other.cached, x, 2), other(x))
+    torch.testing.assert_close(by_groups(other.cached, x, 2), other(x))
     assert not torch.allclose(other(x), ffn(x))
 
 

@@ -33,7 +33,6 @@ from leantune.ops.rows import OuterProduct
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
 ACTIVATIONS = {"llama": oracle.silu, "opt": oracle.relu, "gpt2": oracle.gelu_tanh}
-GATES = ("none", "output")
 
 
 def lora_for(name: str) -> lt.LoRA:
@@ -104,7 +103,7 @@ def wanted_output(layer: RoutedMLP, name: str, x: Tensor, **changes: Any) -> np.
     learnt = numbers(x) @ numbers(router.weight).T + numbers(router.bias)
     logits = learnt + numbers(x) @ numbers(router.start_weight).T + numbers(router.start_bias)
     chosen = oracle.best_groups(changes.pop("logits", logits), config.num_active)
-    kind = changes.pop("gate", config.gate)
+    kind = changes.pop("gate", "output")
     factors = oracle.gate_values(kind, oracle.sigmoid(learnt), chosen)
     gate = as_oracle(layer, "gate") if name == "llama" else None
     up, down = as_oracle(layer, "up"), as_oracle(layer, "down")
@@ -119,37 +118,36 @@ def close(got: Tensor, wanted: np.ndarray, tolerance: float = 1e-10) -> bool:
 
 
 @pytest.mark.parametrize("with_lora", [False, True])
-@pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("name", ACTIVATIONS)
-def test_output_is_the_formulas(name: str, gate: str, with_lora: bool) -> None:
+def test_output_is_the_formulas(name: str, with_lora: bool) -> None:
     methods = (lora_for(name),) if with_lora else ()
-    _, _, layer = make(name, *methods, gate=gate)
+    _, _, layer = make(name, *methods)
     x = tokens()
     got = layer.eval()(x)
     assert close(got, wanted_output(layer, name, x))
     # Controls: another choice, another gate, the down bias once per group, gates in another place.
     assert not close(got, wanted_output(layer, name, x, logits=-numbers(layer.router(x)[0])))
-    if gate == "output":
-        assert not close(got, wanted_output(layer, name, x, gate="none"), 1e-3)
-        assert not close(got, wanted_output(layer, name, x, before_activation=True), 1e-3)
+    assert not close(got, wanted_output(layer, name, x, gate="none"), 1e-3)
+    assert not close(got, wanted_output(layer, name, x, before_activation=True), 1e-3)
     if layer.ffn.linears["down"].linear.bias is not None:
         assert not close(got, wanted_output(layer, name, x, num_down_biases=2), 1e-3)
 
 
 def test_oracles_choose_the_same_groups() -> None:
     logits = tokens(50)[:, :6].round(decimals=1)  # with ties
-    assert maths.choose(logits, 3).tolist() == oracle.best_groups(numbers(logits), 3)
-    assert maths.choose(-logits, 3).tolist() != oracle.best_groups(numbers(logits), 3)
+    assert maths.choose(logits, 3).sort(1).values.tolist() == oracle.best_groups(numbers(logits), 3)
+    assert maths.choose(-logits, 3).sort(1).values.tolist() != oracle.best_groups(
+        numbers(logits), 3
+    )
     assert maths.choose(torch.zeros(2, 5), 2).tolist() == [[0, 1], [0, 1]]
 
 
-@pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("name", MODELS)
-def test_a_few_groups_are_the_whole_ffn_with_the_others_at_zero(name: str, gate: str) -> None:
+def test_a_few_groups_are_the_whole_ffn_with_the_others_at_zero(name: str) -> None:
     """The other way to compute the same: all hidden units, times zero where a group is idle."""
     results = []
     for is_whole in (False, True):
-        model, _, _ = make(name, gate=gate)
+        model, _, _ = make(name)
         for layer in layers_of(model):
             layer._is_hooked = is_whole
         output = model(**MODELS[name].batch())
@@ -161,12 +159,11 @@ def test_a_few_groups_are_the_whole_ffn_with_the_others_at_zero(name: str, gate:
             torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("gate", GATES)
-def test_all_groups_are_the_dense_model(gate: str) -> None:
-    """Gates are exactly 1 at conversion and after calibration, whatever the router's start."""
+def test_all_groups_are_the_dense_model() -> None:
+    """To the bit, whatever the router's start and whatever it has learnt."""
     tiny = MODELS["bert"]
     plain, model = tiny.build(), tiny.build()
-    session = lt.apply(model, lt.RoutedFFN(num_active=4, gate=gate))
+    session = lt.apply(model, lt.RoutedFFN(num_active=4))
     session.calibrate([tiny.batch(1)])
     wanted, got = plain(**tiny.batch()), model(**tiny.batch())
     assert torch.equal(got.logits, wanted.logits)
@@ -177,11 +174,24 @@ def test_all_groups_are_the_dense_model(gate: str) -> None:
         # Parts of BERT's FFN go by other names in the routed one.
         if n in grads:
             torch.testing.assert_close(grads[n].grad, p.grad, rtol=1e-4, atol=1e-7)
-    assert all((layer.router.weight.grad is None) == (gate == "none") for layer in layers_of(model))
     for layer in layers_of(model):
+        assert layer.router.weight.grad is None
         nn.init.constant_(layer.router.bias, 20.0)
-    is_same = torch.equal(model(**tiny.batch()).logits, wanted.logits)
-    assert is_same == (gate == "none")
+    assert torch.equal(model(**tiny.batch()).logits, wanted.logits)
+
+
+def test_gates_are_exactly_one_at_conversion() -> None:
+    """And after calibration: with the others at zero, a chosen group is what it is in the FFN."""
+    model = MODELS["llama"].build()
+    session = lt.apply(model, lt.RoutedFFN())
+    session.calibrate([MODELS["llama"].batch(1)])
+    layer, x = layers_of(model)[0], tokens().float()
+    layer._is_hooked = True
+    chosen = torch.zeros(12, 4).scatter(1, maths.choose(layer.router(x)[0], 2), 1.0)
+    wanted = layer.ffn.output(layer.ffn.hidden(x), chosen)
+    assert torch.equal(layer(x), wanted)
+    nn.init.constant_(layer.router.bias, 0.1)
+    assert not torch.equal(layer(x), wanted)
 
 
 def test_exact_is_the_dense_model() -> None:
@@ -196,7 +206,7 @@ def test_exact_is_the_dense_model() -> None:
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_all_groups_with_lora_are_the_merged_dense_layer(name: str) -> None:
-    model, session, layer = make(name, lora_for(name), num_active=4, gate="none")
+    model, session, layer = make(name, lora_for(name), num_active=4)
     x = tokens()
     before = layer.eval()(x)
     batch = MODELS[name].batch()
@@ -226,15 +236,13 @@ def force(layer: RoutedMLP, x: Tensor, how: str) -> None:
 
 @pytest.mark.parametrize("how", ["as it is", "alike", "all but one alike"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    ("name", "gate"), [("llama", "output"), ("opt", "output"), ("gpt2", "none")]
-)
-def test_both_ways_to_compute_agree(name: str, gate: str, dtype: torch.dtype, how: str) -> None:
+@pytest.mark.parametrize("name", ["llama", "opt", "gpt2"])
+def test_both_ways_to_compute_agree(name: str, dtype: torch.dtype, how: str) -> None:
     """Groups without a token, one token alone, every token in one group, strided input."""
     x = tokens(10)
     results = []
     for is_whole in (False, True):
-        _, _, layer = make(name, lora_for(name), gate=gate)
+        _, _, layer = make(name, lora_for(name))
         layer._is_hooked = is_whole
         force(layer, x, how)
         layer.to(dtype)
@@ -257,10 +265,9 @@ def test_both_ways_to_compute_agree(name: str, gate: str, dtype: torch.dtype, ho
                 torch.testing.assert_close(a, b, rtol=64 * eps, atol=64 * eps * max(scale, 1))
 
 
-@pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("name", ["llama", "opt"])
-def test_every_gradient_is_the_slope_in_a_random_direction(name: str, gate: str) -> None:
-    _, _, layer = make(name, lora_for(name), gate=gate)
+def test_every_gradient_is_the_slope_in_a_random_direction(name: str) -> None:
+    _, _, layer = make(name, lora_for(name))
     x = tokens(40).requires_grad_()
     leaves = {"x": x, **{n: p for n, p in layer.named_parameters() if p.requires_grad}}
     assert any("lora_A" in n for n in leaves) and "router.weight" in leaves
@@ -270,11 +277,8 @@ def test_every_gradient_is_the_slope_in_a_random_direction(name: str, gate: str)
         x = given.pop("x")
         return torch.func.functional_call(layer, given, (x,)).square().sum()
 
-    grads = torch.autograd.grad(loss("", 0.0), list(leaves.values()), allow_unused=True)
+    grads = torch.autograd.grad(loss("", 0.0), list(leaves.values()))
     for (n, leaf), grad in zip(leaves.items(), grads, strict=True):
-        if gate == "none" and n.startswith("router"):
-            assert grad is None
-            continue
         step = 1e-6 * torch.randn_like(leaf)  # too small for a token to change its groups
         slope = (grad * step).sum().item()
         wanted = 0.5 * (loss(n, step) - loss(n, -step)).item()
@@ -282,15 +286,10 @@ def test_every_gradient_is_the_slope_in_a_random_direction(name: str, gate: str)
         assert 1.01 * slope != pytest.approx(wanted, rel=1e-4), n
 
 
-@pytest.mark.parametrize("gate", GATES)
-def test_who_gives_the_router_a_gradient(gate: str) -> None:
-    _, _, layer = make("llama", gate=gate)
+def test_the_task_gives_the_router_a_gradient() -> None:
+    _, _, layer = make("llama")
     layer(tokens()).square().sum().backward()
-    grad = layer.router.weight.grad
-    if gate == "none":
-        assert grad is None
-    else:
-        assert grad is not None and (grad.abs().amax(1) > 0).all()
+    assert (layer.router.weight.grad.abs().amax(1) > 0).all()
 
 
 def test_balance_loss_is_the_formula_and_least_at_an_even_load() -> None:
@@ -524,7 +523,7 @@ def test_rounded_lists_compute_the_same(
             torch.testing.assert_close(a, b)
 
 
-LAUNCHES = {"llama": (92, 113), "opt": (73, 79)}
+LAUNCHES = {"llama": (57, 71), "opt": (47, 51)}
 
 
 @pytest.mark.parametrize("name", LAUNCHES)
@@ -546,7 +545,7 @@ def plain_and_reordered(name: str, **options: Any) -> tuple[nn.Module, nn.Module
 
 @pytest.mark.parametrize("name", MODELS)
 def test_reordering_preserves_the_function_and_is_undone(name: str) -> None:
-    plain, model, session = plain_and_reordered(name, num_active=4, gate="none")
+    plain, model, session = plain_and_reordered(name, num_active=4)
     batch = MODELS[name].batch()
     wanted = plain(**batch).logits
     for _ in range(2):
@@ -561,7 +560,7 @@ def test_reordering_preserves_the_function_and_is_undone(name: str) -> None:
 
 def test_reordering_one_weight_alone_changes_the_function() -> None:
     """The control of the test above."""
-    plain, model, _ = plain_and_reordered("llama", num_active=4, gate="none")
+    plain, model, _ = plain_and_reordered("llama", num_active=4)
     layer = layers_of(model)[0]
     with torch.no_grad():
         up = layer.ffn.weight("up")
@@ -575,9 +574,7 @@ def test_reordering_takes_the_factors_along(name: str) -> None:
     outputs = []
     for split in ("contiguous", "coactivation"):
         model = MODELS[name].build().double()
-        session = lt.apply(
-            model, lora_for(name), lt.RoutedFFN(split=split, num_active=4, gate="none")
-        )
+        session = lt.apply(model, lora_for(name), lt.RoutedFFN(split=split, num_active=4))
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for n, p in model.named_parameters():
@@ -621,7 +618,7 @@ def test_units_that_are_active_together_are_found() -> None:
     found = kinds[layer.units.permutation].view(2, 16)
     assert (found == found[:, :1]).all() and found[0, 0] != found[1, 0]
     # And the router knows which tokens they fire on.
-    layer.config = lt.RoutedFFN(num_groups=2, num_active=1, gate="none")
+    layer.config = lt.RoutedFFN(num_groups=2, num_active=1)
     wanted = layer.ffn.output(layer.ffn.hidden(x))
     # SiLU is not quite zero where it does not fire.
     assert (layer(x) - wanted).norm() < 0.05 * wanted.norm()
@@ -867,7 +864,7 @@ def test_lora_routed_and_sampled_together(name: str) -> None:
 
 def test_frozen_weights_have_no_gradient_and_keep_no_input() -> None:
     """With LoRA the base weights are views: backward keeps the gathered rows of no linear."""
-    _, _, layer = make("opt", lora_for("opt"), gate="none", balance_weight=0.0)
+    _, _, layer = make("opt", lora_for("opt"), balance_weight=0.0)
     kept: list[torch.Size] = []
     hooks = torch.autograd.graph.saved_tensors_hooks(
         lambda t: kept.append(t.shape) or t, lambda t: t
@@ -876,7 +873,7 @@ def test_frozen_weights_have_no_gradient_and_keep_no_input() -> None:
         layer(tokens(12).requires_grad_())
     # 24 routed rows: neither their gathered inputs nor anything else as wide is kept.
     assert torch.Size([24, 16]) not in kept
-    assert not any(len(s) == 2 and s[1] == 16 and s[0] not in (3, 12, 4, 8) for s in kept), kept
+    assert not any(len(s) == 2 and s[1] == 16 and s[0] not in (3, 12, 32) for s in kept), kept
 
 
 def test_linear_that_trains_a_subspace_is_not_cut() -> None:
@@ -927,7 +924,7 @@ def test_thin_gradients_stay_thin_inside_groups() -> None:
 @pytest.mark.parametrize("num_active", [2, 4])
 def test_dropout_inside_the_ffn_still_drops(name: str, num_active: int) -> None:
     model = MODELS[name].build()
-    lt.apply(model, lt.RoutedFFN(num_active=num_active, gate="none"))
+    lt.apply(model, lt.RoutedFFN(num_active=num_active))
     layer = layers_of(model)[0]
     dropouts = [m for m in layer.modules() if isinstance(m, nn.Dropout)]
     assert len(dropouts) == 1
@@ -966,7 +963,7 @@ def test_parameters_keep_their_names_where_the_ffn_is_a_module() -> None:
 def test_adapter_inside_is_a_plain_peft_one(name: str, split: str, tmp_path: Path) -> None:
     tiny = MODELS[name]
     model = tiny.build()
-    options: dict[str, Any] = {"num_active": 4, "gate": "none", "split": split}
+    options: dict[str, Any] = {"num_active": 4, "split": split}
     session = lt.apply(model, lora_for(name), lt.RoutedFFN(**options))
     session.calibrate([tiny.batch(3)])
     optimizer = session.optimizer(torch.optim.SGD, lr=0.3)
@@ -1017,9 +1014,9 @@ def test_copy_routes_by_its_own_session() -> None:
     assert layers_of(twin) and not layers_of(model)
 
 
-@pytest.mark.parametrize(("name", "most"), [("llama", 92), ("opt", 73)])
+@pytest.mark.parametrize(("name", "most"), [("llama", 105), ("opt", 82)])
 def test_forward_makes_few_calls_of_ours(name: str, most: int) -> None:
-    """A third of what it took while the view of an FFN was built anew in every forward."""
+    """Less than half of what it took while an FFN's view was built anew in every forward."""
     _, _, layer = make(name, lora_for(name))
     x = tokens()
     layer(x)
@@ -1122,7 +1119,7 @@ def test_merge_names_the_way_out() -> None:
         session.merge()
     assert len(layers_of(model)) == 2
     session.remove()
-    session = lt.apply(model, lt.RoutedFFN(num_active=4, gate="none", split="coactivation"))
+    session = lt.apply(model, lt.RoutedFFN(num_active=4, split="coactivation"))
     wanted = MODELS["llama"].build()(**MODELS["llama"].batch()).logits
     assert session.can_merge
     session.merge()

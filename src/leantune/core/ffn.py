@@ -7,7 +7,7 @@ LoRA layers, sampled by WTA-CRS or not.
 Legend: n rows, F hidden units, r rank of an adapter.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import repeat
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ from leantune.core.distributed import full_tensor, shard_like
 from leantune.core.linear import Converted, is_linear
 from leantune.errors import ConfigError, UnsupportedError
 from leantune.ops.autocast import autocast_dtype
+from leantune.ops.groups import grouped_linear
 from leantune.ops.linear import linear
 
 
@@ -32,12 +33,18 @@ class LinearView(NamedTuple):
     bias: Tensor | None
 
     @classmethod
-    def of(cls, module: Any, scaling: float = 1.0) -> "LinearView":
-        """View a whole linear as it is now (FSDP replaces parameters), its bias scaled."""
-        weight, bias = module.weight, module.bias
-        if bias is not None and scaling != 1.0:
-            bias = scaling * bias
-        return cls(module, weight if isinstance(module, nn.Linear) else weight.t(), bias)
+    def of(cls, module: Any) -> "LinearView":
+        """View a whole linear as it is now: FSDP replaces parameters."""
+        weight = module.weight if isinstance(module, nn.Linear) else module.weight.t()
+        return cls(module, weight, module.bias)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether backward keeps of the input what it does for any linear, not what it is told."""
+        module: Any = self.module
+        if not (isinstance(module, Converted) and module.training) or module.runtime.is_exact:
+            return True
+        return not (self.weight.requires_grad and torch.is_grad_enabled())
 
     def multiply(self, x: Tensor) -> Tensor:
         """Return ``x weight^T + bias``; backward keeps what the module keeps of its inputs.
@@ -48,19 +55,34 @@ class LinearView(NamedTuple):
         module, weight, bias = self
         if x.dtype != weight.dtype and autocast_dtype(x) is None:
             x = x.to(weight.dtype)
-        if not (isinstance(module, Converted) and module.training):
-            return F.linear(x, weight, bias)
-        if module.runtime.is_exact or not (weight.requires_grad and torch.is_grad_enabled()):
+        if self.is_plain:
             return F.linear(x, weight, bias)
         key = None if module.rows is None else module.runtime.key(x.device)
         return linear(x, weight, bias, rows=module.rows, codec=module.codec, key=key)
 
-    def chunk(self, dim: int, num: int) -> "list[LinearView]":
-        """Cut along the output (0) or input (1) features; a cut of inputs leaves the bias out."""
-        # One operation for all slices: the gradient of a trained weight is put together once.
-        weights = self.weight.chunk(num, dim)
-        biases = repeat(None) if dim == 1 or self.bias is None else self.bias.chunk(num)
-        return list(map(LinearView, repeat(self.module), weights, biases))
+    def multiply_groups(
+        self,
+        x: Tensor,
+        sizes: Sequence[int],
+        dim: int = 0,
+        onto: Tensor | None = None,
+        scaling: float = 1.0,
+    ) -> Tensor:
+        """Multiply each group's rows by its slice; see :func:`leantune.ops.groups.grouped_linear`.
+
+        A cut of inputs leaves the bias out. Backward keeps what the module keeps of its inputs.
+        """
+        weight, bias = self.weight, None if dim else self.bias
+        dtype = autocast_dtype(x) or weight.dtype
+        fits = onto is None or (bias is None and onto.dtype == dtype)
+        if fits and self.is_plain:
+            x, weight = x.to(dtype), weight.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
+            return grouped_linear(x, weight, bias, sizes, dim=dim, onto=onto, scaling=scaling)
+        biases = repeat(None) if bias is None else bias.chunk(len(sizes))
+        slices = map(LinearView, repeat(self.module), weight.chunk(len(sizes), dim), biases)
+        y = torch.cat([s.multiply(rows) for s, rows in zip(slices, x.split(sizes), strict=True)])
+        return y if onto is None else onto + (scaling * y).to(onto.dtype)
 
 
 class FFN:
@@ -140,94 +162,72 @@ class FFN:
         return self.modules[part](x) if part in self.modules else x
 
     def project(self, x: Tensor) -> list[Tensor]:
-        """Return ``scaling * first(dropout(x))``, (..., r), for each adapter of up and gate.
+        """Return ``first(dropout(x))``, (..., r), for each adapter of up and gate.
 
-        No slice has a part in it, so that it is computed once for all of them.
+        No group has a part in it, so that it is computed once for all of them.
         """
-        low = [
-            scaling * LinearView.of(first).multiply(dropout(x))
+        return [
+            LinearView.of(adapter.first).multiply(adapter.dropout(x))
             for part in ("up", "gate")
             if part in self.linears
-            for first, _, scaling, dropout in self.linears[part].adapters
+            for adapter in self.linears[part].adapters
         ]
-        return low * 2 if self.is_halved else low
 
-    def slices(self, num: int) -> "list[FFNSlice]":
-        """Cut the hidden units into ``num`` slices of equal size, whose weights are views."""
-        parts: list[Iterable[tuple[LinearView, ...]]] = []
-        for part, (base, adapters) in self.linears.items():
-            dim = int(part == "down")
-            num_halves = 2 if part == "up" and self.is_halved else 1
-            pieces = [LinearView.of(base).chunk(dim, num_halves * num)]
-            for first, second, scaling, _ in adapters:
-                view = LinearView.of(first if dim else second, scaling)
-                pieces.append(view.chunk(dim, num_halves * num))
-            cuts = list(zip(*pieces, strict=True))
-            parts += [cuts[num:], cuts[:num]] if num_halves == 2 else [cuts]
-        return list(map(FFNSlice, repeat(self), zip(*parts, strict=True)))
-
-    def finish(self, y: Tensor, low: Iterable[Tensor]) -> Tensor:
-        """Return the FFN's output from the sums over slices of what :meth:`FFNSlice.run` returns.
+    def run_groups(
+        self, x: Tensor, low: Iterable[Tensor], sizes: Sequence[int], scale: Tensor
+    ) -> list[Tensor]:
+        """Run each row through one of G groups of hidden units, equal slices of all of them.
 
         Args:
-            y: (n, d_model).
+            x: (m, d_model), sorted by group.
+            low: for these rows, what :meth:`project` returns.
+            sizes: how many rows each of the G groups has.
+            scale: (m, 1), multiplies the hidden activations.
+
+        Returns:
+            The down product, (m, d_model), then the low-rank output (m, r) of each adapter.
+        """
+        low, outputs = iter(low), dict[str, list[Tensor]]()
+        for part in ("up", "gate"):
+            if part not in self.linears:
+                continue
+            base, adapters = self.linears[part]
+            outputs[part] = [v.multiply_groups(x, sizes) for v in self._halves(part, base)]
+            for adapter, z in zip(adapters, low, strict=False):
+                views = self._halves(part, adapter.second)
+                outputs[part] = [
+                    view.multiply_groups(z, sizes, onto=y, scaling=adapter.scaling)
+                    for view, y in zip(views, outputs[part], strict=True)
+                ]
+        *gate, up = [*outputs.get("gate", []), *outputs["up"]]
+        hidden: Tensor = self.modules["activation"](gate[0] if gate else up)
+        hidden = self._drop("hidden_dropout", hidden * up if gate else hidden)
+        hidden = hidden * scale.to(hidden.dtype)
+        base, adapters = self.linears["down"]
+        inputs = [(base, hidden), *((a.first, a.dropout(hidden)) for a in adapters)]
+        return [LinearView.of(m).multiply_groups(z, sizes, dim=1) for m, z in inputs]
+
+    def _halves(self, part: str, module: nn.Module) -> list[LinearView]:
+        """View a linear, or its halves: the gate's, then that of up."""
+        whole = LinearView.of(module)
+        if not (part == "up" and self.is_halved):
+            return [whole]
+        biases = (None, None) if whole.bias is None else whole.bias.chunk(2)
+        return list(map(LinearView, repeat(module), whole.weight.chunk(2), biases))
+
+    def finish(self, y: Tensor, low: Iterable[Tensor]) -> Tensor:
+        """Return the FFN's output from each token's sums of what :meth:`run_groups` returns.
+
+        Args:
+            y: (n, d_model), changed in place.
             low: (n, r) for each adapter of ``down``.
         """
         down: Any = self.linears["down"].linear
         if down.bias is not None:
             y = y + down.bias.to(y.dtype)
-        for z, adapter in zip(low, self.linears["down"].adapters, strict=True):
-            view = LinearView.of(adapter.second, adapter.scaling)
-            y = y + view.multiply(adapter.scaling * z).to(y.dtype)
-        dropout = self.modules.get("output_dropout")
-        return y if dropout is None else dropout(y)
-
-
-class FFNSlice(NamedTuple):
-    """Some hidden units of an FFN, with what they have of each weight.
-
-    Args:
-        ffn: the whole.
-        parts: for ``up``, ``gate`` if there is one, and ``down``: the slice of the linear, then
-            those of its adapters' factors that have the units.
-    """
-
-    ffn: FFN
-    parts: tuple[tuple[LinearView, ...], ...]
-
-    def run(
-        self,
-        x: Tensor,
-        low: Iterable[Tensor],
-        scale: Tensor | None = None,
-    ) -> list[Tensor]:
-        """Return the down product (n, d_model), then the low-rank output (n, r) of each adapter.
-
-        Args:
-            x: (n, d_model).
-            low: for these rows, what :meth:`FFN.project` returns.
-            scale: (n, 1), multiplies the hidden activations; None for ones.
-        """
-        modules, low = self.ffn.modules, iter(low)
-        outputs: list[Tensor] = []
-        *inputs, down = self.parts
-        for base, *factors in inputs:
-            out = base.multiply(x)
-            for factor in factors:
-                out = out + factor.multiply(next(low)).to(out.dtype)
-            outputs.append(out)
-        hidden: Tensor = modules["activation"](outputs[-1])
-        if len(outputs) == 2:
-            hidden = hidden * outputs[0]
-        if "hidden_dropout" in modules:
-            hidden = modules["hidden_dropout"](hidden)
-        if scale is not None:
-            hidden = hidden * scale.to(hidden.dtype)
-        base, *factors = down
-        results = [base.multiply(hidden)]
-        for factor, adapter in zip(factors, self.ffn.linears["down"].adapters, strict=True):
-            results.append(factor.multiply(adapter.dropout(hidden)))
-        return results
+        for z, (_, second, scaling, _) in zip(low, self.linears["down"].adapters, strict=True):
+            y = LinearView.of(second).multiply_groups(z, [len(z)], onto=y, scaling=scaling)
+        return self._drop("output_dropout", y)
 
 
 def view_ffn(modules: Mapping[str, nn.Module], before: FFN | None = None) -> FFN:

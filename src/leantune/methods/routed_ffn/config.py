@@ -24,11 +24,6 @@ class RoutedFFN(MethodConfig):
         help="how hidden units are grouped: as they lie (the paper's), or those that are active "
         "together, by reordering them",
     )
-    gate: Literal["output", "none"] = option(
-        "output",
-        help="what a group's output is multiplied by: 1 at first, then what its router learns from "
-        "the task, or always nothing",
-    )
     compensate: Literal["none", "mean", "lowrank"] = option(
         "none",
         help="what stands in for a group that a token skips: nothing, the mean of its output, or a "
@@ -48,10 +43,10 @@ class RoutedFFN(MethodConfig):
 
     @property
     def is_dense(self) -> bool:
-        """Whether the plain FFN computes the same."""
-        return self.num_active == self.num_groups and self.gate == "none"
+        """Whether nothing is skipped: then the plain FFN runs."""
+        return self.num_active == self.num_groups
 
     @property
     def is_compensated(self) -> bool:
         """Whether something stands in for groups that are skipped."""
-        return self.compensate != "none" and self.num_active < self.num_groups
+        return self.compensate != "none" and not self.is_dense

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def choose(logits: Tensor, num_active: int) -> Tensor:
-    """Return the A groups with the largest logits, in ascending order; ties go to the lowest.
+    """Return the A groups with the largest logits, the largest first; ties go to the lowest.
 
     Args:
         logits: (n, G).
@@ -16,8 +16,7 @@ def choose(logits: Tensor, num_active: int) -> Tensor:
     Returns:
         (n, A) int64.
     """
-    order = logits.detach().sort(dim=-1, descending=True, stable=True).indices
-    return order[:, :num_active].sort(dim=-1).values
+    return logits.detach().sort(dim=-1, descending=True, stable=True).indices[:, :num_active]
 
 
 def balance_loss(p: Tensor, chosen: Tensor, mask: Tensor | None) -> Tensor:
@@ -36,9 +35,9 @@ def balance_loss(p: Tensor, chosen: Tensor, mask: Tensor | None) -> Tensor:
     """
     n, num_groups = p.shape
     weights = p.new_full((n,), 1.0 / n) if mask is None else mask.to(p) / mask.sum().clamp(min=1)
-    share = weights @ torch.zeros_like(p).scatter_(1, chosen, 1.0)  # f, (G,)
-    mean = weights @ (p / p.sum(-1, keepdim=True))  # P, (G,)
-    return num_groups / chosen.shape[1] * (share * mean).sum()
+    share = torch.zeros_like(p).scatter_(1, chosen, 1.0).t().mv(weights)  # f, (G,)
+    mean = (p / p.sum(-1, keepdim=True)).t().mv(weights)  # P, (G,)
+    return num_groups / chosen.shape[1] * share.dot(mean)
 
 
 def evenly_spaced_rows(x: Tensor, mask: Tensor | None, num_rows: int) -> Tensor:

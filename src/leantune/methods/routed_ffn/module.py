@@ -14,8 +14,8 @@ from leantune.errors import ConfigError
 from leantune.methods.routed_ffn import maths
 from leantune.methods.routed_ffn.compensation import Compensation
 from leantune.methods.routed_ffn.config import RoutedFFN
-from leantune.ops.backend import by_device, read_later
-from leantune.ops.groups import combine, dispatch, route
+from leantune.ops.backend import by_device
+from leantune.ops.groups import combine, dispatch, route, spread
 from leantune.ops.random import RandomKey, stream_of, uniform
 
 _TOKENS_PER_BATCH = 512
@@ -131,22 +131,19 @@ class RoutedMLP(nn.Module):
             return ffn.output(hidden)
         flat = x.flatten(0, -2)
         logits, learnt = self.router(flat)  # (n, G)
-        wide = torch.promote_types(logits.dtype, torch.float32)
+        wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
         chosen = maths.choose(logits, config.num_active)
-        # Exactly 1 while nothing is learnt.
-        c = 2.0 * learnt.to(wide).sigmoid().gather(1, chosen) if config.gate == "output" else None
-        is_partial = config.num_active < config.num_groups
-        if is_partial and config.balance_weight and self.training:
+        c = 2.0 * learnt.gather(1, chosen).to(wide).sigmoid()  # exactly 1 while nothing is learnt
+        if config.balance_weight and self.training:
             p = logits.to(wide).sigmoid()
             loss = maths.balance_loss(p, chosen, self.runtime.batch.real_rows(x.shape))
             self.runtime.add_auxiliary_loss(config.balance_weight * loss)
         guess = self._guess(flat, chosen)
-        if is_partial and ffn.is_divisible and not self._is_hooked:
+        if ffn.is_divisible and not self._is_hooked:
             return self._routed(ffn, flat, chosen, c, guess).view(*x.shape[:-1], -1)
-        factors = torch.ones_like(chosen, dtype=wide) if c is None else c
-        zeros = torch.zeros_like(logits, dtype=wide)
+        scale = torch.zeros_like(logits, dtype=wide).scatter(1, chosen, c)
         guess = None if guess is None else guess.view(*x.shape[:-1], -1)
-        return ffn.output(ffn.hidden(x), zeros.scatter(1, chosen, factors), guess)
+        return ffn.output(ffn.hidden(x), scale, guess)
 
     @property
     def num_recorded(self) -> int:
@@ -181,27 +178,11 @@ class RoutedMLP(nn.Module):
         return self.compensation(x, skipped)
 
     def _routed(
-        self, ffn: FFN, x: Tensor, chosen: Tensor, c: Tensor | None, guess: Tensor | None
+        self, ffn: FFN, x: Tensor, chosen: Tensor, c: Tensor, guess: Tensor | None
     ) -> Tensor:
         """Run the chosen groups alone; what does not depend on the group runs once per token."""
-        num_groups = self.config.num_groups
-        routing = route(chosen, num_groups, by_device(x, cpu=1, gpu=_MULTIPLE))
-        read_sizes = read_later(routing.sizes)
+        routing = route(chosen, self.config.num_groups, by_device(x, cpu=1, gpu=_MULTIPLE))
         rows, *low = [dispatch(t, routing) for t in (x, *ffn.project(x))]
-        scale = None if c is None else c.reshape(-1, 1).index_select(0, routing.choices)
-        sizes = read_sizes()
-        ends = [*sizes, len(rows) - sum(sizes)]
-        split = [t.split(ends)[:-1] for t in (rows, *low)]
-        scales = [None] * num_groups if scale is None else scale.split(ends)[:-1]
-        outputs = [
-            own.run(rows, low, scale)
-            for size, own, scale, (rows, *low) in zip(
-                sizes, ffn.slices(num_groups), scales, zip(*split, strict=True), strict=True
-            )
-            if size
-        ]
-        sums = list(map(torch.cat, zip(*outputs, strict=True)))
+        sums = ffn.run_groups(rows, low, routing.read_sizes(), spread(c, routing))
         y, *low = [combine(t, routing) for t in sums]
-        if guess is not None:
-            y = y + guess
-        return ffn.finish(y, low)
+        return ffn.finish(y if guess is None else y + guess, low)
