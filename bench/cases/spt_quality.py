@@ -1,8 +1,8 @@
 """Quality of sparse attention and routed FFNs: LoRA on GLUE tasks, all rows from one command.
 
 Under the paper's settings (an eighth of the keys, two of four groups of hidden units as they lie)
-and softer ones. GLUE rows are short: at least four keys are kept, so that attention is sparse there
-at all.
+and softer ones. GLUE rows are short: at least four or eight keys are kept, so that attention is
+sparse there at all.
 """
 
 import leantune as lt
@@ -22,25 +22,24 @@ SETTINGS = (
 
 _LORA = lt.LoRA(rank=8)
 _SPT = lt.SPTAttention(min_keys=4)
-_SPT_SOFT = lt.SPTAttention(keep_ratio=0.5, min_keys=4)
+_SPT_SOFT = lt.SPTAttention(keep_ratio=0.5, min_keys=8)
 _ROUTED = lt.RoutedFFN(split="contiguous")
-_ROUTED_SOFT = lt.RoutedFFN(num_active=3, split="coactivation")
+_FOUR = "layer.[0-3].*"
 RECIPES: dict[str, Recipe] = {
     "LoRA": (_LORA,),
     "LoRA + routed 2 of 4": (_LORA, _ROUTED),
     "LoRA + routed 2 of 4, coactivation": (_LORA, lt.RoutedFFN(split="coactivation")),
-    "LoRA + routed 2 of 4, coactivation, all but the last two layers": (
-        _LORA,
-        lt.RoutedFFN(split="coactivation", sites=["layer.[0-3].*"]),
-    ),
-    "LoRA + routed 3 of 4, coactivation": (_LORA, _ROUTED_SOFT),
     "LoRA + routed 2 of 4, coactivation, low-rank guess": (
         _LORA,
         lt.RoutedFFN(split="coactivation", compensate="lowrank"),
     ),
-    "LoRA + routed 3 of 4, coactivation, mean guess": (
+    "LoRA + routed 2 of 4, coactivation, low-rank guess, all but the last two layers": (
         _LORA,
-        lt.RoutedFFN(num_active=3, split="coactivation", compensate="mean"),
+        lt.RoutedFFN(split="coactivation", compensate="lowrank", sites=[_FOUR]),
+    ),
+    "LoRA + routed 3 of 4, coactivation": (
+        _LORA,
+        lt.RoutedFFN(num_active=3, split="coactivation"),
     ),
     "LoRA + routed 3 of 4, coactivation, low-rank guess": (
         _LORA,
@@ -54,9 +53,13 @@ RECIPES: dict[str, Recipe] = {
         ),
     ),
     "LoRA + SPT 1/8": (_LORA, _SPT),
-    "LoRA + SPT 1/2": (_LORA, _SPT_SOFT),
+    "LoRA + SPT 1/2": (_LORA, lt.SPTAttention(keep_ratio=0.5, min_keys=4)),
+    "LoRA + SPT 1/2, at least 8 keys": (_LORA, _SPT_SOFT),
+    "LoRA + SPT 1/2, at least 8 keys, 2 always kept": (
+        _LORA,
+        lt.SPTAttention(keep_ratio=0.5, min_keys=8, always_keep=2),
+    ),
     "LoRA + SPT 1/8 + routed 2 of 4": (_LORA, _SPT, _ROUTED),
-    "LoRA + SPT 1/2 + routed 3 of 4, coactivation": (_LORA, _SPT_SOFT, _ROUTED_SOFT),
 }
 
 
