@@ -1,25 +1,24 @@
 """How far routed FFNs are from the dense ones before any training: MiniLM on held-out RTE text."""
 
-from collections.abc import Iterable
 from itertools import product
 from statistics import fmean
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 import leantune as lt
 from bench import rows
 from bench.models import glue, minilm
-from leantune.core.calibration import run_batches
-from leantune.methods.routed_ffn.module import RoutedMLP
+from leantune.methods.routed_ffn import choose_layers
+from leantune.methods.routed_ffn.layers import output_errors
 
 RESULT = "routed_ffn_error"
 ACTIVE, COMPENSATE = (2, 3), ("none", "mean", "lowrank")
+SHARE = 0.75
 
 
 def main(num_tokens: int = 128, num_texts: int = 8) -> None:
-    """Measure each compensation at 2 and 3 of 4 groups."""
+    """Measure each compensation at 2 and 3 of 4 groups, then what the choice of layers adds."""
     model, tokenizer = minilm()
     ids = tokenizer(" ".join(glue("rte")["train"]["sentence1"]), verbose=False)["input_ids"]
     shape = (-1, num_texts, num_tokens)
@@ -31,50 +30,14 @@ def main(num_tokens: int = 128, num_texts: int = 8) -> None:
         config = lt.RoutedFFN(num_active=num_active, split="coactivation", compensate=compensate)
         errors = output_errors(model, config, calibration, held_out)
         found.append(_row(f"{num_active} of 4 everywhere", compensate, errors))
+    for compensate in COMPENSATE:
+        config = lt.RoutedFFN(split="coactivation", compensate=compensate)
+        errors = {s.name: 0.0 for s in lt.find_sites(model) if s.role == "mlp"}
+        for chosen in choose_layers(model, calibration, config, active_share=SHARE):
+            errors |= output_errors(model, chosen, calibration, held_out)
+        found.append(_row(f"chosen, {SHARE:.0%} of all groups", compensate, errors))
     rows.replace(RESULT, ("groups", "compensate"), found)
     print(summary())
-
-
-def output_errors(
-    model: nn.Module, config: lt.RoutedFFN, calibration: Iterable[Any], held_out: Iterable[Any]
-) -> dict[str, float]:
-    """Return how far each routed FFN's output is from the dense one's, relative to its norm.
-
-    Each reads what the plain model gives it, real tokens alone. The model is left as it was.
-
-    Args:
-        model: the plain model.
-        config: how FFNs are routed.
-        calibration: batches that routers are fitted to.
-        held_out: batches that errors are measured on.
-    """
-    session = lt.apply(model, config)
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, RoutedMLP)}
-    sums = {layer: torch.zeros(2, dtype=torch.float64) for layer in layers.values()}
-
-    def compare(layer: nn.Module, args: tuple[Tensor], dense: Tensor) -> None:
-        assert isinstance(layer, RoutedMLP)
-        runtime = layer.runtime
-        if not runtime.is_exact:
-            return  # the call below
-        runtime.is_exact = False
-        try:
-            error = (layer(*args) - dense).double().square().sum(-1).flatten()
-        finally:
-            runtime.is_exact = True
-        pair = torch.stack([error, dense.double().square().sum(-1).flatten()])
-        real = runtime.batch.real_rows(dense.shape)
-        sums[layer] += (pair if real is None else pair[:, real]).sum(1).cpu()
-
-    try:
-        session.calibrate(calibration)
-        for layer in layers.values():
-            layer.register_forward_hook(compare)
-        for _ in run_batches(model, next(iter(layers.values())).runtime, held_out):
-            pass
-    finally:
-        session.remove()
-    return {name: float((sums[m][0] / sums[m][1]).sqrt()) for name, m in layers.items()}
 
 
 def _row(groups: str, compensate: str, errors: dict[str, float]) -> dict[str, Any]:

@@ -45,7 +45,7 @@ RECIPES: dict[str, Recipe] = {
         _LORA,
         lt.RoutedFFN(num_active=3, split="coactivation", compensate="lowrank"),
     ),
-    # The last two have the least error on RTE; three quarters of all groups are left.
+    # As choose_layers has it for three quarters of all groups (routed_ffn_error.jsonl).
     "LoRA + routed 1 of 4 in the last two layers, coactivation, low-rank guess": (
         _LORA,
         lt.RoutedFFN(

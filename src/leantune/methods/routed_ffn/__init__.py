@@ -7,8 +7,9 @@ Sparsification", arXiv 2312.10365. Equations beside names: docs/methods/routed_f
 from leantune.core.registry import MethodSpec, register
 from leantune.methods.routed_ffn.config import RoutedFFN
 from leantune.methods.routed_ffn.conversion import convert, refusal
+from leantune.methods.routed_ffn.layers import choose_layers
 
-__all__ = ["RoutedFFN"]
+__all__ = ["RoutedFFN", "choose_layers"]
 
 register(
     MethodSpec(
