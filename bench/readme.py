@@ -314,6 +314,7 @@ TABLES: dict[str, Callable[[], Any]] = {
     "cached-norms": wta_crs_quality.cached,
     "sparse-grad": sparse_grad,
     "sparse-grad-quality": sparse_grad_quality.summary,
+    "sparse-grad-quality-long": sparse_grad_quality.long_summary,
     "spt-quality": spt_quality.summary,
     "spt-language": spt_language.summary,
     "smollm-attention": spt_smollm.attention,

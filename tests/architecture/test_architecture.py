@@ -101,7 +101,7 @@ PRICES = {
     "meprop": (1, 160),
     "routed_ffn": (9, 968),
     "sparse_grad": (6, 730),
-    "spt_attention": (11, 1690),
+    "spt_attention": (11, 1640),
     "wta_crs": (8, 1085),
 }
 NEW_METHOD = (5, 700)
