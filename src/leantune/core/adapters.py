@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from leantune.errors import UnsupportedError
 
@@ -85,6 +85,20 @@ def adapted_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module
 def trained_by_adapter(layer: Any) -> dict[str, nn.Module]:
     """Return what such a layer trains, by adapter: the first of its factors, or the copy."""
     return dict(layer.modules_to_save if hasattr(layer, "modules_to_save") else layer.lora_A)
+
+
+def fold_in_state(state: dict[str, Tensor], name: str, layer: Any, adapter: str) -> None:
+    """Put what the layer ``name`` computes with under its plain module's names, in ``state`` alone.
+
+    One adapter is folded into the weight; where it trains a copy of the module, the copy counts.
+    """
+    is_copy, start = hasattr(layer, "modules_to_save"), f"{name}."
+    kept = start + (f"modules_to_save.{adapter}." if is_copy else "base_layer.")
+    own = {key: state.pop(key) for key in list(state) if key.startswith(start)}
+    state.update({k.replace(kept, start): v for k, v in own.items() if k.startswith(kept)})
+    if not is_copy:
+        weight = state[f"{start}weight"]
+        state[f"{start}weight"] = (weight + layer.get_delta_weight(adapter).to(weight)).cpu()
 
 
 def is_factor(name: str) -> bool:

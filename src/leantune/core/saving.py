@@ -48,14 +48,19 @@ class _Saving:
         return save(save_directory, *args, state_dict=state, **options)
 
 
+def writes_plain(conversions: Sequence[Conversion]) -> bool:
+    """Return whether a model's own files, an adapter's among them, compute what the model does."""
+    return all(conversion.can_merge and conversion.is_plain for conversion in conversions)
+
+
 def take_over_saving(model: nn.Module, conversions: Sequence[Conversion]) -> None:
     """Let ``save_pretrained`` write merged weights from now on, or refuse where there are none.
 
     Args:
-        model: a converted model; one without that method is left as it is.
+        model: a converted model; one without that method, or whose own is right, stays as it is.
         conversions: what was done to it.
     """
-    if hasattr(model, _NAME):
+    if hasattr(model, _NAME) and not writes_plain(conversions):
         vars(model)[_NAME] = _Saving(model, conversions)
 
 

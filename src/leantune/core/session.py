@@ -47,8 +47,7 @@ class Session:
         self._runtime = runtime
         self._base = base
         self._done = [f"{c.config!r} at {len(c.sites)} sites" for c in conversions]
-        if not self.is_plain:
-            take_over_saving(model, conversions)
+        take_over_saving(model, conversions)
         self._first = model.register_forward_pre_hook(self._check_first_forward)
         runtime.install_hooks(model)
         model._leantune_session = self  # type: ignore[assignment]
@@ -75,11 +74,6 @@ class Session:
     def can_merge(self) -> bool:
         """Whether plain modules can compute what every method here computes."""
         return all(conversion.can_merge for conversion in self.conversions)
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether the model's own files, an adapter's among them, compute what the model does."""
-        return self.can_merge and all(conversion.is_plain for conversion in self.conversions)
 
     def exact(self) -> AbstractContextManager[None]:
         """Run the plain computation inside: nothing sampled, exact gradients."""

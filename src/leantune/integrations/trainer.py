@@ -20,7 +20,7 @@ from leantune.core.conversion import SAMPLE_ID
 from leantune.core.disk import load_tensors, read_json, save_tensors, write_atomic
 from leantune.core.files import trained_weights
 from leantune.core.ownership import refuse_idle
-from leantune.core.saving import allow_checkpoints
+from leantune.core.saving import allow_checkpoints, writes_plain
 from leantune.core.session import Session, check_open
 from leantune.errors import ConfigError, UnsupportedError
 from leantune.ops.backend import on_gpu
@@ -133,7 +133,7 @@ class TrainerCallback(transformers.TrainerCallback):
             weights = trained_weights(model)
             if state.is_world_process_zero:
                 save_tensors(folder / SAFE_WEIGHTS_NAME, weights)
-        if args.should_save and not self.session.is_plain:
+        if args.should_save and not writes_plain(self.session.conversions):
             _let_no_plain_model_load(folder)
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:

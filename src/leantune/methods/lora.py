@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from leantune.core.adapters import adapted_layers, saved_name, trained_by_adapter
+from leantune.core.adapters import adapted_layers, fold_in_state, saved_name, trained_by_adapter
 from leantune.core.calibration import seeded_generators
 from leantune.core.config import MethodConfig, option
 from leantune.core.conversion import SwapConversion
@@ -78,12 +78,9 @@ class InjectedAdapter(SwapConversion):
         super().undo()
         for parameter, flag in self.requires_grad:
             parameter.requires_grad_(flag)
-        self._restore_flags(self.model)
-
-    def _restore_flags(self, model: nn.Module) -> None:
         for name in _FLAGS:
-            vars(model).pop(name, None)
-        vars(model).update(self.flags)
+            self.model.__dict__.pop(name, None)
+        self.model.__dict__.update(self.flags)
 
     def merge(self) -> None:
         """Fold the factors into the weights, copy trained heads, and take the layers out."""
@@ -97,18 +94,9 @@ class InjectedAdapter(SwapConversion):
 
     def merge_state(self, state: dict[str, Tensor], model: nn.Module) -> None:
         """Put weights with folded factors, and trained heads, under the plain modules' names."""
-        self._restore_flags(model)
+        vars(model).pop("_hf_peft_config_loaded", None)
         for swap in self.swaps:
-            layer: Any = swap.new
-            is_low_rank, name = hasattr(layer, "merge"), f"{swap.name}."
-            kept = name + ("base_layer." if is_low_rank else f"modules_to_save.{_ADAPTER}.")
-            own = {key: state.pop(key) for key in list(state) if key.startswith(name)}
-            plain = {k.replace(kept, name): v for k, v in own.items() if k.startswith(kept)}
-            if is_low_rank:
-                weight = plain[f"{name}weight"]
-                change = layer.get_delta_weight(_ADAPTER).to(weight)
-                plain[f"{name}weight"] = (weight + change).cpu()
-            state.update(plain)
+            fold_in_state(state, swap.name, swap.new, _ADAPTER)
 
 
 _NOTHING = "-"
@@ -172,11 +160,10 @@ def _convert(
         fan_in_fan_out=any(is_conv1d(site.module) for site in sites),
     )
     injected = InjectedAdapter(model)
-    names = [site.name for site in sites]
     # The factors' start is the session's choice, and the caller's generators do not move.
     with seeded_generators(model, runtime.seed):
         try:
-            _inject(model, wanted, names)
+            _inject(model, wanted, [site.name for site in sites])
         except BaseException:
             # peft changes one layer after the other: take back those it came to.
             injected.find_layers()

@@ -29,6 +29,7 @@ from leantune.core.disk import write_atomic, writing
 from leantune.core.distributed import is_first_process
 from leantune.core.manifest import atomic_folder
 from leantune.core.recipe import RECIPE_FILE
+from leantune.core.saving import writes_plain
 from leantune.core.session import Session
 from leantune.errors import ConfigError
 from leantune.integrations.trainer import TrainerCallback
@@ -260,7 +261,7 @@ class _Experiment:
             if not session.can_merge:
                 # No plain model computes the same: `leantune.load` puts the session onto the base.
                 return
-            if hasattr(model, "peft_config") and session.is_plain:
+            if hasattr(model, "peft_config") and writes_plain(session.conversions):
                 with atomic_folder(output / "adapter", "adapter") as fresh:
                     model.save_pretrained(fresh)
             session.merge()
