@@ -21,6 +21,7 @@ _PARTS = {
     "quality-wta-crs": "cases.wta_crs_quality:main",
     "quality-sparse-grad": "cases.sparse_grad_quality:main",
     "quality-spt": "cases.spt_quality:main",
+    "quality-smollm": "cases.spt_smollm:main",
     "launches": "cases.launches:BENCH.run",
     "host": "host:main",
     "whole-step": "cases.whole_step:BENCH.run",

