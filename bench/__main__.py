@@ -18,6 +18,7 @@ _PARTS = {
     "spt-ffn-error": "cases.routed_ffn_error:main",
     "spt-attention": "cases.spt_attention:BENCH.run",
     "spt-recall": "cases.spt_attention:recall",
+    "spt-smollm-recall": "cases.spt_smollm_recall:main",
     "quality-wta-crs": "cases.wta_crs_quality:main",
     "quality-sparse-grad": "cases.sparse_grad_quality:main",
     "quality-spt": "cases.spt_quality:main",

@@ -21,6 +21,8 @@ from bench.cases import (
     sparse_grad_quality,
     spt_language,
     spt_quality,
+    spt_smollm,
+    spt_smollm_recall,
     wta_crs_quality,
 )
 from bench.quality import NO_ROWS
@@ -314,6 +316,9 @@ TABLES: dict[str, Callable[[], Any]] = {
     "sparse-grad-quality": sparse_grad_quality.summary,
     "spt-quality": spt_quality.summary,
     "spt-language": spt_language.summary,
+    "smollm-attention": spt_smollm.attention,
+    "smollm-routed": spt_smollm.routed,
+    "smollm-recall": spt_smollm_recall.summary,
     "whole-step": whole_step,
     "launches": launches,
     "host": host_costs,

@@ -7,7 +7,7 @@ sparse there at all.
 
 import leantune as lt
 from bench import quality
-from bench.cases import spt_language
+from bench.cases import spt_language, spt_smollm
 from bench.quality import Recipe, Setting
 
 RESULT = "spt_quality"
@@ -68,6 +68,7 @@ def main(worker: int = 0, num_workers: int = 1) -> None:
     quality.measure_missing(RESULT, SETTINGS, RECIPES, SEEDS, worker, num_workers, NUM_CALIBRATION)
     print(summary())
     spt_language.main(worker, num_workers)
+    spt_smollm.main(worker, num_workers)
 
 
 def summary() -> str:

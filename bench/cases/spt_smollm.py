@@ -117,7 +117,8 @@ def _measure(name: str) -> Iterator[dict[str, Any]]:
     """Yield the row of a recipe as converted, then that after fine-tuning."""
     start = time.process_time()
     model, tokenizer = smollm()
-    train, held_out = _windows(tokenizer)
+    train, held_out = windows(tokenizer, _LENGTH)
+    held_out = held_out[:_HELD_OUT]
     num_bytes = sum(len(tokenizer.decode(ids[1:]).encode()) for ids in held_out)
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(SEED))
     tuned, shown = train[order[:_STEPS]], train[order[_STEPS : _STEPS + 2]]
@@ -142,26 +143,26 @@ def _measure(name: str) -> Iterator[dict[str, Any]]:
         }
 
 
-def _windows(tokenizer: Any) -> tuple[Tensor, Tensor]:
+def windows(tokenizer: Any, length: int) -> tuple[Tensor, Tensor]:
     """Return windows of tokens, (r, n) each: of the training text, and of what is held out."""
     text = "\n".join(text for _, text in sorted(pydoc_data.topics.topics.items()))
     cut = len(text) * 9 // 10
     train, held_out = (
-        torch.tensor(tokenizer(part, verbose=False)["input_ids"]).unfold(0, _LENGTH, _LENGTH)
+        torch.tensor(tokenizer(part, verbose=False)["input_ids"]).unfold(0, length, length)
         for part in (text[:cut], text[cut:])
     )
-    return train, held_out[:_HELD_OUT]
+    return train, held_out
 
 
-def _tune(model: Any, session: lt.Session, windows: Tensor) -> None:
+def _tune(model: Any, session: lt.Session, texts: Tensor) -> None:
     """Train on one window a step, warmed up and then down to nothing."""
     optimizer = session.optimizer(torch.optim.AdamW, lr=_RATE, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / 2, 1 - step / len(windows))
+        optimizer, lambda step: min((step + 1) / 2, 1 - step / len(texts))
     )
     model.train()
     with _half_products():
-        for ids in windows:
+        for ids in texts:
             loss = _loss(model, ids) + session.auxiliary_loss()
             loss.backward()
             optimizer.step()
@@ -182,10 +183,10 @@ def _half_products() -> Iterator[None]:
 
 
 @torch.no_grad()
-def _score(model: Any, windows: Tensor) -> list[float]:
-    """Return the mean loss in nats of each window, its first token not counted."""
+def _score(model: Any, texts: Tensor) -> list[float]:
+    """Return the mean loss in nats of each text, its first token not counted."""
     model.eval()
-    return [float(_loss(model, ids)) for ids in windows]
+    return [float(_loss(model, ids)) for ids in texts]
 
 
 def _loss(model: Any, ids: Tensor) -> Tensor:

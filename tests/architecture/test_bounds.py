@@ -9,7 +9,7 @@ from packaging.version import Version
 
 ROOT = Path(__file__).parents[2]
 # What a machine without a GPU cannot use, and what works on the project, not in it.
-UNTESTED = {"gpu", "demo", "dev", "docs"}
+UNTESTED = {"gpu", "demo", "demo-llm", "dev", "docs"}
 
 
 def promised() -> dict[str, Requirement]:
