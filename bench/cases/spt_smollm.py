@@ -40,6 +40,10 @@ def _attention(share: str) -> dict[str, Recipe]:
         for text, always in ((f", always {_ALWAYS}", _ALWAYS), ("", 0))
         for unit, how in (("block of 16", block), ("token", options))
     }
+    if share == "1/2":
+        found["1/2 of the keys, by token, subspaces of 4"] = (
+            lt.SPTAttention(**options, subspace_width=4),
+        )
     if share == "1/4":
         shared = lt.SPTAttention(**block, always_keep=_ALWAYS, share_choice="group")
         found[f"1/4 of the keys, by block of 16, always {_ALWAYS}, shared choice"] = (shared,)

