@@ -76,8 +76,10 @@ def unpacked(file: Path) -> Path:
         del model.config.quantization_config
         plain = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
         plain.load_state_dict(model.state_dict())
-    # A GGUF file may say anything, and what the library makes of it may be any error.
-    except Exception as error:
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    # A GGUF file may say anything, and what libraries make of it may be any error, or a panic.
+    except BaseException as error:
         reason = str(error).strip().partition("\n")[0]
         raise ConfigError(
             f"smollm: file must be a whole GGUF file of a language model that transformers reads, "

@@ -1,6 +1,7 @@
 """A GGUF file is unpacked once, whole, and one that cannot be read is named."""
 
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,8 @@ from bench import smollm
 from bench.cases import spt_smollm, spt_smollm_recall
 
 WIDTH, HEADS, HIDDEN, LAYERS = 16, 2, 24, 2
+LETTERS = [*map(chr, range(33, 127))]
+WORDS = [*LETTERS, "ab"]
 
 
 @pytest.fixture(autouse=True)
@@ -23,10 +26,11 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path / "cache" / "leantune"
 
 
-def write(path: Path, architecture: str = "llama", without: str = "none") -> Path:
+def write(
+    path: Path, architecture: str = "llama", without: str = "none", words: Sequence[str] = WORDS
+) -> Path:
     """Write a tiny random language model with a tokenizer of bytes."""
     out = GGUFWriter(path, architecture)
-    words = [*map(chr, range(33, 127)), "ab"]
     out.add_name("tiny")
     out.add_vocab_size(len(words))
     out.add_context_length(32)
@@ -38,7 +42,7 @@ def write(path: Path, architecture: str = "llama", without: str = "none") -> Pat
     out.add_layer_norm_rms_eps(1e-5)
     out.add_rope_freq_base(10000.0)
     out.add_tokenizer_model("gpt2")
-    out.add_token_list(words)
+    out.add_token_list(list(words))
     out.add_token_merges(["a b"])
     out.add_bos_token_id(1)
     out.add_eos_token_id(2)
@@ -85,12 +89,14 @@ def test_a_file_is_unpacked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         smollm.unpacked(file)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "architecture", "text", "empty"])
+@pytest.mark.parametrize("damage", ["truncated", "architecture", "words", "text", "empty"])
 def test_a_file_that_cannot_be_read_is_named(damage: str, tmp_path: Path, cache: Path) -> None:
-    file = write(tmp_path / "bad.gguf", "nonesuch" if damage == "architecture" else "llama")
+    # Of words of one letter alone, the tokenizer panics, which is no Exception.
+    wrong: dict[str, Any] = {"architecture": "nonesuch", "words": LETTERS}
+    file = write(tmp_path / "bad.gguf", **({damage: wrong[damage]} if damage in wrong else {}))
     if damage == "truncated":
         file.write_bytes(file.read_bytes()[:-4000])
-    elif damage != "architecture":
+    elif damage not in wrong:
         file.write_bytes(b"a page of text" if damage == "text" else b"")
     with pytest.raises(lt.ConfigError, match=r"whole GGUF file .*bad\.gguf.*; fetch it anew"):
         smollm.unpacked(file)
