@@ -97,9 +97,9 @@ PRIVATE_OPS = {
 }
 PRICES = {
     "checkpoint": (4, 375),
-    "lora": (1, 190),
+    "lora": (1, 191),
     "meprop": (1, 160),
-    "routed_ffn": (9, 968),
+    "routed_ffn": (9, 1032),
     "sparse_grad": (6, 730),
     "spt_attention": (11, 1640),
     "wta_crs": (8, 1085),
