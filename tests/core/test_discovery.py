@@ -202,7 +202,9 @@ def test_ties_are_found() -> None:
 
 
 @pytest.mark.parametrize(
-    "config", [lt.LoRA(rank=2, sites="up"), lt.SparseGrad(sites="layers.0.up")], ids=["lora", "sg"]
+    "config",
+    [lt.LoRA(rank=2, sites="up"), lt.SparseGrad(density=0.5, sites="layers.0.up")],
+    ids=["lora", "sg"],
 )
 def test_what_would_change_another_module_is_refused_by_name(config) -> None:
     model = Tied()
