@@ -90,9 +90,7 @@ def linear(
         (..., d_out).
     """
     dtype = autocast_dtype(x)
-    xc = x.detach()
-    if dtype is not None:
-        xc = xc.to(dtype)
+    xc = x.detach() if dtype is None else x.detach().to(dtype)
     trained = weight if subspace is None else subspace.parameter
     note = indices = weights = None
     saved: tuple[Tensor, ...] = ()
@@ -112,8 +110,9 @@ def linear(
         if indices is not None:
             assert weights is not None
             saved = (indices, weights, *saved)
-    base = weight.detach()
-    used = base if subspace is None else subspace.effective(base, trained.detach())
+    used = weight.detach()
+    if subspace is not None and trained is not weight:
+        used = subspace.effective(used, trained.detach())
     how = _How(rows, codec, subspace, note, indices is not None)
     # Saved first, multiplied second: see _SaveForBackward.
     placeholder: Tensor = _SaveForBackward.apply(
