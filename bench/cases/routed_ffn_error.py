@@ -13,7 +13,7 @@ from leantune.methods.routed_ffn import choose_layers
 from leantune.methods.routed_ffn.layers import output_errors
 
 RESULT = "routed_ffn_error"
-ACTIVE, COMPENSATE = (2, 3), ("none", "mean", "lowrank")
+ACTIVE, COMPENSATE = (2, 3), ("none", "lowrank")
 SHARE = 0.75
 
 

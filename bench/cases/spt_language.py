@@ -1,4 +1,4 @@
-"""Sparse attention and routed FFNs in a small causal model of bytes, and on a task of distant keys.
+"""Sparse attention in a small causal model of bytes, and on a task of distant keys.
 
 The language model is trained from scratch on the documentation text that Python carries; scored in
 bits per byte of a part that it has not seen. The copy task repeats a random string after filler;
@@ -26,12 +26,9 @@ SEEDS = (0, 1, 2)
 
 RECIPES: dict[str, Recipe] = {
     "dense": (),
-    "routed 2 of 4": (lt.RoutedFFN(),),
-    "routed 3 of 4": (lt.RoutedFFN(num_active=3),),
     "SPT 1/8": (lt.SPTAttention(min_keys=4),),
     "SPT 1/8, the paper's score": (lt.SPTAttention(min_keys=4, scorer="match"),),
     "SPT 1/4": (lt.SPTAttention(keep_ratio=0.25, min_keys=4),),
-    "SPT 1/8 + routed 2 of 4": (lt.SPTAttention(min_keys=4), lt.RoutedFFN()),
 }
 _LENGTH, _BATCH, _STEPS, _RATE = 256, 8, 600, 2e-3
 _COPIED, _FILLER, _SYMBOLS = 16, 32, 64

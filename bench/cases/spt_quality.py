@@ -5,6 +5,8 @@ and softer ones. GLUE rows are short: at least four or eight keys are kept, so t
 sparse there at all.
 """
 
+from dataclasses import replace
+
 import leantune as lt
 from bench import quality
 from bench.cases import spt_language, spt_smollm
@@ -21,45 +23,24 @@ SETTINGS = (
 )
 
 _LORA = lt.LoRA(rank=8)
-_SPT = lt.SPTAttention(min_keys=4)
-_SPT_SOFT = lt.SPTAttention(keep_ratio=0.5, min_keys=8)
-_ROUTED = lt.RoutedFFN(split="contiguous")
-_FOUR = "layer.[0-3].*"
+_GUESSED = lt.RoutedFFN(split="coactivation", compensate="lowrank")
 RECIPES: dict[str, Recipe] = {
     "LoRA": (_LORA,),
-    "LoRA + routed 2 of 4": (_LORA, _ROUTED),
+    "LoRA + routed 2 of 4": (_LORA, lt.RoutedFFN()),
     "LoRA + routed 2 of 4, coactivation": (_LORA, lt.RoutedFFN(split="coactivation")),
-    "LoRA + routed 2 of 4, coactivation, low-rank guess": (
-        _LORA,
-        lt.RoutedFFN(split="coactivation", compensate="lowrank"),
-    ),
-    "LoRA + routed 2 of 4, coactivation, low-rank guess, all but the last two layers": (
-        _LORA,
-        lt.RoutedFFN(split="coactivation", compensate="lowrank", sites=[_FOUR]),
-    ),
-    "LoRA + routed 3 of 4, coactivation": (
-        _LORA,
-        lt.RoutedFFN(num_active=3, split="coactivation"),
-    ),
+    "LoRA + routed 2 of 4, coactivation, low-rank guess": (_LORA, _GUESSED),
     "LoRA + routed 3 of 4, coactivation, low-rank guess": (
         _LORA,
-        lt.RoutedFFN(num_active=3, split="coactivation", compensate="lowrank"),
+        replace(_GUESSED, num_active=3),
     ),
     # As choose_layers has it for three quarters of all groups (routed_ffn_error.jsonl).
     "LoRA + routed 1 of 4 in the last two layers, coactivation, low-rank guess": (
         _LORA,
-        lt.RoutedFFN(
-            num_active=1, split="coactivation", compensate="lowrank", sites=["layer.[45].*"]
-        ),
+        replace(_GUESSED, num_active=1, sites=["layer.[45].*"]),
     ),
-    "LoRA + SPT 1/8": (_LORA, _SPT),
+    "LoRA + SPT 1/8": (_LORA, lt.SPTAttention(min_keys=4)),
     "LoRA + SPT 1/2": (_LORA, lt.SPTAttention(keep_ratio=0.5, min_keys=4)),
-    "LoRA + SPT 1/2, at least 8 keys": (_LORA, _SPT_SOFT),
-    "LoRA + SPT 1/2, at least 8 keys, 2 always kept": (
-        _LORA,
-        lt.SPTAttention(keep_ratio=0.5, min_keys=8, always_keep=2),
-    ),
-    "LoRA + SPT 1/8 + routed 2 of 4": (_LORA, _SPT, _ROUTED),
+    "LoRA + SPT 1/2, at least 8 keys": (_LORA, lt.SPTAttention(keep_ratio=0.5, min_keys=8)),
 }
 
 

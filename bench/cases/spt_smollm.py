@@ -35,12 +35,18 @@ _RATIOS = {"1/2": 1 / 2, "1/4": 1 / 4, "1/8": 1 / 8}
 def _attention(share: str) -> dict[str, Recipe]:
     options: dict[str, Any] = {"keep_ratio": _RATIOS[share], "min_keys": 2 * _ALWAYS}
     block = options | {"granularity": "block", "block_size": 16}
+    kept = f", always {_ALWAYS}"
     found: dict[str, Recipe] = {
-        f"{share} of the keys, by {unit}{text}": (lt.SPTAttention(**how, always_keep=always),)
-        for text, always in ((f", always {_ALWAYS}", _ALWAYS), ("", 0))
-        for unit, how in (("block of 16", block), ("token", options))
+        f"{share} of the keys, by block of 16{kept}": (
+            lt.SPTAttention(**block, always_keep=_ALWAYS),
+        ),
+        f"{share} of the keys, by token": (lt.SPTAttention(**options),),
     }
-    if share == "1/2":
+    if share == "1/2":  # what is always kept pays for blocks, not for tokens
+        found["1/2 of the keys, by block of 16"] = (lt.SPTAttention(**block),)
+        found[f"1/2 of the keys, by token{kept}"] = (
+            lt.SPTAttention(**options, always_keep=_ALWAYS),
+        )
         found["1/2 of the keys, by token, subspaces of 4"] = (
             lt.SPTAttention(**options, subspace_width=4),
         )
@@ -57,7 +63,7 @@ RECIPES: dict[str, Recipe] = {
         f"routed {num_active} of 4, guess: {guess}": (
             lt.RoutedFFN(num_active=num_active, split="coactivation", compensate=guess),
         )
-        for guess, num_active in product(("lowrank", "mean", "none"), (3, 2))
+        for guess, num_active in product(("lowrank", "none"), (3, 2))
     },
     **_attention("1/4"),
     **_attention("1/8"),

@@ -99,13 +99,13 @@ PRICES = {
     "checkpoint": (4, 375),
     "lora": (1, 191),
     "meprop": (1, 160),
-    "routed_ffn": (9, 1032),
+    "routed_ffn": (9, 1024),
     "sparse_grad": (6, 730),
     "spt_attention": (11, 1640),
     "wta_crs": (8, 1085),
 }
 NEW_METHOD = (5, 700)
-MAX_LINES, MAX_FILE, MAX_FUNCTION, MAX_SESSION = 17_150, 400, 60, 250
+MAX_LINES, MAX_FILE, MAX_FUNCTION, MAX_SESSION = 17_120, 400, 60, 250
 
 
 def relative(path: Path) -> str:

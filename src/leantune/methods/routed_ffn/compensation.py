@@ -1,4 +1,4 @@
-"""What stands in for the groups that a token skips: their mean, or a low-rank map of the input.
+"""What stands in for the groups that a token skips: a low-rank map of the input.
 
 Legend: n tokens, s calibration tokens, d_model, G groups, r rank.
 """
@@ -40,11 +40,8 @@ class Compensation(nn.Module):
             skipped: (n, G), 1 for the groups that a token skips, else 0.
         """
         x, skipped = x.to(self.write.dtype), skipped.to(self.write.dtype)[:, :, None]
-        parts = skipped
-        if len(self.read):
-            numbers = F.linear(x, self.read).view(len(x), skipped.shape[1], -1)
-            parts = torch.cat([skipped, numbers * skipped], -1)
-        return parts.flatten(1) @ self.write
+        numbers = F.linear(x, self.read).view(len(x), skipped.shape[1], -1)
+        return torch.cat([skipped, numbers * skipped], -1).flatten(1) @ self.write
 
 
 def fit_compensation(
@@ -59,7 +56,7 @@ def fit_compensation(
         x: (s, d_model) calibration inputs.
         outputs: (s, G, d_model), what each group adds to the FFN's output.
         skipped: (s, G) bool.
-        rank: r; 0 for the mean alone.
+        rank: r.
 
     Returns:
         read (G r, d_model), write (G (1 + r), d_model), both float64.
@@ -71,18 +68,14 @@ def fit_compensation(
     for y, rows in zip(outputs.unbind(1), skipped.unbind(1), strict=True):
         rows = rows | ~rows.any()
         inputs, y = x[rows].double(), y[rows].double()
-        constant = y.mean(0)
-        writes.append(constant[None])
-        if not rank:
-            continue
+        constant, mean = y.mean(0), inputs.mean(0)
         weight, _ = ridge_regression(inputs, y, _RIDGE)
-        mean = inputs.mean(0)
         fitted = (inputs - mean) @ weight.t()
         directions = y.new_zeros(rank, len(constant))
         width = min(rank, *fitted.shape)
         oversampled = min(width + 8, *fitted.shape)
         directions[:width] = torch.svd_lowrank(fitted, oversampled, niter=4)[2].t()[:width]
         reads.append(directions @ weight)
-        writes[-1] = constant - directions.t() @ (reads[-1] @ mean)
-        writes[-1] = torch.cat([writes[-1][None], directions])
-    return torch.cat(reads) if reads else x.new_zeros(0, x.shape[1]).double(), torch.cat(writes)
+        constant = constant - directions.t() @ (reads[-1] @ mean)
+        writes.append(torch.cat([constant[None], directions]))
+    return torch.cat(reads), torch.cat(writes)

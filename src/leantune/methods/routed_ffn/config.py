@@ -24,10 +24,10 @@ class RoutedFFN(MethodConfig):
         help="how hidden units are grouped: as they lie (the paper's), or those that are active "
         "together, by reordering them",
     )
-    compensate: Literal["none", "mean", "lowrank"] = option(
+    compensate: Literal["none", "lowrank"] = option(
         "none",
-        help="what stands in for a group that a token skips: nothing, the mean of its output, or a "
-        "low-rank map of the input; calibrated, not trained",
+        help="what stands in for a group that a token skips: nothing, or a low-rank map of the "
+        "input; calibrated, not trained",
     )
     balance_weight: float = option(
         0.01, ge=0, help="weight of the auxiliary loss that spreads tokens over groups"

@@ -218,6 +218,5 @@ def _order(layer: RoutedMLP, features: Tensor) -> Tensor:
 
 
 def _rank(layer: RoutedMLP) -> int:
-    """Return the rank of a layer's compensation; 0 for means alone."""
-    is_mean = layer.config.compensate == "mean"
-    return 0 if is_mean else max(1, layer.router.weight.shape[1] // _RANK_DIVISOR)
+    """Return the rank of a layer's compensation."""
+    return max(1, layer.router.weight.shape[1] // _RANK_DIVISOR)
