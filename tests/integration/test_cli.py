@@ -305,6 +305,34 @@ class TestMeasure:
         assert result.exit_code == 2 and "max_length must be at most 32" in plain(result.stderr)
 
 
+class TestFidelity:
+    def test_says_how_noisy_each_gradient_is(self, recipe: Path) -> None:
+        arguments = ("fidelity", recipe, "--num-draws", 32, "--num-batches", 2)
+        document = json.loads(invoke(*arguments, "--json").stdout)
+        assert (document["num_draws"], document["num_batches"]) == (32, 2)
+        assert document["looks_biased"] == [] and document["exact_parameters"]
+        noisy = {item["name"] for item in document["parameters"]}
+        assert "bert.encoder.layer.0.intermediate.dense.weight" in noisy
+        assert all(item["relative_variance"] > 0 for item in document["parameters"])
+        text = plain(invoke(*arguments).stdout)
+        assert "bert.encoder.layer.0.intermediate.dense.weight" in text
+        assert "Biased beyond chance: no gradient." in text
+
+    def test_names_gradients_that_are_biased(self, recipe: Path) -> None:
+        how = ("estimator=topk", "keep_ratio=0.1")
+        document = json.loads(invoke("fidelity", recipe, *how, "--json").stdout)
+        assert "bert.encoder.layer.0.intermediate.dense.weight" in document["looks_biased"]
+
+    def test_numbers_samples_over_all_batches(self, recipe: Path) -> None:
+        result = invoke("fidelity", recipe, *WTA, "norms=cache", "--num-draws", 2, "--json")
+        assert json.loads(result.stdout)["num_batches"] == 4
+
+    def test_without_methods_there_is_nothing_to_compare(self, model: Path) -> None:
+        result = invoke("fidelity", f"model={model}", "max_length=8")
+        assert result.exit_code == 2
+        assert "methods must name at least one" in plain(result.stderr)
+
+
 class TestSites:
     def test_a_configuration_is_enough(self, tmp_path: Path, model: Path) -> None:
         shutil.copy(model / "config.json", tmp_path)

@@ -6,6 +6,7 @@ import typer
 
 from leantune._version import __version__
 from leantune.cli.environment import env
+from leantune.cli.fidelity import fidelity
 from leantune.cli.measure import measure
 from leantune.cli.merge import merge
 from leantune.cli.methods import methods
@@ -18,7 +19,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_show_locals=False,
 )
-for _command in (train, measure, sites, methods, merge, env):
+for _command in (train, measure, fidelity, sites, methods, merge, env):
     app.command()(_command)
 
 

@@ -70,24 +70,50 @@ def measure_step(
     Raises:
         ConfigError: no such model, task or data.
     """
-    import torch
-
     import leantune
-    from leantune.core.conversion import SAMPLE_ID
     from leantune.measure.ledger import ledger
     from leantune.measure.still_held import find_still_held, sampled_linears
+    from leantune.training.recipe import BASELINE
+    from leantune.training.run import autocast
+
+    model, (batch,) = load_step(recipe)
+    held: list[StillHeld] = []
+    with autocast(recipe.precision):
+        ledgers = {BASELINE: ledger(model, batch)}
+        if recipe.methods:
+            session = leantune.apply(model, *recipe.methods, seed=recipe.seed)
+            if any(c.needs_sample_ids for c in session.conversions):
+                number_samples([batch])
+            session.calibrate([batch])
+            after = ledgers["+".join(m.method for m in recipe.methods)] = ledger(model, batch)
+            held = find_still_held(ledgers[BASELINE], after, sampled_linears(model))
+    return batch, ledgers, held
+
+
+def load_step(recipe: "MeasureRecipe", num_batches: int = 1) -> tuple[Any, list[dict[str, Any]]]:
+    """Load a recipe's model and its first batches, on the device that it would train on.
+
+    Returns:
+        The model without the recipe's methods, and at most ``num_batches`` batches, at least one.
+
+    Raises:
+        ConfigError: no such model, task or data.
+    """
+    import torch
+
     from leantune.training.data import check_ids, get_task, load_task, tokenize
     from leantune.training.models import load_model, load_tokenizer
-    from leantune.training.recipe import BASELINE
-    from leantune.training.run import autocast, checkpoint_blocks
+    from leantune.training.run import checkpoint_blocks
 
     task = get_task(recipe.task)
     tokenizer = load_tokenizer(recipe.model, trust_remote_code=recipe.trust_remote_code)
     labels: Any = task.label_names or ("0", "1")
     tokens = None
+    size = recipe.batch_size
     if recipe.data is not None:
         # A block of a text takes many of its lines.
-        limit = None if task.kind == "causal_lm" else recipe.batch_size + recipe.batch_size % 2
+        wanted = size * num_batches
+        limit = None if task.kind == "causal_lm" else wanted + wanted % 2
         data = load_task(recipe.task, recipe.data, max_train=limit, max_validation=2)
         labels = getattr(data["train"].features.get("label"), "names", None)
         tokens = tokenize(data, tokenizer, recipe.max_length)
@@ -97,37 +123,43 @@ def measure_step(
     how = {option: getattr(recipe, option) for option in same}
     model = load_model(recipe.model, task, labels, tokenizer, **how)
     if tokens is None:
-        batch = _random_batch(recipe, task.kind, model, len(labels or ()))
+        seeds = range(recipe.seed, recipe.seed + num_batches)
+        batches = [
+            _random_batch(recipe, seed, task.kind, model, len(labels or ())) for seed in seeds
+        ]
     else:
         check_ids(tokens, tokenizer, model)
-        rows = tokens["train"].to_list()[: recipe.batch_size]
-        batch = dict(tokenizer.pad(rows, return_tensors="pt"))
+        rows = tokens["train"].to_list()[: size * num_batches]
+        parts = [rows[i : i + size] for i in range(0, len(rows), size)]
+        batches = [dict(tokenizer.pad(part, return_tensors="pt")) for part in parts]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
-    batch = {name: tensor.to(device) for name, tensor in batch.items()}
     if recipe.gradient_checkpointing:
         checkpoint_blocks(model)
-    held: list[StillHeld] = []
-    with autocast(recipe.precision):
-        ledgers = {BASELINE: ledger(model, batch)}
-        if recipe.methods:
-            session = leantune.apply(model, *recipe.methods, seed=recipe.seed)
-            if any(c.needs_sample_ids for c in session.conversions):
-                batch[SAMPLE_ID] = torch.arange(len(batch["input_ids"]))
-            session.calibrate([batch])
-            after = ledgers["+".join(m.method for m in recipe.methods)] = ledger(model, batch)
-            held = find_still_held(ledgers[BASELINE], after, sampled_linears(model))
-    return batch, ledgers, held
+    return model, [{name: t.to(device) for name, t in batch.items()} for batch in batches]
+
+
+def number_samples(batches: Sequence[dict[str, Any]]) -> None:
+    """Give each sample the number that methods remember it by."""
+    import torch
+
+    from leantune.core.conversion import SAMPLE_ID
+
+    first = 0
+    for batch in batches:
+        last = first + len(batch["input_ids"])
+        batch[SAMPLE_ID] = torch.arange(first, last)
+        first = last
 
 
 def _random_batch(
-    recipe: "MeasureRecipe", kind: str, model: Any, num_labels: int
+    recipe: "MeasureRecipe", seed: int, kind: str, model: Any, num_labels: int
 ) -> dict[str, Any]:
     """Return random ids without padding."""
     import torch
 
     config = model.config
-    generator = torch.Generator().manual_seed(recipe.seed)
+    generator = torch.Generator().manual_seed(seed)
     shape = (recipe.batch_size, recipe.max_length)
     ids = torch.randint(0, config.vocab_size, shape, generator=generator)
     # A padding id in a row would end it for models that classify by the last token.

@@ -96,10 +96,10 @@ class Fidelity:
             "exact_parameters": list(self.exact_parameters),
         }
 
-    def table(self) -> str:
-        """Return plain text: one row for each parameter, worst first, then the overall row."""
+    def rows(self) -> list[tuple[str, ...]]:
+        """Return a heading, then a row for each parameter, worst first, and the overall row."""
         ranked = sorted(self.parameters, key=lambda item: -item.relative_variance)
-        rows = [
+        found = [
             (
                 item.name,
                 f"{item.relative_variance:.4g}",
@@ -112,6 +112,11 @@ class Fidelity:
             for item in (*ranked, *([] if self.overall is None else [self.overall]))
         ]
         header = ("parameter", "variance", "of batches", "bias", "by chance", "ratio", "cosine")
+        return [header, *found]
+
+    def table(self) -> str:
+        """Return the rows as plain text, and how they were taken."""
+        header, *rows = self.rows()
         return (
             f"{table(header, rows)}\n\n{self.num_draws} draws; relative to the exact gradient; "
             f"{len(self.exact_parameters)} parameters have an exact gradient"
