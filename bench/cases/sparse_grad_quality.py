@@ -45,6 +45,9 @@ RECIPES: dict[str, Recipe] = {
     "SparseGrad, block + WTA-CRS 0.3": (lt.SparseGrad(), lt.WTACRS(keep_ratio=0.3)),
 }
 
+RIVALS = ("SHiRA 7", "GaLore 8", "APOLLO 8")
+"""At about the price of LoRA 7 and of the entries, in trained numbers or in state."""
+
 # More steps, where training has come further: who catches up with whom.
 LONG = "sparse_grad_quality_long"
 LONG_SETTINGS = tuple(replace(s, num_epochs=3) for s in SETTINGS if s.task != "sst2")
@@ -55,6 +58,7 @@ LONG_RECIPES: dict[str, Recipe] = {
     "LoRA 7": RECIPES["LoRA 7"],
     "SparseGrad, block": RECIPES["SparseGrad, block"],
     OWN_BASES: (lt.SparseGrad(basis="layer"),),
+    **dict.fromkeys(RIVALS, ()),
 }
 LONG_RATE_FROM = {FROZEN_MLP: "full fine-tuning", OWN_BASES: "SparseGrad, block"}
 """Recipe -> the one whose search it takes the rate from."""
@@ -62,10 +66,10 @@ LONG_RATE_FROM = {FROZEN_MLP: "full fine-tuning", OWN_BASES: "SparseGrad, block"
 
 def main(worker: int = 0, num_workers: int = 1) -> None:
     """Search rates, then measure every row that is not there yet, and print the table."""
-    names = list(RECIPES)[worker::num_workers]
+    names = [*RECIPES, *RIVALS][worker::num_workers]
     for name, task in product(names, dict.fromkeys(RATE_FROM.values())):
         _search(next(s for s in SETTINGS if s.task == task), name)
-    _measure_missing(RESULT, SETTINGS, names)
+    _measure_missing(RESULT, SETTINGS, list(RECIPES)[worker::num_workers])
     _measure_missing(LONG, LONG_SETTINGS, list(LONG_RECIPES)[worker::num_workers])
     print(summary(), long_summary(), sep="\n\n")
 
@@ -101,14 +105,13 @@ def best_rate(task: str, name: str) -> float:
 
 def _run(setting: Setting, name: str, seed: int, rate: float) -> Run:
     frozen = MLP_WEIGHTS if name == FROZEN_MLP else None
-    return Run(
-        setting, name, (RECIPES | LONG_RECIPES)[name], seed, rate, NUM_CALIBRATION, True, frozen
-    )
+    recipe, rival = (RECIPES | LONG_RECIPES)[name], name if name in RIVALS else None
+    return Run(setting, name, recipe, seed, rate, NUM_CALIBRATION, True, frozen, rival, MLP_WEIGHTS)
 
 
 def _search(setting: Setting, name: str) -> None:
     """Try the rates that have no row yet, in one epoch."""
-    base = quality.fixed_rate(setting, RECIPES[name])
+    base = quality.fixed_rate(setting, (RECIPES | LONG_RECIPES)[name])
     found = [r for r in rows.read(SEARCH) if (r["task"], r["recipe"]) == (setting.task, name)]
     rates = {base * f for f in FACTORS} - {r["learning_rate"] for r in found}
     encoded = _held_out(setting) if rates else None

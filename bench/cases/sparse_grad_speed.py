@@ -1,6 +1,7 @@
 """Step time and bytes of SparseGrad beside its rivals, interleaved in one run, steps included."""
 
 import copy
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,15 +10,16 @@ import torch
 from torch import Tensor, nn
 
 import leantune as lt
+from bench import rivals
 from bench.models import BERT_MLP, BertBlocks, LlamaBlocks
-from bench.timing import TIMES, Bench, timing_row
+from bench.timing import TIMES, Bench, say_left_out, timing_row
 from leantune.core.config import MethodConfig
 from leantune.measure.peak import compare_steps
 from leantune.methods.sparse_grad.conversion import SparseGradConversion
 
-GALORE = "GaLore 128"
-"""Its projections are refreshed every 200 steps, which none of the timed steps is. ``galore-torch``
-is no dependency: without it the row is left out."""
+GALORE, APOLLO, SHIRA = "GaLore 128", "APOLLO 128", "SHiRA 7"
+"""Projections are chosen again every 200 steps, which none of the timed steps is. Without the
+package of the first two, their rows are left out."""
 
 
 class Blocks(BertBlocks):
@@ -58,8 +60,9 @@ class Case:
     @property
     def variants(self) -> list[str]:
         if not self.needs_gpu:
-            return [name for name in self.recipes() if name != GALORE]
-        return [FULL, self.lora, "SparseGrad, block", "SparseGrad, block + WTA-CRS 0.1", GALORE]
+            return list(self.recipes())
+        ours = ["SparseGrad, block", "SparseGrad, block + WTA-CRS 0.1"]
+        return [FULL, self.lora, *ours, GALORE, APOLLO]
 
     def recipes(self) -> dict[str, tuple[MethodConfig, ...]]:
         """Return name -> recipe of everything that can be timed, full fine-tuning first."""
@@ -71,7 +74,9 @@ class Case:
             "SparseGrad, the paper's form": (lt.SparseGrad(selection="step"),),
             "meProp, unified 4 %": (lt.MeProp(sites=self.mlp),),
             "top-k of dW 1 %": (lt.MeProp(sites=self.mlp, variant="weight", keep_ratio=0.01),),
+            SHIRA: (),
             GALORE: (),
+            APOLLO: (),
         }
 
     @property
@@ -163,6 +168,8 @@ def _measure(case: Case, where: torch.device, variants: Sequence[str]) -> list[d
         methods = case.recipes()[name]
         model = copy.deepcopy(base)
         session = lt.apply(model, *methods) if methods else None
+        if name == SHIRA:
+            rivals.shira(model, _MLP_WEIGHTS, rank=7)
         # Beside LoRA everything else trains, too, as in the paper.
         for n, p in model.named_parameters():
             stands_in = n.endswith((".delta", ".rotated_weight"))
@@ -170,7 +177,11 @@ def _measure(case: Case, where: torch.device, variants: Sequence[str]) -> list[d
                 p.requires_grad_(True)
         if session is not None:
             session.calibrate([case.batch(where, seed) for seed in range(1, 4)])
-        optimizer = _galore(model) if name == GALORE else _optimizer(model, session)
+        try:
+            optimizer = _optimizer(name, model, session)
+        except ImportError as error:
+            say_left_out(case, name, error)
+            continue
         steps[name] = _step(model, optimizer, case.batch(where, 0))
         steps[name]()
         bytes_of[name] = _mlp_bytes(case, model, optimizer, session)
@@ -189,8 +200,12 @@ def _measure(case: Case, where: torch.device, variants: Sequence[str]) -> list[d
     ]
 
 
-def _optimizer(model: nn.Module, session: lt.Session | None) -> torch.optim.Optimizer:
+def _optimizer(name: str, model: nn.Module, session: lt.Session | None) -> torch.optim.Optimizer:
     options: dict[str, Any] = {"lr": 1e-5, "weight_decay": 0.0}
+    if name in (GALORE, APOLLO):
+        kind, rank = name.split()
+        how = {"rank": int(rank), "num_steps": 200, **options}
+        return rivals.projected(kind, model, _MLP_WEIGHTS, **how)
     if session is not None:
         return session.optimizer(torch.optim.AdamW, **options)
     return torch.optim.AdamW(model.parameters(), **options)
@@ -205,21 +220,14 @@ def _step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Tensor) -> 
     return step
 
 
+_MLP_WEIGHTS = (
+    r"(intermediate\.dense|layer\.\d+\.output\.dense|(gate|up|down)_proj)(\.base_layer)?\.weight$"
+)
+
+
 def _is_mlp_weight(name: str) -> bool:
     """Whether a parameter's name is that of an MLP linear's own weight."""
-    parts = ("intermediate.dense", "output.dense", "gate_proj", "up_proj", "down_proj")
-    return "attention" not in name and name.endswith("weight") and any(p in name for p in parts)
-
-
-def _galore(model: nn.Module) -> torch.optim.Optimizer:
-    """Return GaLore's own AdamW, its usual settings on the MLP weights, plain on the others."""
-    from galore_torch import GaLoreAdamW  # type: ignore[import-not-found]
-
-    mlp = [p for n, p in model.named_parameters() if _is_mlp_weight(n)]
-    others = [p for n, p in model.named_parameters() if not _is_mlp_weight(n)]
-    projected = {"params": mlp, "rank": 128, "update_proj_gap": 200, "scale": 0.25}
-    groups = [{"params": others}, {**projected, "proj_type": "std"}]
-    return GaLoreAdamW(groups, lr=1e-5, no_deprecation_warning=True)
+    return re.search(_MLP_WEIGHTS, name) is not None
 
 
 def _mlp_bytes(
@@ -233,12 +241,16 @@ def _mlp_bytes(
     per_layer = 0
     for name, p in model.named_parameters():
         is_ours = (
-            _is_mlp_weight(name) or ".lora_" in name or name.endswith((".delta", ".rotated_weight"))
+            _is_mlp_weight(name)
+            or ".lora_" in name
+            or ".shira_" in name
+            or name.endswith((".delta", ".rotated_weight"))
         )
         if not is_ours or p.grad is None:
             continue
         state = optimizer.state.get(p, {})
-        tensors = [p.grad, *state.values(), getattr(state.get("projector"), "ortho_matrix", None)]
+        projector = state.get("projector")
+        tensors = [p.grad, *state.values(), getattr(projector, "ortho_matrix", None)]
         per_layer += sum(_num_bytes(t) for t in tensors if isinstance(t, Tensor))
     conversions = () if session is None else session.conversions
     rules = [r for c in conversions if isinstance(c, SparseGradConversion) for r in c.rules]
