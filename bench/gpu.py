@@ -51,14 +51,14 @@ class Part:
 
 
 PARTS = (
-    Part("wta-crs-speed", "bench.cases.wta_crs_speed", "Llama*", 160),
+    Part("wta-crs-speed", "bench.cases.wta_crs_speed", "Llama*", 150),
     Part("wta-crs-speed", "bench.cases.wta_crs_speed", "BERT*", 45),
     Part("launches", "bench.cases.launches", "*", 35),
-    Part("whole-step", "bench.cases.whole_step", "T5*", 55),
+    Part("whole-step", "bench.cases.whole_step", "T5*", 45),
     Part("whole-step", "bench.cases.whole_step", "RoBERTa*", 40),
     Part("sparse-grad-speed", "bench.cases.sparse_grad_speed", "*", 60),
     Part("spt-attention", "bench.cases.spt_attention", "*", 50),
-    Part("spt-ffn", "bench.cases.routed_ffn_speed", "*", 20),
+    Part("spt-ffn", "bench.cases.routed_ffn_speed", "*", 40),
     # Its most important points are the first part's, too.
     Part("frontier", "bench.cases.frontier", "*", 0),
 )
