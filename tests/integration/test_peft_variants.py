@@ -7,7 +7,15 @@ from typing import Any
 import pytest
 import torch
 from models import MODELS
-from peft import LoraConfig, PeftModel, VeloraConfig, get_peft_model
+from peft import (
+    AdaLoraConfig,
+    IA3Config,
+    LoHaConfig,
+    LoraConfig,
+    PeftModel,
+    VeloraConfig,
+    get_peft_model,
+)
 from peft.tuners.lora.config import BdLoraConfig, KasaConfig, MontecloraConfig
 from torch import Tensor, nn
 
@@ -28,6 +36,7 @@ PLAIN: dict[str, dict[str, Any]] = {
     "plain": {},
     "rslora": {"use_rslora": True},
     "bias": {"bias": "all"},
+    "factor_bias": {"lora_bias": True},
     "ranks": {"rank_pattern": {"q_proj": 4}, "alpha_pattern": {"q_proj": 3}},
     "layers": {"layers_to_transform": [1]},
     "head": {"modules_to_save": ["lm_head"]},
@@ -121,6 +130,36 @@ def test_a_variant_that_calls_its_factors_is_sampled(variant: str) -> None:
     assert not any(torch.equal(got[name], wanted[name]) for name in firsts)
 
 
+@pytest.mark.parametrize("variant", CALLING)
+def test_what_is_sampled_can_be_sparse_in_features_instead(variant: str) -> None:
+    wanted = step(build(**CALLING[variant]))
+    model = build(**CALLING[variant])
+    lt.apply(model, lt.MeProp(keep_ratio=1.0))
+    assert same(step(model), wanted)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+        LoHaConfig(r=2, target_modules=["q_proj", "up_proj"]),
+        AdaLoraConfig(init_r=2, target_r=1, total_step=9, target_modules=["q_proj", "up_proj"]),
+    ],
+    ids=lambda config: config.peft_type.value,
+)
+def test_other_tuners_are_worked_around(config: Any) -> None:
+    def adapted() -> Any:
+        torch.manual_seed(0)
+        return get_peft_model(TINY.build(), config)
+
+    wanted = step(adapted())
+    model = adapted()
+    lt.apply(model, lt.Checkpoint(), EXACT["attention"]())
+    assert same(step(model), wanted)
+    with pytest.raises(lt.SiteError, match="RoutedFFN: 2 of 2 sites cannot be used"):
+        lt.apply(adapted(), lt.RoutedFFN())
+
+
 @pytest.mark.parametrize("variant", ["dora", "mica", "kasa", "block_b", "velora", "parameters"])
 def test_a_variant_that_is_a_function_is_recomputed(variant: str) -> None:
     options = CALLING[variant] if variant in CALLING else MULTIPLYING[variant][0]
@@ -135,9 +174,9 @@ def test_a_variant_that_reads_its_factors_weights_is_refused_by_name(variant: st
     options, kind = MULTIPLYING[variant]
     model = build(**options)
     before = list(model.named_modules())
-    for sites in (None, ["*lora_A*"]):
+    for config in (lt.WTACRS(), lt.WTACRS(sites=["*lora_A*"]), lt.MeProp(sites=["*lora_A*"])):
         with pytest.raises(lt.SiteError, match=rf"must call its factors as linears, got {kind}"):
-            lt.apply(model, lt.WTACRS(sites=sites))
+            lt.apply(model, config)
     assert list(model.named_modules()) == before
     assert any(kind in left.why for left in survey(model).left)
 
