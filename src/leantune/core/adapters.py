@@ -4,7 +4,7 @@ Layers are read by their attributes alone, so that peft need not be installed.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -14,6 +14,16 @@ from leantune.errors import UnsupportedError
 _FACTOR = re.compile(r"\.(lora_A|lora_B)\.[^.]+$")
 _COPY = re.compile(r"\.modules_to_save\.[^.]+(?=\.)")
 _INSIDE = re.compile(rf"\.base_layer$|{_FACTOR.pattern}")
+_CALLING = frozenset(f"{name}LinearVariant" for name in ("Dora", "ALora", "BdLora", "MiCA", "Kasa"))
+"""The variants that call their factors, as plain LoRA does; all others multiply by the weights."""
+_MULTIPLYING = frozenset(("ParamWrapper", "MultiheadAttention"))
+"""The layers that multiply by their factors' weights, whatever the variant."""
+_NOT_TWICE = {
+    "ALoraLinearVariant": "is told where to act outside the block; switch the "
+    "model's own checkpointing on instead",
+    "MontecloraLinearVariant": "draws other numbers when it is recomputed; leave the block out "
+    "with sites=",
+}
 
 
 class LowRank(NamedTuple):
@@ -112,6 +122,36 @@ def is_second_factor(name: str) -> bool:
     return found is not None and found[1] == "lora_B"
 
 
+def bypass(name: str, modules: Mapping[str, nn.Module]) -> str | None:
+    """Say why what is kept of a factor's input would never be used, or None for any other module.
+
+    A method that acts on a factor acts when it is called. A variant of LoRA that reads the
+    factor's weight instead would train as if the method were not there.
+
+    Args:
+        name: of the factor.
+        modules: name -> module of the whole model.
+    """
+    found = _FACTOR.search(name)
+    if found is None:
+        return None
+    kind = _kind(modules[name[: found.start()]], name.rpartition(".")[2])
+    if kind is None or (kind in _CALLING and isinstance(modules[name], nn.Linear)):
+        return None
+    return (
+        f"adapter must call its factors as linears, got {kind}, which does not; leave it out with "
+        "sites=, or train plain LoRA"
+    )
+
+
+def not_repeatable(layer: nn.Module) -> str | None:
+    """Say why a layer with adapters would compute something else when it is run again, or None."""
+    variants: Mapping[str, Any] = getattr(layer, "lora_variant", {})
+    kinds = [type(variant).__name__ for variant in variants.values()]
+    why = [f"got {kind}, which {_NOT_TWICE[kind]}" for kind in kinds if kind in _NOT_TWICE]
+    return f"adapter must compute the same when it is run again, {why[0]}" if why else None
+
+
 def base_name(name: str) -> str:
     """Return the name that a linear has without LoRA layers: of a factor, the layer's name.
 
@@ -140,9 +180,18 @@ def _active(layer: Any) -> tuple[LowRank, ...]:
     for name in layer.active_adapters:
         if name not in layer.lora_A:
             continue
-        if name in getattr(layer, "lora_variant", {}):
-            kind = type(layer.lora_variant[name]).__name__
+        kind = _kind(layer, name)
+        if kind is not None:
             raise UnsupportedError(f"adapter must be plain LoRA, got {name!r}, a {kind}")
         factors = layer.lora_A[name], layer.lora_B[name]
         active.append(LowRank(*factors, layer.scaling[name], layer.lora_dropout[name]))
     return tuple(active)
+
+
+def _kind(layer: Any, adapter: str) -> str | None:
+    """Return the class that makes an adapter another thing than plain LoRA, or None."""
+    variants: Mapping[str, Any] = getattr(layer, "lora_variant", {})
+    if adapter in variants:
+        return type(variants[adapter]).__name__
+    kind = type(layer).__name__
+    return kind if kind in _MULTIPLYING else None

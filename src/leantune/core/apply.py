@@ -11,9 +11,10 @@ from leantune.core.discovery import Layout, discover, find_sites
 from leantune.core.disk import as_folder, load_tensors, read_json
 from leantune.core.files import BASE_FILE, SESSION, STATE_FILE, load_weights
 from leantune.core.fingerprint import check_fingerprint, fingerprint
+from leantune.core.linear import is_quantised
 from leantune.core.manifest import find_damage
 from leantune.core.neutral import refusals
-from leantune.core.ownership import refuse_idle
+from leantune.core.ownership import refuse_idle, refuse_trained_bits
 from leantune.core.recipe import RECIPE_FILE, Recipe
 from leantune.core.registry import MethodSpec
 from leantune.core.runtime import Runtime
@@ -42,7 +43,8 @@ def apply(model: nn.Module, *methods: MethodConfig, seed: int = 0) -> Session:
         SiteError: sites that match nothing, that a method cannot act on or whose weights are all
             frozen, or two methods of one axis on one site; every failing site is listed and nothing
             is changed.
-        UnsupportedError: the model is on the meta device, or not on the GPU that a method needs.
+        UnsupportedError: the model is on the meta device, not on the GPU that a method needs, or
+            has quantised weights that are to train.
     """
     _check_request(model, methods)
     recipe = Recipe(methods=methods, seed=seed)
@@ -57,6 +59,7 @@ def apply(model: nn.Module, *methods: MethodConfig, seed: int = 0) -> Session:
             conversions.append(_convert(model, layout, config, runtime))
             conversions[-1].name = f"{number}.{config.method}"
         refuse_idle(conversions)
+        refuse_trained_bits(model)
     except BaseException:
         for conversion in reversed(conversions):
             conversion.undo()
@@ -166,6 +169,8 @@ def _chosen(sites: list[Site], config: MethodConfig, spec: MethodSpec) -> list[S
 
 def _why_not(site: Site, spec: MethodSpec) -> str | None:
     """Say why no config of a method can act at a site, or None."""
+    if spec.suits_quantised and is_quantised(site.module):
+        return None
     if site.unusable is None and spec.trains_weight and site.is_frozen:
         return (
             "the weight must train, got a frozen one, as all are beside a PEFT adapter; unfreeze "

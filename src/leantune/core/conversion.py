@@ -28,6 +28,7 @@ class Conversion(ABC):
         can_merge: whether plain modules can compute what the converted model computes.
         is_plain: whether the model's state holds the weights that it computes with, where
             ``can_merge`` says that there are such; otherwise :meth:`merge_state` makes them.
+        is_adapter: whether the model's own files hold all that was trained, as a PEFT adapter.
         num_calibration_batches: how many batches :meth:`calibrate` wants; 0 where none is needed.
         sparse_parameters: trained parameters whose gradients are sparse tensors.
         needs_sample_ids: whether training batches must carry an integer ``sample_id`` per sample,
@@ -39,6 +40,7 @@ class Conversion(ABC):
     sites: Sequence[Site] = ()
     can_merge: bool = True
     is_plain: bool = True
+    is_adapter: bool = False
     num_calibration_batches: int = 0
     sparse_parameters: Sequence[nn.Parameter] = ()
     needs_sample_ids: bool = False

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from leantune.core.adapters import base_name, is_factor, is_second_factor
+from leantune.core.adapters import base_name, bypass, is_factor, is_second_factor
 from leantune.core.architectures import parts_of
 from leantune.core.linear import is_called_linear, refusal
 from leantune.core.sites import Child, Part, Site, path_of
@@ -255,7 +255,7 @@ def _leaf_sites(modules: Mapping[str, nn.Module], layout: Layout) -> Iterator[Si
     wholes = {part.entry: _whole(part, modules) for part in layout.parts}
     recomputable = set(wholes.values())
     for name, module in modules.items():
-        is_linear = is_called_linear(module)
+        is_linear = is_called_linear(module) or _is_called_factor(name, module)
         if not (is_linear or _is_norm(module)):
             continue
         block, base = _around(name, blocks), base_name(name)
@@ -268,11 +268,17 @@ def _leaf_sites(modules: Mapping[str, nn.Module], layout: Layout) -> Iterator[Si
             part=part and f"{part.role}.{key}",
             is_head_or_embedding=block is None and _is_head(name, layout),
             tied_to=None if is_factor(name) else layout.ties.get(base),
-            unusable=refusal(module) if is_linear else None,
+            unusable=(bypass(name, modules) or refusal(module)) if is_linear else None,
             is_frozen=_own_name(name) in layout.frozen,
             shared_input=_shared_input(name, part, key),
             whole=wholes[part.entry] if part else _around(name, recomputable) or "",
         )
+
+
+def _is_called_factor(name: str, module: nn.Module) -> bool:
+    """Return whether a module is a LoRA layer's factor of any class, but of a convolution."""
+    weight = dict(module.named_parameters(recurse=False)).get("weight")
+    return is_factor(name) and weight is not None and weight.ndim == 2
 
 
 def _is_head(name: str, layout: Layout) -> bool:

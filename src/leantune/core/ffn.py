@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from leantune.core.adapters import Adapted, linears_along, unwrap
 from leantune.core.distributed import full_tensor, shard_like
-from leantune.core.linear import Converted, is_linear
+from leantune.core.linear import Converted, is_called_linear, is_linear, refusal
 from leantune.errors import ConfigError, UnsupportedError
 from leantune.ops.autocast import autocast_dtype
 from leantune.ops.groups import grouped_linear
@@ -108,8 +108,9 @@ class FFN:
         for module in every:
             if not is_linear(module):
                 kind = f"{type(module).__module__}.{type(module).__qualname__}"
+                why = f": {refusal(module)}" if is_called_linear(module) else ""
                 raise UnsupportedError(
-                    f"linear must be nn.Linear, Conv1D or a LoRA layer around one, got {kind}"
+                    f"linear must be nn.Linear, Conv1D or a LoRA layer around one, got {kind}{why}"
                 )
         self._converted = [m for m in every if isinstance(m, Converted)]
         self.is_divisible = all(m.subspace is None for m in self._converted)

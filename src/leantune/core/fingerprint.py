@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from leantune.core.distributed import is_sharded
-from leantune.core.linear import Converted, trained_in_place_of_weight
+from leantune.core.linear import Converted, has_entries, trained_in_place_of_weight
 from leantune.errors import ConfigError, UnsupportedError
 
 _NUM_ENTRIES = 16
@@ -26,7 +26,7 @@ def fingerprint(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _has_numbers(weight: Tensor) -> bool:
-    return weight.is_floating_point() and weight.numel() > 0 and not is_sharded(weight)
+    return has_entries(weight) and weight.numel() > 0 and not is_sharded(weight)
 
 
 def _entries(weight: Tensor) -> Tensor:

@@ -252,11 +252,11 @@ def refusal(module: nn.Module) -> str | None:
     kind, weight = type(module), dict(module.named_parameters(recurse=False)).get("weight")
     if weight is None:
         return "weight must be a parameter of the module itself, got one that is computed"
-    if not _is_plain(weight):
-        return f"weight must be a plain tensor, got {type(weight).__name__}"
-    if not weight.is_floating_point():
-        dtype = str(weight.dtype).removeprefix("torch.")
+    if not has_entries(weight):
         way_out = "leave it out with sites=, or train LoRA factors beside it"
+        if not _is_plain(weight):
+            return f"weight must be a plain tensor, got {type(weight).__name__}; {way_out}"
+        dtype = str(weight.dtype).removeprefix("torch.")
         return f"weight must be floating point, got {dtype}; {way_out}"
     if has_own_call(module):
         return (
@@ -272,8 +272,28 @@ def refusal(module: nn.Module) -> str | None:
     return None
 
 
+def is_quantised(module: nn.Module) -> bool:
+    """Return whether a linear's weight is packed or scaled, so that others compute with it."""
+    weight = dict(module.named_parameters(recurse=False)).get("weight")
+    return is_called_linear(module) and weight is not None and not has_entries(weight)
+
+
+_NEVER_TRAINED = ("torchao.quantization.", "bitsandbytes.")
+"""Where the classes of weights live whose backward gives them no gradient."""
+
+
+def cannot_train(weight: Tensor) -> bool:
+    """Return whether a weight is of a quantised class that gets no gradient, whatever its flag."""
+    return f"{type(weight).__module__}.".startswith(_NEVER_TRAINED)
+
+
 _PLAIN = ("torch.distributed.", "torch._subclasses.")
 """Where the tensor classes live that stand for plain ones: sharded, and without data."""
+
+
+def has_entries(weight: Tensor) -> bool:
+    """Return whether a weight holds the very numbers that it stands for."""
+    return _is_plain(weight) and weight.is_floating_point()
 
 
 def _is_plain(weight: Tensor) -> bool:

@@ -6,7 +6,7 @@ from torch import nn
 
 from leantune.core import registry
 from leantune.core.conversion import Conversion
-from leantune.core.linear import Ownership
+from leantune.core.linear import Ownership, cannot_train
 from leantune.core.runtime import Runtime
 from leantune.errors import SiteError, UnsupportedError
 
@@ -55,6 +55,23 @@ def refuse_idle(conversions: Iterable[Conversion]) -> None:
                 f"{len(conversion.sites)} whose weights are all frozen "
                 f"({conversion.sites[0].name}, ...); unfreeze some, or {_ORDER}"
             )
+
+
+def refuse_trained_bits(model: nn.Module) -> None:
+    """Raise where a quantised weight is to train, which would get no gradient without a word.
+
+    Raises:
+        UnsupportedError: there is such a weight.
+    """
+    named = model.named_parameters()
+    bits = [(n, p) for n, p in named if p.requires_grad and cannot_train(p)]
+    if bits:
+        name, weight = bits[0]
+        raise UnsupportedError(
+            f"apply: quantised weights must be frozen, got {len(bits)} that are to train ({name}, "
+            f"{type(weight).__name__}, ...); freeze them with requires_grad_(False) and train "
+            "leantune.LoRA beside them"
+        )
 
 
 def refuse_copies(model: nn.Module, runtime: Runtime) -> None:

@@ -35,6 +35,7 @@ class MethodSpec:
         default_sites: (site, config) -> whether the method takes this site unless told otherwise.
         trains_weight: whether it trains its sites' own weights, so that frozen ones are refused,
             and left out of its own choice.
+        suits_quantised: whether a linear's weight may be quantised, since it is not read at all.
         check: (site, config) -> why the method cannot act there, or None.
         identity_options: options under which output and gradients equal the plain model's; None
             where no options do that.
@@ -51,6 +52,7 @@ class MethodSpec:
     convert: Convert
     default_sites: Callable[[Site, Any], bool] = lambda site, config: True
     trains_weight: bool = False
+    suits_quantised: bool = False
     check: Callable[[Site, Any], str | None] = lambda site, config: None
     identity_options: Mapping[str, Any] | None = None
     needs_parts: Callable[[Any], bool] = lambda config: False

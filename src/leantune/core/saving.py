@@ -50,7 +50,7 @@ class _Saving:
 
 def writes_plain(conversions: Sequence[Conversion]) -> bool:
     """Return whether a model's own files, an adapter's among them, compute what the model does."""
-    return all(conversion.can_merge and conversion.is_plain for conversion in conversions)
+    return all((c.can_merge or c.is_adapter) and c.is_plain for c in conversions)
 
 
 def take_over_saving(model: nn.Module, conversions: Sequence[Conversion]) -> None:

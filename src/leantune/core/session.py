@@ -159,8 +159,8 @@ class Session:
         if lacking:
             raise UnsupportedError(
                 "session.merge: methods must have a dense equivalent, got "
-                f"{lacking[0].config.method}, which has none; keep the converted model with "
-                "session.save(folder), or put the plain modules back without it with "
+                f"{lacking[0].config.method}, which has none on this model; keep the converted "
+                "model with session.save(folder), or put the plain modules back without it with "
                 "session.remove()"
             )
         self._close("session.merge", lambda conversion: conversion.merge())

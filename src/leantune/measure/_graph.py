@@ -82,7 +82,7 @@ def dense_parts(tensor: Tensor) -> list[Tensor]:
             tensor, "__tensor_flatten__", None
         )
         if flatten is None:
-            return [tensor]
+            return [tensor, *_scales(getattr(tensor, "quant_state", None))]
         return [part for name in flatten()[0] for part in dense_parts(getattr(tensor, name))]
     if layout == "torch.sparse_coo":
         return [tensor._indices(), tensor._values()]
@@ -92,6 +92,14 @@ def dense_parts(tensor: Tensor) -> list[Tensor]:
         f"ledger: layout must be strided, sparse or a wrapper of such tensors, got {layout}; "
         f"convert the tensor with to_dense()"
     )
+
+
+def _scales(state: Any) -> list[Tensor]:
+    """Return what bitsandbytes keeps beside a packed weight: scales, which may be packed too."""
+    if state is None:
+        return []
+    tensors = [value for value in vars(state).values() if isinstance(value, Tensor)]
+    return tensors + _scales(getattr(state, "state2", None))
 
 
 def storage_key(part: Tensor) -> tuple[str, int]:

@@ -174,7 +174,8 @@ def fidelity(
             with session.exact():
                 spread.add(_gradients(item, random))
     # Below the rounding of the dtype lies what a GPU's unordered sums change by themselves.
-    resolution = {name: torch.finfo(p.dtype).eps for name, p in model.named_parameters()}
+    trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+    resolution = {name: torch.finfo(p.dtype).eps for name, p in trained}
     reached = [name for name, eps in resolution.items() if noise.differs(name, eps)]
     return Fidelity(
         parameters=tuple(noise.figures(name, (name,), spread) for name in reached),

@@ -15,7 +15,13 @@ from leantune.core.calibration import seeded_generators
 from leantune.core.config import MethodConfig, option
 from leantune.core.conversion import SwapConversion
 from leantune.core.extras import require
-from leantune.core.linear import Ownership, Swap, is_conv1d, trained_in_place_of_weight
+from leantune.core.linear import (
+    Ownership,
+    Swap,
+    is_conv1d,
+    is_quantised,
+    trained_in_place_of_weight,
+)
 from leantune.core.registry import MethodSpec, register
 from leantune.core.runtime import Runtime
 from leantune.core.sites import Site
@@ -47,6 +53,8 @@ class LoRA(MethodConfig):
 class InjectedAdapter(SwapConversion):
     """An injected adapter knows its layers, and what the model looked like before."""
 
+    is_adapter = True
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__([])
         self.model = model
@@ -62,6 +70,8 @@ class InjectedAdapter(SwapConversion):
             parent = self.model.get_submodule(name.rpartition(".")[0])
             self.swaps.append(Swap(self.model, name, parent, original, layer))
             self.trained[name] = trained_by_adapter(layer).get(_ADAPTER)
+        # Folded into few bits, the factors would be rounded away.
+        self.can_merge = not any(is_quantised(swap.old) for swap in self.swaps)
 
     def not_ours(self, owned: Ownership) -> list[str]:
         """Return the names of layers that were replaced, or hold another adapter than ours."""
@@ -183,6 +193,7 @@ register(
         roles=("linear",),
         summary="low-rank factors beside frozen linears, by peft",
         source="Hu et al., arXiv 2106.09685",
+        suits_quantised=True,
         default_sites=lambda site, config: site.block is not None and site.tied_to is None,
         check=lambda site, config: site.sharing,
         convert=_convert,

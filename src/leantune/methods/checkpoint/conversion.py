@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from leantune.core.adapters import not_repeatable
 from leantune.core.conversion import Conversion
 from leantune.core.discovery import checkpoints_itself
 from leantune.core.linear import Ownership
@@ -144,7 +145,8 @@ def _is_apart(block: Site, part: Site) -> bool:
 def check(site: Site, config: Checkpoint) -> str | None:
     """Say why a block, or the parts of it that are asked for, cannot be recomputed, or None."""
     if config.parts == BLOCK:
-        return None if checkpoints_itself(site.module) else _why_not([site.module])
+        is_checked = checkpoints_itself(site.module)
+        return _adapted(site.module) if is_checked else _why_not([site.module])
     for role in config.parts:
         parts = [part for part in site.parts if part.role == role]
         if not (parts and all(_is_apart(site, part) for part in parts)):
@@ -171,4 +173,9 @@ def _why_not(modules: Sequence[nn.Module]) -> str | None:
             "modules that its block calls in turn must have no hooks, got some, which would see "
             "what they have computed together; take parts='block', or leave it out with sites="
         )
-    return None
+    return next(filter(None, map(_adapted, modules)), None)
+
+
+def _adapted(module: nn.Module) -> str | None:
+    """Say why an adapter in a module keeps it from being recomputed, or None."""
+    return next(filter(None, map(not_repeatable, module.modules())), None)
