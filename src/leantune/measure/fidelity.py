@@ -156,8 +156,7 @@ def fidelity(
     session = find_session(model)
     if session is None:
         raise ConfigError(
-            f"fidelity: model must be converted, got {type(model).__name__} without a session; "
-            f"call leantune.apply on it first"
+            f"fidelity: model must be converted, got {type(model).__name__}; call leantune.apply"
         )
     step = make_step("fidelity", model, batch, loss)
     others = [make_step("fidelity", model, item, loss) for item in batches or ()]
@@ -174,8 +173,8 @@ def fidelity(
             with session.exact():
                 spread.add(_gradients(item, random))
     # Below the rounding of the dtype lies what a GPU's unordered sums change by themselves.
-    trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
-    resolution = {name: torch.finfo(p.dtype).eps for name, p in trained}
+    named = model.named_parameters()
+    resolution = {name: torch.finfo(p.dtype).eps for name, p in named if p.requires_grad}
     reached = [name for name, eps in resolution.items() if noise.differs(name, eps)]
     return Fidelity(
         parameters=tuple(noise.figures(name, (name,), spread) for name in reached),
