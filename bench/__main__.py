@@ -23,6 +23,7 @@ _PARTS = {
     "quality-sparse-grad": "cases.sparse_grad_quality:main",
     "quality-spt": "cases.spt_quality:main",
     "quality-smollm": "cases.spt_smollm:main",
+    "quality-llm": "cases.llm_quality:main",
     "launches": "cases.launches:BENCH.run",
     "host": "host:main",
     "whole-step": "cases.whole_step:BENCH.run",

@@ -57,7 +57,7 @@ def _offloaded(model: nn.Module) -> Trained:
     return model, _adamw(model)
 
 
-def _peft(model: nn.Module, **options: Any) -> Any:
+def peft_model(model: nn.Module, **options: Any) -> Any:
     """Return the model under PEFT, whose LoRA is at the linears that ours adapts."""
     from peft import LoraConfig, get_peft_model
 
@@ -75,14 +75,14 @@ def _peft(model: nn.Module, **options: Any) -> Any:
 def _velora(model: nn.Module) -> Trained:
     from peft import VeloraConfig
 
-    adapted = _peft(model, velora_config=VeloraConfig())
+    adapted = peft_model(model, velora_config=VeloraConfig())
     return adapted, _adamw(adapted)
 
 
 def _lora_fa(model: nn.Module) -> Trained:
     from peft.optimizers import create_lorafa_optimizer
 
-    adapted = _peft(model)
+    adapted = peft_model(model)
     return adapted, create_lorafa_optimizer(adapted, r=RANK, lora_alpha=RANK, lr=_RATE)
 
 
