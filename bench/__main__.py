@@ -24,6 +24,7 @@ _PARTS = {
     "quality-spt": "cases.spt_quality:main",
     "quality-smollm": "cases.spt_smollm:main",
     "quality-llm": "cases.llm_quality:main",
+    "quantised-bytes": "cases.quantised_bytes:main",
     "launches": "cases.launches:BENCH.run",
     "host": "host:main",
     "whole-step": "cases.whole_step:BENCH.run",

@@ -16,7 +16,9 @@ import zoo
 from bench import host, pareto, rows
 from bench.cases import launches as block_launches
 from bench.cases import (
+    llm_quality,
     models,
+    quantised_bytes,
     routed_ffn_error,
     sparse_grad_quality,
     spt_language,
@@ -320,6 +322,8 @@ TABLES: dict[str, Callable[[], Any]] = {
     "smollm-attention": spt_smollm.attention,
     "smollm-routed": spt_smollm.routed,
     "smollm-recall": spt_smollm_recall.summary,
+    "llm-quality": llm_quality.summary,
+    "quantised-bytes": quantised_bytes.summary,
     "whole-step": whole_step,
     "launches": launches,
     "host": host_costs,

@@ -203,9 +203,7 @@ def _train(
             session.on_step()
 
 
-def _chats(
-    chat: Chat, tokenizer: Any, seed: int
-) -> tuple[list[dict[str, Tensor]], Any]:
+def _chats(chat: Chat, tokenizer: Any, seed: int) -> tuple[list[dict[str, Tensor]], Any]:
     """Return the batches of a run, and batches of prompts with the right answer's number."""
     words = [tokenizer(answer)["input_ids"] for answer in chat.answers]
     assert all(len(word) == 1 for word in words), "an answer is one token"
