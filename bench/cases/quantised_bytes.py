@@ -1,4 +1,4 @@
-"""Bytes of a LoRA step on quantised bases, in the shape of SmolLM2-135M; exact, nothing is timed."""
+"""Bytes of a LoRA step on quantised bases, in the shape of SmolLM2-135M: exact, not timed."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -73,7 +73,7 @@ def _measure(base: str) -> Iterator[dict[str, Any]]:
             num_key_value_heads=3,
             tie_word_embeddings=True,
         )
-        model = LlamaForCausalLM(config).to(torch.bfloat16).requires_grad_(False)
+        model: Any = LlamaForCausalLM(config).to(torch.bfloat16).requires_grad_(False)
         BASES[base](model)
         lt.apply(model, lt.LoRA(rank=16), *methods)
         ids = torch.randint(config.vocab_size or 0, SHAPE)
