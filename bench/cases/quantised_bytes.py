@@ -73,7 +73,8 @@ def _measure(base: str) -> Iterator[dict[str, Any]]:
             num_key_value_heads=3,
             tie_word_embeddings=True,
         )
-        model: Any = LlamaForCausalLM(config).to(torch.bfloat16).requires_grad_(False)
+        model: Any = LlamaForCausalLM(config)
+        model.to(torch.bfloat16).requires_grad_(False)
         BASES[base](model)
         lt.apply(model, lt.LoRA(rank=16), *methods)
         ids = torch.randint(config.vocab_size or 0, SHAPE)
