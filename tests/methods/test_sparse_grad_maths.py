@@ -9,7 +9,7 @@ from oracles import sparse_grad as oracle
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from leantune.methods.sparse_grad.maths import (
+from leantune.ops.entries import (
     accumulate_grams,
     basis,
     block_shape,

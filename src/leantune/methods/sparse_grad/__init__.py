@@ -7,9 +7,9 @@ EMNLP 2024, arXiv 2410.07383. Equations beside names: docs/methods/sparse_grad.m
 from leantune.core.adapters import is_factor
 from leantune.core.registry import MethodSpec, register
 from leantune.core.sites import Site
-from leantune.methods.sparse_grad import maths
 from leantune.methods.sparse_grad.config import SparseGrad
 from leantune.methods.sparse_grad.conversion import SparseGradConversion
+from leantune.ops import entries as maths
 
 __all__ = ["SparseGrad"]
 

@@ -17,10 +17,10 @@ from leantune.core.runtime import Runtime
 from leantune.core.sites import Site
 from leantune.errors import ConfigError, UnsupportedError
 from leantune.measure.step import calibration_step
-from leantune.methods.sparse_grad import maths
 from leantune.methods.sparse_grad.config import SparseGrad
 from leantune.methods.sparse_grad.rotated import RotatedLinear, RotatedRule
 from leantune.methods.sparse_grad.subspace import NOT_CALIBRATED, Bases, SubspaceRule
+from leantune.ops import entries as maths
 
 SIDES = ("q_out", "q_in")
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from leantune.core.linear import ConvertedConv1D
-from leantune.methods.sparse_grad import maths
 from leantune.methods.sparse_grad.subspace import Bases, SubspaceRule
+from leantune.ops import entries as maths
 from leantune.ops.linear import linear
 from leantune.ops.rows import OuterProduct
 

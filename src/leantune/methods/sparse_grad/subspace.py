@@ -15,8 +15,8 @@ from leantune.core.linear import Converted, is_conv1d
 from leantune.core.runtime import Runtime
 from leantune.core.sites import Site
 from leantune.errors import ConfigError
-from leantune.methods.sparse_grad import maths
 from leantune.methods.sparse_grad.config import SparseGrad
+from leantune.ops import entries as maths
 from leantune.ops.autocast import autocast_off
 from leantune.ops.rows import OuterProduct
 
