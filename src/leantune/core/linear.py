@@ -11,7 +11,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from leantune.core.runtime import Runtime
 from leantune.errors import SiteError
-from leantune.ops.backend import on_gpu
+from leantune.ops.backend import is_fake, on_gpu
 from leantune.ops.codec import EXACT, Codec
 from leantune.ops.linear import TrainedSubspace, linear
 from leantune.ops.rows import RowPolicy
@@ -309,7 +309,7 @@ def _computes_linear(module: nn.Linear) -> bool:
     if held - {"weight", "bias"}:
         return False  # It has a state, which a try might move.
     twin = share_parameters_as(type(module), module)
-    if module.weight.is_meta:
+    if module.weight.is_meta or is_fake(module.weight):
         parameters: dict[str, nn.Parameter | None] = vars(module)["_parameters"]
         vars(twin)["_parameters"] = {key: _few_rows(value) for key, value in parameters.items()}
     weight, used = twin.weight, [twin.weight.device] if on_gpu(twin.weight) else []
@@ -328,7 +328,7 @@ def _computes_linear(module: nn.Linear) -> bool:
 
 
 def _few_rows(parameter: nn.Parameter | None) -> nn.Parameter | None:
-    """Return numbers in place of the first rows of what lies on the meta device."""
+    """Return numbers in place of the first rows of what has none."""
     if parameter is None:
         return None
     shape, dtype = parameter[:4].shape, parameter.dtype

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from leantune.ops.backend import on_gpu
+from leantune.ops.backend import is_fake, on_gpu
 
 
 class RandomState:
@@ -76,7 +76,7 @@ def restored_afterwards(
                 # Not through setattr: a forward may have deleted the name.
                 vars(module)["_buffers"][name] = buffer
                 # An unneeded write would invalidate graphs of the caller that saved the buffer.
-                if not _equal(buffer, value):
+                if not (is_fake(buffer) or _equal(buffer, value)):
                     buffer.copy_(value)
         random.restore()
         if session is not None:

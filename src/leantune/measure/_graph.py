@@ -10,6 +10,7 @@ from torch.autograd.function import BackwardCFunction
 
 from leantune.core.tensors import iter_tensors
 from leantune.errors import UnsupportedError
+from leantune.ops.backend import is_fake
 
 Node = Any  # torch types neither C++ nodes nor the nodes of Python Functions usefully.
 
@@ -104,7 +105,8 @@ def _scales(state: Any) -> list[Tensor]:
 
 def storage_key(part: Tensor) -> tuple[str, int]:
     """Return what two tensors on the same memory have in common, while both are alive."""
-    return str(part.device), part.untyped_storage().data_ptr()
+    storage = part.untyped_storage()
+    return str(part.device), storage._cdata if is_fake(part) else storage.data_ptr()
 
 
 def walk(roots: Iterable[Tensor]) -> Iterator[Node]:

@@ -1,6 +1,7 @@
 """The ledger counts the exact bytes that one training step holds, by site and by kind."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field
 from itertools import chain
@@ -14,7 +15,7 @@ from leantune.core.tensors import iter_tensors
 from leantune.errors import UnsupportedError
 from leantune.measure._record import BATCH_INPUT, record_forward
 from leantune.measure.entries import LEDGERS, Entry, LedgerName, StorageCounter, module_of
-from leantune.measure.step import Batch, make_step
+from leantune.measure.step import Batch, Step, make_step
 from leantune.measure.text import format_bytes, table
 
 _STATE = "optimizer state"
@@ -186,7 +187,16 @@ def ledger(
             access to its memory, or the optimizer cannot be forecast.
         ConfigError: the batch is empty, or the output has no differentiable tensor.
     """
-    step = make_step("ledger", model, batch)
+    return count_step(make_step("ledger", model, batch), optimizer)
+
+
+def count_step(
+    step: Step,
+    optimizer: torch.optim.Optimizer | None = None,
+    watch: AbstractContextManager[object] | None = None,
+) -> Ledger:
+    """Count what a step holds, as :func:`ledger` does; ``watch`` is entered for its two passes."""
+    model = step.model
     with restored_afterwards(model, step.tensors()):
         model.train()
         weights = StorageCounter("weights")
@@ -195,9 +205,9 @@ def ledger(
             weights.add(parameter, kind, module_of(name))
         for name, buffer in model.named_buffers(remove_duplicate=False):
             weights.add(buffer, "buffer", module_of(name))
-        with torch.enable_grad():
+        with watch or nullcontext(), torch.enable_grad():
             activations, loss = record_forward(step, weights)
-        torch.autograd.backward(loss)
+            torch.autograd.backward(loss)
         gradients = StorageCounter("gradients")
         for name, parameter in model.named_parameters():
             if parameter.grad is not None:

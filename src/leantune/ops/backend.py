@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from leantune.errors import ConfigError, UnsupportedError
 from leantune.ops import rows
@@ -28,6 +29,11 @@ def on_gpu(where: Tensor | torch.device) -> bool:
     """Return whether a tensor or a device is an NVIDIA GPU's."""
     device = where.device if isinstance(where, Tensor) else where
     return device.type == "cuda"
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Return whether a tensor has a shape and a device, but no numbers: a forecast's."""
+    return isinstance(tensor, FakeTensor)
 
 
 def by_device(where: Tensor | torch.device, *, cpu: T, gpu: T) -> T:
@@ -56,7 +62,8 @@ def row_functions(where: Tensor) -> ModuleType:
     """Return whose functions work on a tensor's rows: ``ops.rows``, or the kernels beside it.
 
     Kernels serve an NVIDIA GPU. ``LEANTUNE_KERNELS=reference`` does without them, and ``triton``
-    insists; the latter serves the CPU where Triton interprets. Rows of float64 have no kernel.
+    insists; the latter serves the CPU where Triton interprets. Rows of float64 have no kernel, and
+    rows without numbers need none.
 
     Raises:
         ConfigError: an unknown ``LEANTUNE_KERNELS``.
@@ -74,7 +81,7 @@ def row_functions(where: Tensor) -> ModuleType:
             f"LEANTUNE_KERNELS: 'triton' needs an NVIDIA GPU and triton, but {lacks}; unset it"
         )
     is_wanted = _FORCED == "triton" or (_FORCED == "" and can_run and is_on_gpu)
-    if not is_wanted or where.dtype == torch.float64:
+    if not is_wanted or where.dtype == torch.float64 or is_fake(where):
         return rows
     from leantune.ops import rows_triton
 

@@ -1,0 +1,1 @@
+"""From a budget of memory to a recipe that fits."""
