@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         SparseGrad,
         SPTAttention,
     )
+    from leantune.planner.plan import Plan, plan
     from leantune.training.models import merge_checkpoint
     from leantune.training.run import train
 
@@ -55,6 +56,7 @@ _HOMES = {
         "SPTAttention",
         "SparseGrad",
     ),
+    "planner.plan": ("Plan", "plan"),
     "training.models": ("merge_checkpoint",),
     "training.run": ("train",),
 }
@@ -86,6 +88,7 @@ __all__ = [
     "Liger",
     "LoRA",
     "MeProp",
+    "Plan",
     "RoutedFFN",
     "SPTAttention",
     "Session",
@@ -102,6 +105,7 @@ __all__ = [
     "list_methods",
     "load",
     "merge_checkpoint",
+    "plan",
     "still_held",
     "train",
 ]

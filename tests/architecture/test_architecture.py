@@ -55,6 +55,7 @@ PUBLIC = {
     "Liger",
     "LoRA",
     "MeProp",
+    "Plan",
     "RoutedFFN",
     "SPTAttention",
     "Session",
@@ -72,6 +73,7 @@ PUBLIC = {
     "list_methods",
     "load",
     "merge_checkpoint",
+    "plan",
     "still_held",
     "train",
 }

@@ -95,8 +95,7 @@ class Blueprint:
         self.device = device
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         whole = self._copy(model)
-        blocks = discover(whole).blocks
-        self._num_blocks = len(blocks)
+        self._blocks = blocks = discover(whole).blocks
         self._models = [whole]
         if len(blocks) > max(_DEPTHS) and _are_alike(whole, blocks):
             self._models = [_with_blocks(self._copy(whole), blocks, n) for n in _DEPTHS]
@@ -118,7 +117,7 @@ class Blueprint:
             UnsupportedError: the forward asks for numbers that are not there.
         """
         few, *more = [self._run(self._copy(m), batch, methods, dtype) for m in self._models]
-        return few.deeper(more[0], self._num_blocks - max(_DEPTHS)) if more else few
+        return few.deeper(more[0], len(self._blocks) - max(_DEPTHS)) if more else few
 
     def _run(
         self,
@@ -127,7 +126,8 @@ class Blueprint:
         methods: Sequence[MethodConfig],
         dtype: torch.dtype | None,
     ) -> Forecast:
-        blocks = [model.get_submodule(name) for name in discover(model).blocks]
+        modules = dict(model.named_modules())
+        blocks = [modules[name] for name in self._blocks if name in modules]
         # Peft asks a weight for its address.
         with warnings.catch_warnings(), self._autocast(dtype):
             warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")

@@ -1,0 +1,70 @@
+"""``leantune plan``: whether a training step fits a budget of memory, and what makes it fit."""
+
+import contextlib
+import sys
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from leantune.cli.options import DebugFlag, JsonFlag, MethodOption
+from leantune.cli.output import (
+    hide_loading_bars,
+    note,
+    out,
+    print_figures,
+    print_json,
+    reported_errors,
+)
+
+
+def plan(
+    model: Annotated[
+        str, typer.Option(help="a folder, with or without weights, a name on the hub, or demo")
+    ],
+    batch_size: Annotated[int, typer.Option(help="samples of an optimiser step")],
+    max_length: Annotated[int, typer.Option(help="tokens of the longest sample")],
+    budget: Annotated[str, typer.Option(help="memory that the step may take, such as 22GiB")],
+    method: MethodOption = None,
+    min_keep_ratio: Annotated[
+        float, typer.Option(help="least share of rows that WTA-CRS may keep; 1 leaves it out")
+    ] = 0.1,
+    precision: Annotated[
+        str, typer.Option(help="dtype of the products: float32, bf16 or fp16")
+    ] = "float32",
+    json: JsonFlag = False,
+    debug: DebugFlag = False,
+) -> None:
+    """Say whether a training step fits a budget of memory, and choose what makes it fit.
+
+    The model is built from its configuration; no weights are read or downloaded. A --method is kept
+    in any case: lora trains its factors alone.
+    """
+    with reported_errors(debug):
+        note(f"planning a step of {model}: building it from its configuration")
+        hide_loading_bars(model)
+        import leantune
+        from leantune.core.recipe import method_configs
+        from leantune.training.models import build_model
+
+        with contextlib.redirect_stdout(sys.stderr):
+            found = leantune.plan(
+                build_model(model, largest=0),
+                *method_configs(method or [], "plan"),
+                batch_size=batch_size,
+                max_length=max_length,
+                budget=budget,
+                min_keep_ratio=min_keep_ratio,
+                precision=precision,  # type: ignore[arg-type]
+            )
+        if json:
+            print_json({"name": model, **found.to_dict()})
+            return
+        header, rows = found.rows()
+        print_figures(
+            f"Ways to train {escape(model)} in {escape(budget)}, the planned one first",
+            header,
+            [(escape(row[0]), *row[1:]) for row in rows],
+        )
+        out().print("As options of a recipe:")
+        print_json(found.recipe())
