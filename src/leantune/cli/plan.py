@@ -45,22 +45,22 @@ def plan(
         hide_loading_bars(model)
         import leantune
         from leantune.core.recipe import method_configs
-        from leantune.training.models import build_model
+        from leantune.training.models import load_config
 
         with contextlib.redirect_stdout(sys.stderr):
             found = leantune.plan(
-                build_model(model, largest=0),
+                load_config(model, trust_remote_code=False),
                 *method_configs(method or [], "plan"),
                 batch_size=batch_size,
                 max_length=max_length,
                 budget=budget,
                 min_keep_ratio=min_keep_ratio,
-                precision=precision,  # type: ignore[arg-type]
+                precision=precision,
             )
         if json:
             print_json({"name": model, **found.to_dict()})
             return
-        header, rows = found.rows()
+        header, *rows = found.rows()
         print_figures(
             f"Ways to train {escape(model)} in {escape(budget)}, the planned one first",
             header,

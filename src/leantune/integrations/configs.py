@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from leantune.core.extras import require
 from leantune.errors import ConfigError, shown
 
 
@@ -18,15 +17,15 @@ def build_on_meta(config: Any) -> nn.Module:
     Raises:
         ConfigError: it is none, or the model cannot be built on the meta device.
     """
-    require("transformers", extra="train", who="build_on_meta")
-    import transformers
-
-    if not isinstance(config, transformers.PreTrainedConfig):
+    named = getattr(config, "architectures", "none")
+    if named == "none":
         raise ConfigError(
             "plan: model must be a torch.nn.Module or a configuration of transformers, got "
             f"{shown(config)}; for a name take transformers.AutoConfig.from_pretrained(name)"
         )
-    named = (config.architectures or ["none"])[0]
+    import transformers
+
+    named = (named or ["none"])[0]
     build: Any = getattr(transformers, named, transformers.AutoModelForCausalLM.from_config)
     try:
         with torch.device("meta"):

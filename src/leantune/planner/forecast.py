@@ -1,15 +1,14 @@
-"""A forecast of a training step: its bytes and its work, from a model without numbers.
+"""A forecast of a training step: its bytes and its time, from a model without numbers.
 
-The methods are really applied and the step really runs, on fake tensors: torch computes their
-shapes, strides and storages with the real device's own operations, and no number. What is no weight
-stays real, so that masks are what they would be.
+The methods are really applied and the step really runs, on fake tensors: torch works out shapes and
+storages with the operations of the real device, and no number. What is no weight stays real, so
+that masks are what they would be.
 """
 
 import copy
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,78 +21,56 @@ from leantune.errors import LeantuneError, UnsupportedError
 from leantune.measure.ledger import count_step
 from leantune.measure.step import make_step
 from leantune.ops.backend import is_fake
-from leantune.planner.meter import Meter
+from leantune.planner.meter import Meter, Speed
 
 _DEPTHS = (2, 3)
-"""Blocks of the models that a deep one is extrapolated from."""
+"""Numbers of blocks that a deep model is extrapolated from."""
 
 
-@dataclass(frozen=True)
-class Forecast:
-    """A forecast holds bytes and work of one forward and backward; every field grows by block.
+class Forecast(NamedTuple):
+    """A forecast of one forward and backward; each field grows in proportion to the blocks.
 
-    Args:
-        weights: bytes of parameters and buffers.
-        gradients: bytes that one backward leaves on the parameters.
-        optimizer: bytes of AdamW's state.
-        activations: bytes kept for backward at the end of the forward.
-        peaks: bytes that the step's own tensors take at most, by phase (see ``Meter``).
-        peaks_besides_grads: the same without gradients that have reached their parameters.
-        flops: of products and attention.
-        traffic: bytes that the other operations read and write.
-        num_operations: how many there are.
+    The four ledgers are those of ``leantune.ledger``; the others are those of ``Meter``.
     """
 
     weights: int
     gradients: int
     optimizer: int
     activations: int
+    seconds: float
     peaks: tuple[int, ...]
     peaks_besides_grads: tuple[int, ...]
-    flops: int
-    traffic: int
-    num_operations: int
 
     def peak(self, *, accumulates: bool) -> int:
-        """Return the most bytes that a step holds at once, weights and optimizer state included.
+        """Return the most bytes that a step holds at once, the optimiser's state included.
 
         Args:
-            accumulates: gradients of earlier micro-batches are there from the start.
+            accumulates: whether gradients of earlier micro-batches are there from the start.
         """
-        resident = self.weights + self.optimizer
+        own = max(self.gradients, *self.peaks)
         if accumulates:
-            return resident + self.gradients + max(self.peaks_besides_grads)
-        return resident + max(self.gradients, *self.peaks)
-
-    def deeper(self, more: "Forecast", num_blocks: int) -> "Forecast":
-        """Return the forecast with further blocks, each of which adds what the first in ``more`` did.
-        """
-
-        def far(one: Any, other: Any) -> Any:
-            if isinstance(one, tuple):
-                return tuple(map(far, one, other))
-            return other + num_blocks * (other - one)
-
-        return Forecast(*map(far, astuple(self), astuple(more)))
+            own = self.gradients + max(self.peaks_besides_grads)
+        return self.weights + self.optimizer + own
 
 
 class Blueprint:
     """A blueprint is a model without numbers, of which forecasts are made.
 
-    A model of more than three equal blocks is run with two and with three; every further one adds
+    A model of more than three equal blocks is run with two and with three; each further one adds
     what the third did.
 
     Args:
         model: real or on the meta device; it is left alone.
         device: where the step would run.
+        speed: of that device.
 
     Raises:
-        UnsupportedError: a weight is no plain tensor, so that its bytes are not those of its shape.
+        UnsupportedError: a weight is no plain tensor, so that its shape does not tell its bytes.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, model: nn.Module, device: torch.device, speed: Speed) -> None:
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self._device, self._speed = device, speed
         whole = self._copy(model)
         self._blocks = blocks = discover(whole).blocks
         self._models = [whole]
@@ -110,56 +87,48 @@ class Blueprint:
 
         Args:
             batch: the model's keyword arguments, real tensors; shapes and masks count.
+            methods: none forecasts the plain model.
             dtype: of autocast; None without it.
 
         Raises:
             SiteError: a method cannot act on the model.
             UnsupportedError: the forward asks for numbers that are not there.
         """
-        few, *more = [self._run(self._copy(m), batch, methods, dtype) for m in self._models]
-        return few.deeper(more[0], len(self._blocks) - max(_DEPTHS)) if more else few
+        kind = self._device.type
+        # Peft asks a weight for its address.
+        with warnings.catch_warnings(), torch.autocast(kind, dtype, enabled=dtype is not None):
+            warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
+            runs = [self._run(self._copy(model), batch, methods) for model in self._models]
+        few, more = runs[0], runs[-1]
+        num_further = len(self._blocks) - max(_DEPTHS)
+
+        def far(a: Any, b: Any) -> Any:
+            return tuple(map(far, a, b)) if isinstance(a, tuple) else b + num_further * (b - a)
+
+        return few if len(runs) == 1 else Forecast(*map(far, few, more))
 
     def _run(
-        self,
-        model: nn.Module,
-        batch: Mapping[str, Any],
-        methods: Sequence[MethodConfig],
-        dtype: torch.dtype | None,
+        self, model: nn.Module, batch: Mapping[str, Any], methods: Sequence[MethodConfig]
     ) -> Forecast:
         modules = dict(model.named_modules())
         blocks = [modules[name] for name in self._blocks if name in modules]
-        # Peft asks a weight for its address.
-        with warnings.catch_warnings(), self._autocast(dtype):
-            warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
-            if methods:
-                apply(model, *methods)
-            step = make_step("plan", model, batch)
-            meter = Meter(model, blocks, step.tensors())
-            try:
-                held = count_step(step, watch=meter)
-            except LeantuneError:
-                raise
-            # What a foreign forward makes of tensors without numbers may be any error.
-            except Exception as error:
-                raise UnsupportedError(
-                    f"plan: {type(model).__name__} must run without numbers, got "
-                    f"{type(error).__name__}: {str(error).partition(chr(10))[0]}; load it, and "
-                    "measure it with leantune.ledger"
-                ) from error
-        return Forecast(
-            held.weights,
-            held.gradients,
-            held.optimizer,
-            held.activations,
-            tuple(meter.peaks),
-            tuple(meter.peaks_besides_grads),
-            meter.flops,
-            meter.traffic,
-            meter.num_operations,
-        )
-
-    def _autocast(self, dtype: torch.dtype | None) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype or torch.bfloat16, enabled=dtype is not None)
+        if methods:
+            apply(model, *methods)
+        step = make_step("plan", model, batch)
+        meter = Meter(model, blocks, step.tensors(), self._speed)
+        try:
+            held = count_step(step, watch=meter)
+        except LeantuneError:
+            raise
+        except Exception as error:  # whatever a foreign forward makes of a tensor without numbers
+            first = str(error).partition("\n")[0]
+            raise UnsupportedError(
+                f"plan: model must run without numbers, got {type(error).__name__} from "
+                f"{type(model).__name__} ({first}); load it, and measure it with leantune.ledger"
+            ) from error
+        ledgers = held.weights, held.gradients, held.optimizer, held.activations
+        peaks = tuple(meter.peaks), tuple(meter.peaks_besides_grads)
+        return Forecast(*ledgers, meter.seconds, *peaks)
 
     def _copy(self, model: nn.Module) -> nn.Module:
         """Copy modules, with fake tensors for weights and for whatever has no numbers."""
@@ -171,15 +140,12 @@ class Blueprint:
                     "measure a quantised or sharded model with leantune.ledger"
                 )
             memo[id(weight)] = nn.Parameter(self._fake(weight), weight.requires_grad)
-        for buffer in model.buffers():
-            if buffer.is_meta or is_fake(buffer):
-                memo[id(buffer)] = self._fake(buffer)
-        return copy.deepcopy(model, memo)
+        unknown = (b for b in model.buffers() if b.is_meta or is_fake(b))
+        return copy.deepcopy(model, memo | {id(b): self._fake(b) for b in unknown})
 
-    def _fake(self, tensor: Tensor) -> Tensor:
+    def _fake(self, x: Tensor) -> Tensor:
         with self._mode:
-            size, stride = tensor.shape, tensor.stride()
-            return torch.empty_strided(size, stride, dtype=tensor.dtype, device=self.device)
+            return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=self._device)
 
 
 def _are_alike(model: nn.Module, blocks: Sequence[str]) -> bool:
@@ -187,34 +153,23 @@ def _are_alike(model: nn.Module, blocks: Sequence[str]) -> bool:
     place = blocks[0].rpartition(".")[0]
     if list(blocks) != [f"{place}.{i}" for i in range(len(blocks))]:
         return False
-    holder = model.get_submodule(place)
-    kinds = [_kind(block) for block in holder.children()]
-    return isinstance(holder, nn.ModuleList) and kinds == [kinds[0]] * len(blocks)
+    kinds = [list(map(_kind, model.get_submodule(name).modules())) for name in blocks]
+    return kinds == [kinds[0]] * len(blocks)
 
 
-def _kind(block: nn.Module) -> list[Any]:
-    """Return what two blocks have in common that compute the same: classes, shapes, settings."""
-    return [
-        (
-            name,
-            type(module),
-            [(p.shape, p.dtype, p.requires_grad) for p in module.parameters(recurse=False)],
-            {
-                key: value
-                for key, value in vars(module).items()
-                if isinstance(value, bool | int | float | str) and not key.endswith("idx")
-            },
-        )
-        for name, module in block.named_modules()
-    ]
+def _kind(module: nn.Module) -> Any:
+    """Return what two modules have in common that compute the same."""
+    own = [(p.shape, p.dtype, p.requires_grad) for p in module.parameters(recurse=False)]
+    plain = {k: v for k, v in vars(module).items() if isinstance(v, bool | int | float | str)}
+    return type(module), own, {k: v for k, v in plain.items() if not k.endswith("idx")}
 
 
 def _with_blocks(model: nn.Module, blocks: Sequence[str], num_blocks: int) -> nn.Module:
     """Leave a model its first blocks alone, and let its configuration say so."""
-    holder = model.get_submodule(blocks[0].rpartition(".")[0])
-    del holder[num_blocks:]  # type: ignore[operator]
+    holder: Any = model.get_submodule(blocks[0].rpartition(".")[0])
+    del holder[num_blocks:]
     for module in model.modules():
-        config = vars(module).get("config")
+        config: Any = vars(module).get("config")
         if getattr(config, "num_hidden_layers", None) == len(blocks):
             config.num_hidden_layers = num_blocks
     return model

@@ -1,8 +1,8 @@
-"""A meter watches a step's operations: the most bytes held at once, and what there is to do."""
+"""A meter watches a step's operations: the most bytes held at once, and how long they may take."""
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,21 +17,27 @@ NUM_PHASES = 4
 In each of these every further block adds the same to the most bytes that are held."""
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
-    return sdpa_flop_count(query.shape, key.shape, value.shape)
+class Speed(NamedTuple):
+    """The speed of a device: operations on numbers and bytes a second, seconds for each call."""
+
+    flops: float
+    traffic: float
+    call: float
 
 
-def _attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> int:
-    return sdpa_backward_flop_count(grad.shape, q.shape, k.shape, v.shape)
+def _on_cpu(*args: Any, **_: Any) -> int:
+    return sdpa_flop_count(*(x.shape for x in args[:3]))
 
 
-_ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_ON_CPU_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+def _on_cpu_backward(*args: Any, **_: Any) -> int:
+    return sdpa_backward_flop_count(*(x.shape for x in args[:4]))
+
+
+_ATEN = torch.ops.aten
 _FLOPS: Mapping[Any, Callable[..., int]] = {
-    **flop_registry,
-    # Torch itself counts attention on a GPU alone.
-    _ON_CPU: _attention,
-    _ON_CPU_BACKWARD: _attention_backward,
+    **flop_registry,  # of attention, that on a GPU alone
+    _ATEN._scaled_dot_product_flash_attention_for_cpu: _on_cpu,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: _on_cpu_backward,
 }
 
 
@@ -41,42 +47,38 @@ class Meter(TorchDispatchMode):
     Args:
         model: whose step is run inside.
         blocks: of the model, in order.
-        known: what exists anyway: weights and the batch.
+        known: what exists besides the model's own tensors.
+        speed: of the device.
 
     Attributes:
         peaks: most bytes held at once, by phase.
         peaks_besides_grads: the same without gradients that have reached their parameters.
-        flops: of products and attention.
-        traffic: bytes that the other operations read and write.
-        num_operations: how many there were, views left out.
+        seconds: an estimate from products, the bytes of other operations, and their number.
     """
 
     def __init__(
-        self, model: nn.Module, blocks: Sequence[nn.Module], known: Iterable[Tensor]
+        self, model: nn.Module, blocks: Sequence[nn.Module], known: Iterable[Tensor], speed: Speed
     ) -> None:
         super().__init__()
-        self._model = model
-        self._ends = [blocks[-1], blocks[0]] if len(blocks) > 1 else []
+        self._model, self._blocks, self._speed = model, blocks, speed
+        tensors = (*model.parameters(), *model.buffers(), *known)
+        self._alive: dict[int, Any] = {t.untyped_storage()._cdata: None for t in tensors}
         self._handles: list[Any] = []
-        self._alive = {_key(t): None for t in (*model.parameters(), *model.buffers(), *known)}
-        self._weak: dict[int, Any] = {}
         self._held = self._grads = self._phase = 0
         self.peaks = [0] * NUM_PHASES
         self.peaks_besides_grads = [0] * NUM_PHASES
-        self.flops = self.traffic = self.num_operations = 0
+        self.seconds = 0.0
 
     def __enter__(self) -> "Meter":
         trained = [p for p in self._model.parameters() if p.requires_grad]
         self._handles = [p.register_post_accumulate_grad_hook(self._arrive) for p in trained]
+        ends = [self._blocks[-1], self._blocks[0]] if len(self._blocks) > 1 else []
+        after = self._model.register_forward_hook(lambda *call: self._begin(1, call[-1]))
+        self._handles.append(after)
+        for phase, block in enumerate(ends, start=2):
 
-        def after(_: nn.Module, args: Any, output: Any) -> None:
-            self._begin_with_gradient_of(output, phase=1)
-
-        self._handles.append(self._model.register_forward_hook(after))
-        for phase, block in enumerate(self._ends, start=2):
-
-            def before(_: nn.Module, args: Any, kwargs: Any, phase: int = phase) -> None:
-                self._begin_with_gradient_of((args, kwargs), phase)
+            def before(*call: Any, phase: int = phase) -> None:
+                self._begin(phase, call[1:])
 
             self._handles.append(block.register_forward_pre_hook(before, with_kwargs=True))
         return super().__enter__()
@@ -90,30 +92,27 @@ class Meter(TorchDispatchMode):
         if parameter.grad is not None:
             self._grads += parameter.grad.untyped_storage().nbytes()
 
-    def _begin_with_gradient_of(self, value: Any, phase: int) -> None:
-        """Begin a phase when the first tensor in ``value`` has its gradient."""
-
-        def begin(_: Tensor) -> None:
-            self._phase = max(self._phase, phase)
-
+    def _begin(self, phase: int, value: Any) -> None:
+        """Begin a phase when the first tensor in ``value`` gets its gradient."""
         tensor = next(iter_tensors(value), None)
         if tensor is not None and tensor.requires_grad:
-            tensor.register_hook(begin)
+            tensor.register_hook(lambda _: setattr(self, "_phase", max(self._phase, phase)))
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Run an operation, and count what it makes and what it takes."""
-        output = func(*args, **(kwargs or {}))
+        """Run an operation, and count what it makes and takes."""
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
         made = list(iter_tensors([output]))
-        flops = _FLOPS.get(func._overloadpacket)
-        if flops is not None:
-            self.flops += flops(*args, **(kwargs or {}), out_val=output)
         if made and not func.is_view:
-            self.num_operations += 1
+            flops = _FLOPS.get(func._overloadpacket)
             if flops is None:
-                touched = [*made, *iter_tensors([args, kwargs or {}])]
-                self.traffic += sum(t.numel() * t.itemsize for t in touched)
+                touched = (*made, *iter_tensors([args, kwargs]))
+                self.seconds += sum(t.numel() * t.itemsize for t in touched) / self._speed.traffic
+            else:
+                self.seconds += flops(*args, **kwargs, out_val=output) / self._speed.flops
+            self.seconds += self._speed.call
         for tensor in made:
             self._note(tensor.untyped_storage())
         return output
@@ -129,11 +128,8 @@ class Meter(TorchDispatchMode):
 
         self._alive[key] = weakref.ref(storage, gone)
         self._held += num_bytes
-        phase = self._phase
-        self.peaks[phase] = max(self.peaks[phase], self._held)
-        besides = self._held - self._grads
-        self.peaks_besides_grads[phase] = max(self.peaks_besides_grads[phase], besides)
-
-
-def _key(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+        for peaks, held in (
+            (self.peaks, self._held),
+            (self.peaks_besides_grads, self._held - self._grads),
+        ):
+            peaks[self._phase] = max(peaks[self._phase], held)

@@ -1,9 +1,9 @@
 """A plan says whether a training step fits a budget of memory, and what makes it fit."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,77 +15,40 @@ from leantune.integrations.configs import build_on_meta
 from leantune.measure.text import format_bytes, table
 from leantune.methods import WTACRS, Checkpoint, LoRA
 from leantune.ops.backend import by_device
-from leantune.planner.forecast import Blueprint, Forecast
-from leantune.planner.sizes import check_count, parse_budget, token_batch
+from leantune.planner.forecast import Blueprint
+from leantune.planner.meter import Speed
+from leantune.planner.request import PlanRequest
 
-Precision = Literal["float32", "bf16", "fp16"]
-_DTYPES = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-_RATIOS = (0.3, 0.1)
-_PARTS = ("mlp", "block")
+_RECOMPUTED = (None, Checkpoint(parts=("mlp",)), Checkpoint())
+_SAMPLED = (None, WTACRS(keep_ratio=0.3), WTACRS(keep_ratio=0.1))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A plan is a way to train in a budget, and what it costs; sizes are in bytes.
+    """A plan is a way to train, and what it costs.
 
     Args:
         methods: to apply; none trains the plain model.
-        batch_size: samples in a micro-batch.
-        accumulation_steps: micro-batches in an optimiser step.
-        weights: parameters and buffers.
-        gradients: what one backward leaves on the parameters.
-        optimizer: AdamW's state.
-        activations: kept for backward at the end of a micro-batch's forward.
-        peak: the most that a step holds at once, all of these and what is made in passing.
-        budget: what ``peak`` must not exceed.
-        relative_time: of a step, predicted; 1 is the given methods on the whole batch at once.
-        max_length: tokens of a sample.
-        precision: of the products.
-        alternatives: the other ways, those that fit first, the fastest first.
+        batch_size: samples of a micro-batch.
+        accumulation_steps: micro-batches of an optimiser step.
+        num_bytes: by ledger, as ``leantune.ledger`` measures them; the ``peak``, the most that a
+            step holds at once; and ``transients``, the peak less weights, optimizer and
+            activations: gradients, and what is made in passing.
+        relative_time: of a step, an estimate; 1 is the given methods on the whole batch at once.
+        gradient: what is done to it, in words. Rows drawn evenly would add to its variance so many
+            times the sum of their squared contributions; rows drawn by their norms add less.
+        fits: whether the peak is within the budget.
+        alternatives: other ways, those that fit first, then by time.
     """
 
     methods: tuple[MethodConfig, ...]
     batch_size: int
     accumulation_steps: int
-    weights: int
-    gradients: int
-    optimizer: int
-    activations: int
-    peak: int
-    budget: int
+    num_bytes: Mapping[str, int]
     relative_time: float
-    max_length: int
-    precision: Precision
-    alternatives: tuple["Plan", ...] = dataclasses.field(default=(), repr=False)
-
-    @property
-    def fits(self) -> bool:
-        """Whether the peak is within the budget."""
-        return self.peak <= self.budget
-
-    @property
-    def transients(self) -> int:
-        """Bytes at the peak besides weights, optimiser state and activations.
-
-        They are the gradients of that moment, and what operations make in passing: logits and
-        their gradient, or a part that is recomputed.
-        """
-        return self.peak - self.weights - self.optimizer - self.activations
-
-    @property
-    def keep_ratio(self) -> float:
-        """Share of the rows that weight gradients come from; 1 is the exact gradient."""
-        return min((m.keep_ratio for m in self.methods if isinstance(m, WTACRS)), default=1.0)
-
-    @property
-    def gradient(self) -> str:
-        """What is done to the gradient, in words.
-
-        Rows that are drawn evenly would add ``1 / keep_ratio - 1`` times the sum of their squared
-        contributions to its variance; rows drawn by their norms add less.
-        """
-        ratio = self.keep_ratio
-        return "exact" if ratio == 1 else f"unbiased, variance up to {1 / ratio - 1:.1f}"
+    gradient: str
+    fits: bool
+    alternatives: tuple["Plan", ...] = field(default=(), repr=False)
 
     def recipe(self) -> dict[str, Any]:
         """Return the options that ``leantune train`` takes for it, as plain JSON types."""
@@ -93,54 +56,46 @@ class Plan:
             "methods": [method.to_dict() for method in self.methods],
             "batch_size": self.batch_size,
             "gradient_accumulation_steps": self.accumulation_steps,
-            "max_length": self.max_length,
-            "precision": self.precision,
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """Return recipe, bytes, time and alternatives as plain JSON types."""
-        names = ("weights", "gradients", "optimizer", "activations", "transients", "peak")
-        return {
-            "recipe": self.recipe(),
-            **{name: getattr(self, name) for name in (*names, "budget", "fits")},
-            "relative_time": round(self.relative_time, 3),
-            "gradient": self.gradient,
-            "alternatives": [other.to_dict() for other in self.alternatives],
-        }
+        """Return everything as plain JSON types; sizes in bytes."""
+        others = [other.to_dict() for other in self.alternatives]
+        names = ("num_bytes", "relative_time", "gradient", "fits")
+        costs = {name: getattr(self, name) for name in names}
+        return {"recipe": self.recipe(), **costs, "alternatives": others}
 
-    def rows(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-        """Return header and rows of a table of the plan and its alternatives."""
-        header = ("methods", "batch", "weights", "optimizer", "activations", "transients", "peak")
+    def rows(self) -> list[tuple[str, ...]]:
+        """Return a table of the plan and its alternatives, its header first."""
+        sizes = ("weights", "optimizer", "activations", "transients", "peak")
         rows = [
             (
                 describe(way.methods),
                 f"{way.accumulation_steps} x {way.batch_size}",
-                *(format_bytes(getattr(way, name)) for name in header[2:]),
+                *(format_bytes(way.num_bytes[name]) for name in sizes),
                 "yes" if way.fits else "no",
                 f"{way.relative_time:.2f}",
                 way.gradient,
             )
             for way in (self, *self.alternatives)
         ]
-        return (*header, "fits", "time", "gradient"), rows
+        return [("methods", "batch", *sizes, "fits", "time", "gradient"), *rows]
 
     def __str__(self) -> str:
-        return table(*self.rows())
+        header, *rows = self.rows()
+        return table(header, rows)
 
 
 def describe(methods: Sequence[MethodConfig]) -> str:
-    """Return methods as they are written in Python, with the options that are not the default."""
-    return " + ".join(map(_call, methods)) or "plain"
-
-
-def _call(method: MethodConfig) -> str:
-    options: list[str] = []
-    for spec in dataclasses.fields(method):
-        value = getattr(method, spec.name)
-        if value != spec.default:
-            one = value[0] if isinstance(value, tuple) and len(value) == 1 else value
-            options.append(f"{spec.name}={one!r}")
-    return f"{type(method).__name__}({', '.join(options)})"
+    """Return methods as Python spells them, with the options that are not the default."""
+    calls: list[str] = []
+    for method in methods:
+        options = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}
+        changed = {k: v for k, v in options.items() if v != getattr(type(method), k)}
+        calls.append(
+            f"{type(method).__name__}({', '.join(f'{k}={v!r}' for k, v in changed.items())})"
+        )
+    return " + ".join(calls) or "plain"
 
 
 def plan(
@@ -150,163 +105,133 @@ def plan(
     max_length: int,
     budget: str | int,
     min_keep_ratio: float = 0.1,
-    precision: Precision = "float32",
+    precision: str = "float32",
 ) -> Plan:
-    """Choose how to train a model in a budget of memory, the fastest way that fits.
+    """Choose the fastest way to train a model in a budget of memory.
 
-    Nothing is loaded or computed: the methods are applied to a model without numbers, and its step
-    is run on shapes. Bytes of weights, gradients, optimiser state and activations are those that
-    :func:`leantune.ledger` measures. Time is an estimate from products, memory traffic and the
-    number of operations, good for an order.
-
-    To the methods given it adds what is recomputed (nothing, each block's MLP, each block), WTA-CRS
-    (none, 0.3, 0.1), and a halved micro-batch with accumulated gradients where the batch is too
-    large, unless a given method recomputes or samples already.
+    Nothing is loaded: the methods are applied to a model without numbers, whose step runs on
+    shapes. What it saves is what :func:`leantune.ledger` measures, to the byte. Time is an
+    estimate, good for an order. To the methods given it adds what is recomputed (each block's MLP,
+    or each block), WTA-CRS (0.3, 0.1), and halved micro-batches where the batch does not fit.
 
     Args:
         model: of token ids: loaded, on the meta device, or its configuration.
-        methods: to keep in any case, such as ``LoRA()`` or ``Checkpoint()``.
+        methods: to keep in any case, such as ``LoRA()``; what recomputes or samples already is not
+            added a second time.
         batch_size: samples of an optimiser step.
         max_length: tokens of the longest sample.
-        budget: ``"22GiB"``, ``"8 GB"``, or bytes; for what the step holds, without what the
-            allocator rounds up and without the driver's own.
-        min_keep_ratio: bound on the variance that WTA-CRS may add; 1 leaves every gradient exact.
-        precision: dtype of the products, as in a recipe.
+        budget: ``"22GiB"``, ``"8 GB"``, or bytes: for tensors, without what the allocator rounds
+            up and the driver takes.
+        min_keep_ratio: bound on the variance that WTA-CRS may add; 1 leaves it out.
+        precision: of the products, as in a recipe: float32, bf16 or fp16.
 
     Raises:
         ConfigError: a bad value, or nothing fits; the message says what the smallest takes.
         SiteError: the model has no sites for the methods given.
-        UnsupportedError: the model's forward asks for numbers, or its weights are quantised.
+        UnsupportedError: the forward asks for numbers, or weights are quantised.
     """
-    num_bytes = parse_budget(budget)
-    check_count("batch_size", batch_size, least=1)
-    if not 0 < min_keep_ratio <= 1:
-        raise ConfigError(
-            f"plan: min_keep_ratio must be above 0 and at most 1, got {min_keep_ratio!r}; 1 leaves "
-            "every gradient exact"
-        )
-    if precision not in _DTYPES:
-        raise ConfigError(f"plan: precision must be one of {list(_DTYPES)}, got {precision!r}")
-    search = _Search(model, batch_size, max_length, num_bytes, precision)
-    ways = [search.best(methods)]
-    for others in _candidates(methods, min_keep_ratio):
-        # What has no such parts, or nothing to sample, is no way.
+    options: Any = {"budget": budget, "min_keep_ratio": min_keep_ratio, "precision": precision}
+    request = PlanRequest(batch_size=batch_size, max_length=max_length, **options)
+    search = _Search(model, request)
+    ways = [search.largest(methods)]
+    for added in _added(methods, min_keep_ratio):
         try:
-            ways.append(search.best((*methods, *others)))
-        except SiteError:
+            ways.append(search.largest((*methods, *added)))
+        except SiteError:  # the model has no such part, or nothing to sample
             continue
-    ways.sort(key=lambda way: (not way.fits, way.relative_time if way.fits else way.peak))
+    ways.sort(key=lambda way: (not way.fits, way.relative_time))
     if not ways[0].fits:
-        raise ConfigError(_nothing_fits(search, ways[0], budget))
+        smallest = min(ways, key=lambda way: way.num_bytes["peak"])
+        raise ConfigError(_nothing_fits(search, smallest, budget))
     return dataclasses.replace(ways[0], alternatives=tuple(ways[1:]))
 
 
-def _candidates(
+def _axes(methods: Sequence[MethodConfig]) -> set[str]:
+    return {registry.get(method.method).axis for method in methods}
+
+
+def _added(
     given: Sequence[MethodConfig], min_keep_ratio: float
 ) -> Iterator[tuple[MethodConfig, ...]]:
     """Yield what may be added to the methods given, on axes that they leave free."""
-    axes = {registry.get(method.method).axis for method in given}
-    recomputed = [()] if "recompute" in axes else [(), *((Checkpoint(parts=(p,)),) for p in _PARTS)]
-    ratios = [r for r in _RATIOS if r >= min_keep_ratio and "rows" not in axes]
-    for first in recomputed:
-        for second in [(), *((WTACRS(keep_ratio=ratio),) for ratio in ratios)]:
-            if first or second:
-                yield (*first, *second)
+    axes = _axes(given)
+    for recompute in _RECOMPUTED[: 1 if "recompute" in axes else None]:
+        for sample in _SAMPLED[: 1 if "rows" in axes else None]:
+            added = tuple(method for method in (recompute, sample) if method is not None)
+            if added and (sample is None or sample.keep_ratio >= min_keep_ratio):
+                yield added
 
 
 class _Search:
-    """A search knows a model and a budget, and finds the largest micro-batch of some methods."""
+    """A search tries methods on a model, in micro-batches that fit a budget."""
 
-    def __init__(
-        self, model: Any, batch_size: int, max_length: int, budget: int, precision: Precision
-    ) -> None:
+    def __init__(self, model: Any, request: PlanRequest) -> None:
         module = model if isinstance(model, nn.Module) else build_on_meta(model)
-        self.name = type(module).__name__
-        weight = next(module.parameters(), torch.empty(0))
-        gpu = "cuda" if torch.cuda.is_available() else "cpu"
-        self._device = torch.device(gpu) if weight.is_meta else weight.device
-        self._batch = token_batch(module, batch_size, max_length, self._device)
-        self._blueprint = Blueprint(module, self._device)
-        self._fixed = {"budget": budget, "max_length": max_length, "precision": precision}
-        self._budget, self._dtype = budget, _DTYPES[precision]
-        self._plain: float | None = None
+        first = next(module.parameters(), torch.empty(0))
+        here = "cuda" if torch.cuda.is_available() else "cpu"
+        device = torch.device(here) if first.is_meta else first.device
+        on_gpu = Speed(5e13 if request.dtype is None else 4e14, 3e12, 1e-5)
+        self.name, self.request = type(module).__name__, request
+        self._speed = by_device(device, cpu=Speed(5e10, 1e10, 5e-6), gpu=on_gpu)
+        self._batch = request.batch(module, device)
+        self._blueprint = Blueprint(module, device, self._speed)
+        self._seconds: float | None = None
 
-    @property
-    def batch_size(self) -> int:
-        return len(self._batch["input_ids"])
-
-    def best(self, methods: Sequence[MethodConfig]) -> Plan:
-        """Return the way with the largest micro-batch that fits, or with one sample."""
-        whole = self.way(methods, self.batch_size)
-        if whole.fits:
-            return whole
-        fixed = whole.weights + whole.optimizer + whole.gradients
-        for size in _halved(self.batch_size):
-            # What grows with the batch does so in proportion, but for what is rounded.
-            guess = fixed + max(0, whole.peak - fixed) * size / self.batch_size
-            if guess <= self._budget or size == 1:
+    def largest(self, methods: Sequence[MethodConfig]) -> Plan:
+        """Return the way with the largest micro-batch that fits, or with a single sample."""
+        way = whole = self.way(methods, self.request.batch_size)
+        size = whole.batch_size
+        resident = sum(whole.num_bytes[name] for name in ("weights", "optimizer", "gradients"))
+        while not way.fits and size > 1:
+            size = size // 2 if size % 2 == 0 else 1
+            # The rest grows with the batch: sizes that are far too large are not tried.
+            rest = (whole.num_bytes["peak"] - resident) * size / whole.batch_size
+            if resident + rest <= self.request.budget or size == 1:
                 way = self.way(methods, size)
-                if way.fits or size == 1:
-                    return way
-        return whole
+        return way
 
     def way(self, methods: Sequence[MethodConfig], size: int) -> Plan:
-        """Forecast some methods on micro-batches of a size."""
+        """Forecast methods on micro-batches of a size."""
         batch = {name: tensor[-size:] for name, tensor in self._batch.items()}
-        found = self._blueprint.forecast(batch, methods, self._dtype)
-        steps = self.batch_size // size
-        time = self._seconds(found, steps)
-        self._plain = self._plain or time
+        found = self._blueprint.forecast(batch, methods, self.request.dtype)
+        steps = self.request.batch_size // size
+        # AdamW reads gradients, and reads and writes weights and its state.
+        update = (3 * found.gradients + 2 * found.optimizer) / self._speed.traffic
+        seconds = steps * found.seconds + update
+        self._seconds = self._seconds or seconds
+        peak = found.peak(accumulates=steps > 1)
+        ledgers = {name: getattr(found, name) for name in ("weights", "gradients")}
+        ledgers |= {"optimizer": found.optimizer, "activations": found.activations}
+        others = peak - found.weights - found.optimizer - found.activations
+        ratio = min((m.keep_ratio for m in methods if isinstance(m, WTACRS)), default=1.0)
         return Plan(
             methods=tuple(methods),
             batch_size=size,
             accumulation_steps=steps,
-            weights=found.weights,
-            gradients=found.gradients,
-            optimizer=found.optimizer,
-            activations=found.activations,
-            peak=found.peak(accumulates=steps > 1),
-            relative_time=time / self._plain,
-            **self._fixed,  # type: ignore[arg-type]
+            num_bytes={**ledgers, "transients": others, "peak": peak},
+            relative_time=seconds / self._seconds,
+            gradient=f"unbiased, variance <= {1 / ratio - 1:.1f}" if ratio < 1 else "exact",
+            fits=peak <= self.request.budget,
         )
-
-    def _seconds(self, found: Forecast, steps: int) -> float:
-        """Estimate an optimiser step: products, bytes moved, and what each operation costs."""
-        is_half = self._dtype is not None
-        flops, traffic, each = by_device(
-            self._device, cpu=(5e10, 1e10, 5e-6), gpu=(4e14 if is_half else 5e13, 3e12, 1e-5)
-        )
-        passes = found.flops / flops + found.traffic / traffic + found.num_operations * each
-        # AdamW reads a gradient, and reads and writes a weight and its state.
-        return steps * passes + (3 * found.gradients + 2 * found.optimizer) / traffic
-
-
-def _halved(batch_size: int) -> Iterator[int]:
-    """Yield the micro-batches below a batch: halves as long as they are whole, then one sample."""
-    size = batch_size
-    while size % 2 == 0:
-        size //= 2
-        yield size
-    if size > 1:
-        yield 1
 
 
 def _nothing_fits(search: _Search, smallest: Plan, budget: str | int) -> str:
-    below = f", below the weights' {format_bytes(smallest.weights)}"
+    weights = smallest.num_bytes["weights"]
+    below = f", below its weights' {format_bytes(weights)}"
     text = (
-        f"plan: budget must be at least {_rounded_up(smallest.peak)} for {search.name}, got "
-        f"{budget}{below if smallest.weights > smallest.budget else ''}; the smallest is "
-        f"{describe(smallest.methods)} on {smallest.batch_size} x {smallest.max_length} tokens at a "
-        "time: raise it or shorten max_length"
+        f"plan: budget must be at least {_rounded_up(smallest)} for {search.name}, got {budget}"
+        f"{below if weights > search.request.budget else ''}; the smallest is "
+        f"{describe(smallest.methods)} on {smallest.batch_size} x {search.request.max_length} "
+        "tokens at a time: raise it, or shorten max_length"
     )
-    if any(registry.get(m.method).axis == "trained" for m in smallest.methods):
+    if "trained" in _axes(smallest.methods):
         return text
     try:
         lora = search.way((LoRA(), *smallest.methods), smallest.batch_size)
     except LeantuneError:
         return text
-    return f"{text}, or train LoRA's factors alone (leantune.LoRA()), in {_rounded_up(lora.peak)}"
+    return f"{text}; training LoRA's factors alone (leantune.LoRA()) takes {_rounded_up(lora)}"
 
 
-def _rounded_up(num_bytes: int) -> str:
-    return f"{-(-num_bytes // 2**20)}MiB"
+def _rounded_up(way: Plan) -> str:
+    return f"{-(-way.num_bytes['peak'] // 2**20)}MiB"

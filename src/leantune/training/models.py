@@ -96,7 +96,7 @@ def load_model(
             "id2label": dict(enumerate(labels)),
             "label2id": {label: i for i, label in enumerate(labels)},
         }
-    _load_config(name, trust_remote_code=trust_remote_code)
+    load_config(name, trust_remote_code=trust_remote_code)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         what = f"a model for {task.kind}"
@@ -126,7 +126,7 @@ def build_model(name: str) -> Any:
     Raises:
         ConfigError: there is no configuration, or it is of no model in transformers.
     """
-    config = _load_config(name, trust_remote_code=False)
+    config = load_config(name, trust_remote_code=False)
     build: Any = getattr(transformers, _architecture(config), transformers.AutoModel.from_config)
     try:
         with torch.device("meta"):
@@ -143,7 +143,7 @@ def build_model(name: str) -> Any:
     return model
 
 
-def _load_config(name: str, *, trust_remote_code: bool) -> Any:
+def load_config(name: str, *, trust_remote_code: bool) -> Any:
     """Load a configuration whose sizes cost neither the machine's memory nor hours."""
     config = _load(transformers.AutoConfig, name, "a config", trust_remote_code=trust_remote_code)
     for key, most in _MOST.items():
@@ -241,7 +241,7 @@ def _load_base(name: str, place: str, session_folder: Path, trust: dict[str, boo
     Raises:
         ConfigError: transformers has no such class.
     """
-    config = _load_config(place, **trust)
+    config = load_config(place, **trust)
     architecture = _architecture(config)
     kind = getattr(transformers, architecture, None)
     if kind is None:
