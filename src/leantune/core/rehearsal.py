@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from leantune.core.restore import restored_afterwards
 from leantune.errors import LeantuneError, UnsupportedError
+from leantune.ops.backend import is_fake
 
 _SOUND_SAMPLES = 4000
 
@@ -39,7 +40,7 @@ def rehearse(model: nn.Module, batch: Mapping[str, Tensor] | None = None) -> Reh
     Raises:
         UnsupportedError: the forward raises, whatever it is given; or weights have no numbers.
     """
-    if any(x.is_meta for x in (*model.parameters(), *model.buffers())):
+    if any(x.is_meta or is_fake(x) for x in (*model.parameters(), *model.buffers())):
         raise UnsupportedError("forward on dummy inputs must run, got a model on the meta device")
     first: Exception | None = None
     with restored_afterwards(model), torch.no_grad():

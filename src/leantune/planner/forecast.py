@@ -95,9 +95,10 @@ class Blueprint:
             UnsupportedError: the forward asks for numbers that are not there.
         """
         kind = self._device.type
-        # Peft asks a weight for its address.
+        # Peft asks a weight for its address, and torch its own LoRA factors for their gradients.
         with warnings.catch_warnings(), torch.autocast(kind, dtype, enabled=dtype is not None):
-            warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
+            for about in ("Accessing the data pointer of FakeTensor", "The .grad attribute of a"):
+                warnings.filterwarnings("ignore", message=about)
             runs = [self._run(self._copy(model), batch, methods) for model in self._models]
         few, more = runs[0], runs[-1]
         num_further = len(self._blocks) - max(_DEPTHS)

@@ -61,8 +61,9 @@ class Meter(TorchDispatchMode):
     ) -> None:
         super().__init__()
         self._model, self._blocks, self._speed = model, blocks, speed
-        tensors = (*model.parameters(), *model.buffers(), *known)
-        self._alive: dict[int, Any] = {t.untyped_storage()._cdata: None for t in tensors}
+        storages = [t.untyped_storage() for t in (*model.parameters(), *model.buffers(), *known)]
+        # These are held here, so that no other storage gets their address.
+        self._alive: dict[int, Any] = {storage._cdata: storage for storage in storages}
         self._handles: list[Any] = []
         self._held = self._grads = self._phase = 0
         self.peaks = [0] * NUM_PHASES

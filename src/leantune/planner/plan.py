@@ -1,7 +1,7 @@
 """A plan says whether a training step fits a budget of memory, and what makes it fit."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,8 +19,9 @@ from leantune.planner.forecast import Blueprint
 from leantune.planner.meter import Speed
 from leantune.planner.request import PlanRequest
 
-_RECOMPUTED = (None, Checkpoint(parts=("mlp",)), Checkpoint())
-_SAMPLED = (None, WTACRS(keep_ratio=0.3), WTACRS(keep_ratio=0.1))
+_MLP, _BLOCK, _FEW = Checkpoint(parts=("mlp",)), Checkpoint(), WTACRS(keep_ratio=0.1)
+_ADDED = ((), (WTACRS(keep_ratio=0.3),), (_FEW,), (_MLP,), (_MLP, _FEW), (_BLOCK,), (_BLOCK, _FEW))
+"""What a plan may add. Where a part runs again, rows are drawn by exact norms, and few will do."""
 
 
 @dataclass(frozen=True)
@@ -133,12 +134,16 @@ def plan(
     options: Any = {"budget": budget, "min_keep_ratio": min_keep_ratio, "precision": precision}
     request = PlanRequest(batch_size=batch_size, max_length=max_length, **options)
     search = _Search(model, request)
-    ways = [search.largest(methods)]
-    for added in _added(methods, min_keep_ratio):
+    taken = _axes(methods)
+    ways: list[Plan] = []
+    for added in _ADDED:
+        if _keep_ratio(added) < request.min_keep_ratio or not taken.isdisjoint(_axes(added)):
+            continue
         try:
             ways.append(search.largest((*methods, *added)))
-        except SiteError:  # the model has no such part, or nothing to sample
-            continue
+        except SiteError:
+            if not added:
+                raise  # else the model has no such part, or nothing to sample
     ways.sort(key=lambda way: (not way.fits, way.relative_time))
     if not ways[0].fits:
         smallest = min(ways, key=lambda way: way.num_bytes["peak"])
@@ -150,16 +155,8 @@ def _axes(methods: Sequence[MethodConfig]) -> set[str]:
     return {registry.get(method.method).axis for method in methods}
 
 
-def _added(
-    given: Sequence[MethodConfig], min_keep_ratio: float
-) -> Iterator[tuple[MethodConfig, ...]]:
-    """Yield what may be added to the methods given, on axes that they leave free."""
-    axes = _axes(given)
-    for recompute in _RECOMPUTED[: 1 if "recompute" in axes else None]:
-        for sample in _SAMPLED[: 1 if "rows" in axes else None]:
-            added = tuple(method for method in (recompute, sample) if method is not None)
-            if added and (sample is None or sample.keep_ratio >= min_keep_ratio):
-                yield added
+def _keep_ratio(methods: Sequence[MethodConfig]) -> float:
+    return min((m.keep_ratio for m in methods if isinstance(m, WTACRS)), default=1.0)
 
 
 class _Search:
@@ -178,7 +175,7 @@ class _Search:
         self._seconds: float | None = None
 
     def largest(self, methods: Sequence[MethodConfig]) -> Plan:
-        """Return the way with the largest micro-batch that fits, or with a single sample."""
+        """Return the way with the largest micro-batch that fits, or else the smallest way."""
         way = whole = self.way(methods, self.request.batch_size)
         size = whole.batch_size
         resident = sum(whole.num_bytes[name] for name in ("weights", "optimizer", "gradients"))
@@ -188,7 +185,8 @@ class _Search:
             rest = (whole.num_bytes["peak"] - resident) * size / whole.batch_size
             if resident + rest <= self.request.budget or size == 1:
                 way = self.way(methods, size)
-        return way
+        # Gradients that accumulate may take more than small micro-batches save.
+        return way if way.fits else min(whole, way, key=lambda way: way.num_bytes["peak"])
 
     def way(self, methods: Sequence[MethodConfig], size: int) -> Plan:
         """Forecast methods on micro-batches of a size."""
@@ -203,7 +201,7 @@ class _Search:
         ledgers = {name: getattr(found, name) for name in ("weights", "gradients")}
         ledgers |= {"optimizer": found.optimizer, "activations": found.activations}
         others = peak - found.weights - found.optimizer - found.activations
-        ratio = min((m.keep_ratio for m in methods if isinstance(m, WTACRS)), default=1.0)
+        ratio = _keep_ratio(methods)
         return Plan(
             methods=tuple(methods),
             batch_size=size,

@@ -1,0 +1,163 @@
+"""The plan is the fastest way that fits, and what nothing fits says what would."""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import leantune as lt
+from leantune.planner.plan import Plan
+from leantune.planner.request import PlanRequest
+from leantune.training.recipe import MeasureRecipe
+
+EXACT = {"batch_size": 4, "max_length": 32, "min_keep_ratio": 1}
+
+
+def config(**options: Any) -> transformers.GPT2Config:
+    return transformers.GPT2Config(
+        vocab_size=64, n_embd=32, n_head=2, n_layer=2, n_positions=64, bos_token_id=1, **options
+    )
+
+
+def gpt2(**options: Any) -> nn.Module:
+    with torch.device("meta"):
+        return transformers.GPT2LMHeadModel(config(**options))
+
+
+@pytest.fixture(scope="module")
+def roomy() -> Plan:
+    return lt.plan(gpt2(), batch_size=4, max_length=32, budget="1GiB")
+
+
+def ways(plan: Plan) -> dict[str, Plan]:
+    return {str(way.methods): way for way in (plan, *plan.alternatives)}
+
+
+def test_with_room_the_fastest_way_takes_the_whole_batch(roomy: Plan) -> None:
+    every = [roomy, *roomy.alternatives]
+    assert len(every) == 7 and all(way.fits and way.accumulation_steps == 1 for way in every)
+    assert [way.relative_time for way in every] == sorted(way.relative_time for way in every)
+    plain = ways(roomy)["()"]
+    assert (plain.relative_time, plain.gradient) == (1.0, "exact")
+
+
+def test_bytes_are_those_of_the_ledger_on_the_same_batch(roomy: Plan) -> None:
+    model = transformers.GPT2LMHeadModel(config())
+    request = PlanRequest(batch_size=4, max_length=32, budget="1GiB")
+    batch = request.batch(model, torch.device("cpu"))
+    if roomy.methods:
+        lt.apply(model, *roomy.methods)
+    measured = lt.ledger(model, batch)
+    for name in ("weights", "gradients", "optimizer", "activations"):
+        assert roomy.num_bytes[name] == getattr(measured, name), name
+
+
+def test_what_costs_more_saves_more(roomy: Plan) -> None:
+    def saved(*methods: Any) -> int:
+        return ways(roomy)[str(methods)].num_bytes["activations"]
+
+    few, mlp, block = lt.WTACRS(keep_ratio=0.1), lt.Checkpoint(parts=("mlp",)), lt.Checkpoint()
+    assert saved() > saved(few) > saved(mlp, few) > saved(block, few)
+    assert saved() > saved(mlp) > saved(block)
+
+
+def test_a_small_budget_is_met_by_what_a_step_then_holds() -> None:
+    plain = lt.plan(gpt2(), lt.Checkpoint(), **EXACT, budget="1GiB")
+    room = plain.num_bytes["peak"] - 1
+    plan = lt.plan(gpt2(), **EXACT, budget=room)
+    assert plan.num_bytes["peak"] <= room
+    for way in plan.alternatives:
+        assert way.fits is (way.num_bytes["peak"] <= room)
+        assert way.batch_size * way.accumulation_steps == 4
+
+
+def test_a_large_batch_is_cut_into_micro_batches() -> None:
+    whole = lt.plan(gpt2(), lt.Checkpoint(), batch_size=12, max_length=64, budget="1GiB")
+    exact = {"batch_size": 12, "max_length": 64, "min_keep_ratio": 1}
+    plan = lt.plan(gpt2(), lt.Checkpoint(), **exact, budget=whole.num_bytes["peak"] * 3 // 4)
+    assert plan.methods == (lt.Checkpoint(),)
+    assert plan.accumulation_steps in (2, 4, 12) and plan.fits
+    assert plan.batch_size * plan.accumulation_steps == 12
+
+
+def test_methods_that_are_given_are_kept_and_not_added_again() -> None:
+    given = (lt.LoRA(rank=2), lt.WTACRS(keep_ratio=0.5, min_rows=2))
+    plan = lt.plan(gpt2(), *given, batch_size=2, max_length=32, budget="1GiB")
+    every = [way.methods for way in (plan, *plan.alternatives)]
+    assert sorted(map(len, every)) == [2, 3, 3]
+    assert all(methods[:2] == given for methods in every)
+    assert plan.num_bytes["gradients"] < plan.num_bytes["weights"] / 4
+
+
+def test_the_recipe_is_read_by_a_run_and_the_rest_is_json(roomy: Plan) -> None:
+    recipe = roomy.recipe()
+    del recipe["gradient_accumulation_steps"]
+    assert MeasureRecipe.from_dict(recipe).methods == roomy.methods
+    document = json.loads(json.dumps(roomy.to_dict()))
+    assert document["num_bytes"] == roomy.num_bytes and len(document["alternatives"]) == 6
+    assert str(roomy).count("\n") == 8
+
+
+def test_a_configuration_names_its_class() -> None:
+    options = {"architectures": ["GPT2ForSequenceClassification"], "pad_token_id": 0}
+    small = lt.plan(config(**options), **EXACT, budget="1GiB")
+    large = lt.plan(config(), **EXACT, budget="1GiB")
+    tied = large.num_bytes["weights"] - small.num_bytes["weights"]
+    assert tied == -2 * 32 * 4  # a head of two classes; the language model's is its embedding
+
+
+@pytest.mark.parametrize(
+    ("text", "num_bytes"),
+    [("22GiB", 22 * 2**30), ("8 GB", 8 * 10**9), ("1.5MiB", 3 * 2**19), ("7B", 7), (512, 512)],
+)
+def test_budgets_are_read(text: Any, num_bytes: int) -> None:
+    assert PlanRequest(batch_size=1, max_length=2, budget=text).budget == num_bytes
+
+
+@pytest.mark.parametrize("budget", ["22", "0GiB", "-1GiB", "GiB", "1 XB", 0, -5, 2.5, True, None])
+def test_what_is_no_budget_is_named(budget: Any) -> None:
+    with pytest.raises(lt.ConfigError, match=r"budget must be a size with its unit.*'22GiB'"):
+        lt.plan(gpt2(), batch_size=1, max_length=8, budget=budget)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch_size must be .*1.*, got 0"),
+        ({"max_length": 65}, "max_length must be at most 64 for GPT2LMHeadModel, got 65"),
+        ({"min_keep_ratio": 0}, "min_keep_ratio must be .*, got 0"),
+        ({"precision": "int8"}, "precision must be .*'float32'.*, got 'int8'"),
+    ],
+)
+def test_what_is_no_request_is_named(options: Any, message: str) -> None:
+    with pytest.raises(lt.ConfigError, match=message):
+        lt.plan(gpt2(), **{**EXACT, "budget": "1GiB", **options})
+
+
+def test_what_is_no_model_is_named() -> None:
+    with pytest.raises(lt.ConfigError, match="model must be a torch.nn.Module or a config.*'gpt2'"):
+        lt.plan("gpt2", **EXACT, budget="1GiB")
+    with pytest.raises(lt.ConfigError, match="model must read input_ids, got Linear"):
+        lt.plan(nn.Linear(2, 2), **EXACT, budget="1GiB")
+    with pytest.raises(lt.ConfigError, match="built on the meta device, got GPT2LMHeadModel"):
+        lt.plan(
+            config(architectures=["GPT2LMHeadModel"], activation_function="no"),
+            **EXACT,
+            budget="1GiB",
+        )
+
+
+def test_the_smallest_budget_that_an_error_names_is_enough() -> None:
+    """And the weights are named where not even they would fit."""
+    with pytest.raises(lt.ConfigError, match=r"below its weights'.*LoRA\(\)\) takes") as refused:
+        lt.plan(gpt2(), **EXACT, budget="1KiB")
+    least = str(refused.value).split("at least ")[1].split(" ")[0]
+    assert lt.plan(gpt2(), **EXACT, budget=least).fits
+
+
+def test_a_method_that_finds_no_site_is_said() -> None:
+    with pytest.raises(lt.SiteError, match="LoRA"):
+        lt.plan(gpt2(), lt.LoRA(sites=("nowhere",)), **EXACT, budget="1GiB")
