@@ -106,7 +106,9 @@ def _scales(state: Any) -> list[Tensor]:
 def storage_key(part: Tensor) -> tuple[str, int]:
     """Return what two tensors on the same memory have in common, while both are alive."""
     storage = part.untyped_storage()
-    return str(part.device), storage._cdata if is_fake(part) else storage.data_ptr()
+    # What has no numbers has no address, but a storage of its own.
+    address = storage._cdata if is_fake(part) else storage.data_ptr()  # pyright: ignore[reportPrivateUsage]
+    return str(part.device), address
 
 
 def walk(roots: Iterable[Tensor]) -> Iterator[Node]:
