@@ -6,6 +6,7 @@ from typing import Any, cast
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from leantune.errors import ConfigError, UnsupportedError
 from leantune.ops import backend, rows
@@ -37,6 +38,8 @@ def test_the_device_and_the_dtype_choose(kernels: Any) -> None:
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         assert backend.row_functions(on_cuda(dtype)) is kernels
     assert backend.row_functions(on_cuda(torch.float64)) is rows
+    with FakeTensorMode():
+        assert backend.row_functions(torch.empty(2, 2, device="cuda")) is rows
 
 
 def test_without_triton_the_reference_serves_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import transformers
 from torch import nn
 
 import leantune as lt
-from leantune.planner.plan import Plan
+from leantune.planner.plan import Plan, _gradient
 from leantune.planner.request import PlanRequest
 from leantune.training.recipe import MeasureRecipe
 
@@ -158,6 +158,24 @@ def test_the_smallest_budget_that_an_error_names_is_enough() -> None:
         lt.plan(gpt2(), **EXACT, budget="1KiB")
     least = str(refused.value).split("at least ")[1].split(" ")[0]
     assert lt.plan(gpt2(), **EXACT, budget=least).fits
+
+
+@pytest.mark.parametrize(
+    ("method", "gradient"),
+    [
+        (lt.LoRA(), "exact"),
+        (lt.WTACRS(keep_ratio=0.2), "unbiased, variance <= 4.0"),
+        (lt.WTACRS(estimator="topk"), "as topk makes it"),
+        (lt.MeProp(), "as MeProp makes it"),
+    ],
+)
+def test_it_says_what_is_done_to_the_gradient(method: Any, gradient: str) -> None:
+    assert _gradient((method, lt.Checkpoint())) == gradient
+
+
+def test_what_is_no_method_is_named() -> None:
+    with pytest.raises(lt.ConfigError, match=r"method must be one of .*'lor'.*'lora'"):
+        lt.plan(gpt2(), "lor", **EXACT, budget="1GiB")
 
 
 def test_a_method_that_finds_no_site_is_said() -> None:

@@ -44,13 +44,12 @@ def plan(
         note(f"planning a step of {model}: building it from its configuration")
         hide_loading_bars(model)
         import leantune
-        from leantune.core.recipe import method_configs
         from leantune.training.models import load_config
 
         with contextlib.redirect_stdout(sys.stderr):
             found = leantune.plan(
                 load_config(model, trust_remote_code=False),
-                *method_configs(method or [], "plan"),
+                *(method or []),
                 batch_size=batch_size,
                 max_length=max_length,
                 budget=budget,

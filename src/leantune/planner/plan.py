@@ -10,8 +10,10 @@ from torch import nn
 
 from leantune.core import registry
 from leantune.core.config import MethodConfig
+from leantune.core.recipe import method_configs
 from leantune.errors import ConfigError, LeantuneError, SiteError
 from leantune.integrations.configs import build_on_meta
+from leantune.measure.entries import LEDGERS
 from leantune.measure.text import format_bytes, table
 from leantune.methods import WTACRS, Checkpoint, LoRA
 from leantune.ops.backend import by_device
@@ -101,7 +103,7 @@ def describe(methods: Sequence[MethodConfig]) -> str:
 
 def plan(
     model: Any,
-    *methods: MethodConfig,
+    *methods: MethodConfig | str,
     batch_size: int,
     max_length: int,
     budget: str | int,
@@ -117,8 +119,8 @@ def plan(
 
     Args:
         model: of token ids: loaded, on the meta device, or its configuration.
-        methods: to keep in any case, such as ``LoRA()``; what recomputes or samples already is not
-            added a second time.
+        methods: to keep in any case, such as ``LoRA()``, or by name; what recomputes or samples
+            already is not added a second time.
         batch_size: samples of an optimiser step.
         max_length: tokens of the longest sample.
         budget: ``"22GiB"``, ``"8 GB"``, or bytes: for tensors, without what the allocator rounds
@@ -133,14 +135,14 @@ def plan(
     """
     options: Any = {"budget": budget, "min_keep_ratio": min_keep_ratio, "precision": precision}
     request = PlanRequest(batch_size=batch_size, max_length=max_length, **options)
-    search = _Search(model, request)
-    taken = _axes(methods)
+    given = method_configs(methods, "plan")
+    search, taken = _Search(model, request), _axes(given)
     ways: list[Plan] = []
     for added in _ADDED:
         if _keep_ratio(added) < request.min_keep_ratio or not taken.isdisjoint(_axes(added)):
             continue
         try:
-            ways.append(search.largest((*methods, *added)))
+            ways.append(search.largest((*given, *added)))
         except SiteError:
             if not added:
                 raise  # else the model has no such part, or nothing to sample
@@ -157,6 +159,15 @@ def _axes(methods: Sequence[MethodConfig]) -> set[str]:
 
 def _keep_ratio(methods: Sequence[MethodConfig]) -> float:
     return min((m.keep_ratio for m in methods if isinstance(m, WTACRS)), default=1.0)
+
+
+def _gradient(methods: Sequence[MethodConfig]) -> str:
+    """Say what is done to the gradient, as far as the methods are known to keep or sample it."""
+    own = [type(m).__name__ for m in methods if not isinstance(m, LoRA | Checkpoint | WTACRS)]
+    if own or any(isinstance(m, WTACRS) and m.estimator == "topk" for m in methods):
+        return f"as {' and '.join(own) or 'topk'} makes it"
+    ratio = _keep_ratio(methods)
+    return "exact" if ratio == 1 else f"unbiased, variance <= {1 / ratio - 1:.1f}"
 
 
 class _Search:
@@ -198,17 +209,15 @@ class _Search:
         seconds = steps * found.seconds + update
         self._seconds = self._seconds or seconds
         peak = found.peak(accumulates=steps > 1)
-        ledgers = {name: getattr(found, name) for name in ("weights", "gradients")}
-        ledgers |= {"optimizer": found.optimizer, "activations": found.activations}
+        ledgers = {name: getattr(found, name) for name in LEDGERS}
         others = peak - found.weights - found.optimizer - found.activations
-        ratio = _keep_ratio(methods)
         return Plan(
             methods=tuple(methods),
             batch_size=size,
             accumulation_steps=steps,
             num_bytes={**ledgers, "transients": others, "peak": peak},
             relative_time=seconds / self._seconds,
-            gradient=f"unbiased, variance <= {1 / ratio - 1:.1f}" if ratio < 1 else "exact",
+            gradient=_gradient(methods),
             fits=peak <= self.request.budget,
         )
 
