@@ -31,6 +31,11 @@ def on_gpu(where: Tensor | torch.device) -> bool:
     return device.type == "cuda"
 
 
+def own_device() -> torch.device:
+    """Return where this machine trains a model: on its GPU, if it has one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def is_fake(tensor: Tensor) -> bool:
     """Return whether a tensor has a shape and a device, but no numbers: a forecast's."""
     return isinstance(tensor, FakeTensor)

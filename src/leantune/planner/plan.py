@@ -16,7 +16,7 @@ from leantune.integrations.configs import build_on_meta
 from leantune.measure.entries import LEDGERS
 from leantune.measure.text import format_bytes, table
 from leantune.methods import WTACRS, Checkpoint, LoRA
-from leantune.ops.backend import by_device
+from leantune.ops.backend import by_device, own_device
 from leantune.planner.forecast import Blueprint
 from leantune.planner.meter import Speed
 from leantune.planner.request import PlanRequest
@@ -176,8 +176,7 @@ class _Search:
     def __init__(self, model: Any, request: PlanRequest) -> None:
         module = model if isinstance(model, nn.Module) else build_on_meta(model)
         first = next(module.parameters(), torch.empty(0))
-        here = "cuda" if torch.cuda.is_available() else "cpu"
-        device = torch.device(here) if first.is_meta else first.device
+        device = own_device() if first.is_meta else first.device
         on_gpu = Speed(5e13 if request.dtype is None else 4e14, 3e12, 1e-5)
         self.name, self.request = type(module).__name__, request
         self._speed = by_device(device, cpu=Speed(5e10, 1e10, 5e-6), gpu=on_gpu)
