@@ -84,12 +84,13 @@ class SparseGradLinear(nn.Module, BaseTunerLayer):
         """Add an adapter whose change is zero; its bases come from calibration or a file."""
         weight = self.base_weight
         d_out, d_in = weight.shape[::-1] if self.is_transposed else weight.shape
-        most = max(entries.num_entries((d_out, d_in), config.density), 1)
-        r_out, r_in = entries.block_shape((d_out, d_in), most)
+        most = entries.num_entries((d_out, d_in), config.density)
+        r_out, r_in = entries.block_shape((d_out, d_in), max(most, 1))
         delta = nn.Linear(r_in, r_out, bias=False, device=weight.device)
         self.sparse_grad_delta[adapter_name] = delta
         nn.init.zeros_(delta.weight)
         self.put_bases(adapter_name, weight.new_zeros(d_out, r_out), weight.new_zeros(d_in, r_in))
+        self._calibrated.discard(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def put_bases(self, adapter: str, q_out: Tensor, q_in: Tensor) -> None:
@@ -128,11 +129,7 @@ class SparseGradLinear(nn.Module, BaseTunerLayer):
             self.base_weight.sub_(self.get_delta_weight(self.merged_adapters.pop()))
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the layer's output with the changes of the active adapters, (..., d_out).
-
-        Raises:
-            ConfigError: an adapter is to train that has no bases yet.
-        """
+        """Return the layer's output with the changes of the active adapters, (..., d_out)."""
         if self.disable_adapters and self.merged:
             self.unmerge()
         y = self.base_layer(x, *args, **kwargs)
@@ -226,8 +223,8 @@ def _grams(
     def add(group: str, is_transposed: bool, weight: Any) -> None:
         grad = weight.grad.t() if is_transposed else weight.grad
         if group not in grams:
-            d_out, d_in = grad.shape
-            grams[group] = grad.new_zeros(d_out, d_out).float(), grad.new_zeros(d_in, d_in).float()
+            out, inn = (torch.zeros(d, d, device=grad.device) for d in grad.shape)
+            grams[group] = out, inn
         entries.accumulate_grams(*grams[group], grad)
         weight.grad = None  # No two gradients are held at once.
 
