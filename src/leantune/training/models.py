@@ -85,7 +85,7 @@ def load_model(
     # A loss is read by its name, whatever the configuration says of tuples.
     options["return_dict"] = True
     kind: Any = transformers.AutoModelForSequenceClassification
-    if task.kind == "causal_lm":
+    if task.is_language_model:
         kind = transformers.AutoModelForCausalLM
     elif task.kind == "regression":
         options |= {"num_labels": 1, "problem_type": "regression"}
@@ -102,9 +102,9 @@ def load_model(
         what = f"a model for {task.kind}"
         model, found = _load(kind, name, what, output_loading_info=True, **options)
     _check_weights(name, model, found["missing_keys"])
-    if task.kind == "causal_lm" and getattr(model.config, "is_decoder", None) is False:
+    if task.is_language_model and getattr(model.config, "is_decoder", None) is False:
         raise ConfigError(
-            f"load_model: model must read from left to right for task causal_lm, got {name!r}, a "
+            f"load_model: model must read from left to right for task {task.name}, got {name!r}, a "
             f"{type(model).__name__} that sees both sides; choose a decoder such as GPT-2 or LLaMA"
         )
     longest = getattr(model.config, "max_position_embeddings", max_length)
