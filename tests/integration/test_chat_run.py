@@ -101,6 +101,7 @@ METHODS: dict[str, list[Any]] = {
     "wta_crs, each sample's norms": [lt.WTACRS(keep_ratio=0.3, min_rows=2, norms="cache")],
     "lora+wta_crs+checkpoint": [LORA, SAMPLED, lt.Checkpoint()],
     "spt": [LORA, lt.SPTAttention(min_keys=2, num_codewords=4, subspace_width=4)],
+    "routed_ffn": [LORA, lt.RoutedFFN()],
     "sparse_grad": [lt.SparseGrad(density=0.1, num_calibration_batches=2)],
 }
 
