@@ -13,6 +13,7 @@ from leantune.core.recipe import RECIPE_FILE, Recipe, method_configs
 from leantune.errors import ConfigError, shown
 from leantune.training.parse import parse_json, parse_yaml
 
+_MODELS = "a folder, a name on the hub, 'demo' or 'demo-llm'"
 _TASKS = "a GLUE task, 'text', 'regression', 'causal_lm' or 'chat'"
 BASELINE = "baseline"
 """Names the plain model: in ``compare``, and among the variants of a run."""
@@ -29,7 +30,7 @@ def _count(default: int | None, *, help: str) -> Any:
 class MeasureRecipe(Recipe):
     """A recipe says what one training step computes: model, batch and methods."""
 
-    model: str = option("demo", help="a folder, a name on the hub, or 'demo'")
+    model: str = option("demo", help=_MODELS)
     task: str = option("text", help=_TASKS)
     data: str | None = option(None, help="a folder of files, a file, 'hub' or a hub name")
     batch_size: int = _count(32, help="samples in a training batch")
@@ -78,7 +79,7 @@ class RunRecipe(MeasureRecipe):
     # They say how to start, not what to run.
     not_saved: ClassVar[tuple[str, ...]] = ("resume", "resume_from", "overwrite")
 
-    model: str = option(dataclasses.MISSING, help="a folder, a name on the hub, or 'demo'")
+    model: str = option(dataclasses.MISSING, help=_MODELS)
     task: str = option(dataclasses.MISSING, help=_TASKS)
     data: str = option(dataclasses.MISSING, help="a folder of files, a file, 'hub' or a hub name")
     output: str = option(dataclasses.MISSING, help="the run folder to write")
