@@ -145,3 +145,72 @@ def test_a_model_that_is_too_short_is_named(base: dict[str, Any]) -> None:
     with pytest.raises(lt.ConfigError, match="max_length must be at most 64 for"):
         lt.train(base, max_length=128)
     assert not Path(base["output"]).exists()
+
+
+def packed(first: list[int], second: list[int]) -> dict[str, Any]:
+    """Make a packed row of two segments, as SFTTrainer hands it to a model."""
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    collate = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
+    lengths = [len(first), len(second)]
+    return {**collate([{"input_ids": first + second, "seq_lengths": lengths}]), "use_cache": False}
+
+
+SPT = {"min_keys": 2, "num_codewords": 4, "subspace_width": 4}
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize(
+    "methods",
+    [
+        [],
+        [lt.SPTAttention(**SPT)],
+        [lt.SPTAttention(granularity="block", block_size=8, min_keys=8)],
+    ],
+    ids=["plain", "token", "block"],
+)
+def test_a_segment_sees_no_other(attention: str, methods: list[Any]) -> None:
+    for make in (llama, gpt2):
+        model = make()
+        model.set_attn_implementation(attention)
+        draw = torch.Generator().manual_seed(1)
+        ids = torch.randint(5, VOCABULARY, (32,), generator=draw).tolist()
+        one, other = ids[:12], [*ids[:4], 7, 8, *ids[6:12]]
+        if methods:
+            lt.apply(model, *methods).calibrate([packed(one, ids[12:])])
+        model.eval()
+        with torch.no_grad():
+            logits = [model(**packed(first, ids[12:])).logits[0] for first in (one, other)]
+        assert torch.equal(logits[0][12:], logits[1][12:])
+        # The control: within a segment later tokens do see it.
+        assert not torch.equal(logits[0][6:12], logits[1][6:12])
+
+
+@pytest.mark.parametrize("task", ["chat", "causal_lm"])
+def test_packed_rows_train_and_resume(base: dict[str, Any], tmp_path: Path, task: str) -> None:
+    if task == "causal_lm":
+        for split, count in (("train", 32), ("validation", 10)):
+            rows = [{"text": row["messages"][0]["content"]} for row in chats(count)]
+            write_lines(tmp_path / "data" / f"{split}.jsonl", rows)
+    options = {"task": task, "packing": True, "batch_size": 2, "max_length": 24}
+    options |= {"methods": [LORA, lt.SPTAttention(**SPT)]}
+    whole = lt.train(base, **options, output=base["output"] + "-whole")
+    assert whole.num_train < 32 / 1.5 and whole.runs[0].metrics["loss"] > 0
+    with pytest.raises(KeyboardInterrupt):
+        lt.train(base, **options, callbacks=[Interrupt(3, "lora+spt_attention")])
+    resumed = lt.train(base, **options, resume=True)
+    assert resumed.runs[0].evaluations == whole.runs[0].evaluations
+
+
+def test_packing_needs_segments_that_are_seen(base: dict[str, Any], tmp_path: Path) -> None:
+    config = transformers.BloomConfig(vocab_size=VOCABULARY, hidden_size=16, n_layer=2, n_head=2)
+    transformers.BloomForCausalLM(config).save_pretrained(tmp_path / "model")
+    with pytest.raises(lt.ConfigError, match="packing must be False for a model that cannot see"):
+        lt.train(base, packing=True)
+    assert lt.train(base, epochs=1).num_train == 32
+    with pytest.raises(lt.ConfigError, match="packing must be False for task text"):
+        lt.train(base, packing=True, task="text")
+    llama().save_pretrained(tmp_path / "model")
+    cache = lt.WTACRS(keep_ratio=0.3, min_rows=2, norms="cache")
+    with pytest.raises(lt.ConfigError, match="packing must be False where a method needs to know"):
+        lt.train(base, packing=True, methods=[cache], output=tmp_path / "other")

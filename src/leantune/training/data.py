@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +11,7 @@ import datasets
 
 from leantune.errors import ConfigError, shown
 from leantune.training.chat import check_chats, cut_chats, encode_chats
+from leantune.training.packing import pack
 from leantune.training.progress import say
 from leantune.training.tables import (
     Columns,
@@ -151,11 +152,17 @@ def load_task(
     return datasets.DatasetDict({**found})
 
 
-def tokenize(data: datasets.DatasetDict, tokenizer: Any, max_length: int) -> datasets.DatasetDict:
+def tokenize(
+    data: datasets.DatasetDict, tokenizer: Any, max_length: int, *, packing: bool = False
+) -> datasets.DatasetDict:
     """Turn both splits into token ids and labels, truncated but not padded.
 
     A text is cut into blocks of ``max_length`` without special tokens; its last, incomplete block
     is dropped. Of a chat the answers alone are labels.
+
+    Args:
+        packing: put rows side by side until ``max_length``; a row of a text is then a segment, with
+            the end token behind it.
 
     Returns:
         What the tokenizer gives, and ``labels``: class ids, float32 scores, or the ``input_ids`` of
@@ -179,12 +186,18 @@ def tokenize(data: datasets.DatasetDict, tokenizer: Any, max_length: int) -> dat
             f"tokenizer's model_max_length), got {max_length}; choose a length within it"
         )
 
-    if is_chat:
+    if is_chat or packing:
         found = datasets.DatasetDict()
         for split, rows in data.items():
-            encoded = [*encode_chats(rows, tokenizer)]
-            cut = cut_chats(str(split), encoded, max_length)
-            found[split] = datasets.Dataset.from_dict(cut)
+            if is_chat:
+                cut = cut_chats(str(split), [*encode_chats(rows, tokenizer)], max_length)
+            else:
+                cut = _segments(rows["text"], tokenizer)
+            found[split] = (
+                pack(cut, max_length, may_cut=is_text)
+                if packing
+                else datasets.Dataset.from_dict(cut)
+            )
         return found
 
     def encode(rows: Mapping[str, Any]) -> dict[str, Any]:
@@ -222,6 +235,17 @@ def check_ids(rows: datasets.DatasetDict, tokenizer: Any, model: Any) -> None:
             f"check_ids: token ids must be below {num_ids}, the model's embeddings, got {largest}; "
             "take the model's own tokenizer, or call model.resize_token_embeddings and save it"
         )
+
+
+def _segments(texts: Iterable[str], tokenizer: Any) -> dict[str, list[list[int]]]:
+    """Return each text's tokens, which are its labels, too; blank texts are no segments."""
+    full = [text for text in texts if text.strip()]
+    if not full:
+        raise ConfigError("tokenize: text must have a row that is not blank, got none; add one")
+    ids = tokenizer(full, add_special_tokens=False, verbose=False)["input_ids"]
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    ended = [[*row, *end] for row in ids]
+    return {"input_ids": ended, "labels": ended}
 
 
 def _blocks(text: str, tokenizer: Any, size: int) -> dict[str, list[list[int]]]:

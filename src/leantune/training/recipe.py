@@ -102,6 +102,9 @@ class RunRecipe(MeasureRecipe):
     )
     eval_steps: int | None = _count(None, help="steps between evaluations; None: each epoch")
     save_steps: int | None = _count(None, help="steps between checkpoints; None: each epoch")
+    packing: bool = option(
+        False, help="causal_lm and chat: short rows side by side, none of which sees another"
+    )
     resume: bool = option(False, help="go on from the last whole checkpoint in the run folder")
     resume_from: str | None = option(None, help="go on from this one, such as 'checkpoint-60'")
     overwrite: bool = option(False, help="replace the run that is in the run folder")
@@ -122,6 +125,11 @@ class RunRecipe(MeasureRecipe):
             raise ConfigError(
                 f"RunRecipe: score_answers must be False for task {self.task}, got True; it is for "
                 "task chat, others have metrics of their own"
+            )
+        if self.packing and self.task not in ("causal_lm", "chat"):
+            raise ConfigError(
+                f"RunRecipe: packing must be False for task {self.task}, got True; it is for "
+                "tasks causal_lm and chat"
             )
         if self.resume and self.overwrite:
             raise ConfigError(

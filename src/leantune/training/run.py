@@ -45,6 +45,7 @@ from leantune.training.folder import RunLock, check_folder, check_space, make_fo
 from leantune.training.interrupt import handled_by
 from leantune.training.metrics import floor_score
 from leantune.training.models import load_model, load_tokenizer
+from leantune.training.packing import check_segments
 from leantune.training.progress import ProgressLines, has_screen, say, scores
 from leantune.training.recipe import RunRecipe
 from leantune.training.results import METRICS_FILE, RunResult, VariantResult
@@ -121,7 +122,7 @@ class _Experiment:
         )
         trust = recipe.trust_remote_code
         self.tokenizer = load_tokenizer(recipe.model, trust_remote_code=trust)
-        self.rows = tokenize(self.data, self.tokenizer, recipe.max_length)
+        self.rows = tokenize(self.data, self.tokenizer, recipe.max_length, packing=recipe.packing)
         self.scorers: list[transformers.TrainerCallback] = []
         if recipe.score_answers:
             self.scorers.append(ScoreAnswers(self.data, self.tokenizer, recipe.max_length))
@@ -134,6 +135,8 @@ class _Experiment:
         how = {option: getattr(recipe, option) for option in same}
         model = load_model(recipe.model, self.task, labels, self.tokenizer, **how)
         check_ids(self.rows, self.tokenizer, model)
+        if recipe.packing:
+            check_segments(model, recipe.model)
         # The trainer switches it off; the saved model should generate as the loaded one did.
         self.use_cache = getattr(model.config, "use_cache", None)
         session = None

@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -68,11 +69,12 @@ def unpacked(file: Path) -> Path:
     if find_damage(folder, "model") is None:
         return folder
     say(f"unpacking {file.name} into {folder}: once, most of a minute")
-    source = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
+    source: dict[str, Any] = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             **source, dtype=torch.float32, output_loading_info=True
         )
+        model, info = loaded
         if info["missing_keys"]:
             raise ValueError(f"no weights for {min(info['missing_keys'])}")
         tokenizer = AutoTokenizer.from_pretrained(**source)
@@ -87,7 +89,8 @@ def unpacked(file: Path) -> Path:
         reason = str(error).strip().partition("\n")[0]
         raise ConfigError(
             "demo_llm_path: file must be a whole GGUF file of a language model that transformers "
-            f"reads, got {str(file)!r} ({type(error).__name__}: {reason}); fetch it anew, or {_INSTALL}"
+            f"reads, got {str(file)!r} ({type(error).__name__}: {reason}); fetch it anew, or "
+            f"{_INSTALL}"
         ) from error
     with atomic_folder(folder, "model") as fresh:
         plain.save_pretrained(fresh)

@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from leantune.core.conversion import SAMPLE_ID
+from leantune.errors import ConfigError
 from leantune.training.data import Task, get_task
 from leantune.training.metrics import metrics_of_logits
 from leantune.training.progress import has_screen
@@ -33,7 +34,15 @@ def make_trainer(
         args: what ``training_arguments`` returned.
         rows: tokens of both splits.
         needs_ids: whether a method must know which sample is which.
+
+    Raises:
+        ConfigError: it must, and the rows are packed, so that none is a sample.
     """
+    if needs_ids and getattr(args, "packing", False):
+        raise ConfigError(
+            "RunRecipe: packing must be False where a method needs to know each sample, got True; "
+            "leave it out, or norms='cache'"
+        )
     train_rows = rows["train"]
     if needs_ids:
         train_rows = train_rows.add_column(SAMPLE_ID, list(range(len(train_rows))))  # type: ignore[call-arg]
@@ -43,7 +52,7 @@ def make_trainer(
         "eval_dataset": rows["validation"],
         "callbacks": [*callbacks],
     }
-    if task.kind == "chat":
+    if type(args) is not transformers.TrainingArguments:
         from trl.trainer.sft_trainer import SFTTrainer
 
         trainer: Any = SFTTrainer(model, processing_class=tokenizer, **same)
@@ -126,12 +135,13 @@ def training_arguments(
     """Return a recipe's options in the words of transformers, or of TRL for a chat."""
     arguments: Any = transformers.TrainingArguments
     options: dict[str, Any] = {}
-    if get_task(recipe.task).kind == "chat":
+    if recipe.packing or get_task(recipe.task).kind == "chat":
         from trl.trainer.sft_config import SFTConfig
 
         arguments = SFTConfig
         # Rows are tokens already, none too long, with the answers as labels.
         options = {"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}}
+        options["packing"] = recipe.packing
     fields = {spec.name for spec in dataclasses.fields(arguments)}
     newer = "activation_checkpointing"
     constant = "constant_with_warmup" if recipe.warmup_ratio else "constant"
