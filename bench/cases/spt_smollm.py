@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import leantune as lt
 from bench import rows
 from bench.quality import NO_ROWS, Recipe
-from bench.smollm import smollm
+from leantune.training.smollm import demo_llm_path
 
 RESULT = "spt_smollm"
 SEED = 0
@@ -30,6 +31,13 @@ _SHOWN = 512
 """Tokens of a calibration batch, of which there are four: a routed FFN keeps so many of each."""
 _ALWAYS = 8
 _RATIOS = {"1/2": 1 / 2, "1/4": 1 / 4, "1/8": 1 / 8}
+
+
+def smollm() -> tuple[Any, Any]:
+    """Return SmolLM2 in float32, and its tokenizer."""
+    folder = demo_llm_path()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model, AutoTokenizer.from_pretrained(folder)
 
 
 def _attention(share: str) -> dict[str, Recipe]:

@@ -13,9 +13,8 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from bench import rows
-from bench.cases.spt_smollm import windows
+from bench.cases.spt_smollm import smollm, windows
 from bench.quality import NO_ROWS
-from bench.smollm import smollm
 from leantune.ops.sparse_attention.blocks import choose_blocks
 from leantune.ops.sparse_attention.codebooks import Scorer, kmeans, quantise
 from leantune.ops.sparse_attention.top_keys import KeyBudget, Visibility

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from integration.tiny import llama
+from training.chats import chat_tokenizer, chats, write_lines
 
 from leantune.training.recipe import RunRecipe
 
@@ -21,12 +23,12 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return a function that runs an example's ``main``, imported as its folder's scripts are."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
 
-    def call(name: str, **options: Any) -> Any:
+    def call(name: str, *values: Any, **options: Any) -> Any:
         spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        return module.main(**options)
+        return module.main(*values, **options)
 
     yield call
     sys.modules.pop("toy", None)
@@ -72,6 +74,16 @@ def test_routed_ffn(run: Any) -> None:
     assert run("routed_ffn", num_steps=5) < 1e-5
 
 
+def test_ask(run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    llama().save_pretrained(tmp_path / "model")
+    chat_tokenizer().save_pretrained(tmp_path / "model")
+    lines = write_lines(tmp_path / "validation.jsonl", chats(2))
+    model = str(tmp_path / "model")
+    answers = run("ask", lines, model, model, num_tokens=3)
+    assert len(answers) == 2 and answers[0] == answers[1]
+    assert "the file: sad" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_fsdp2_torchrun() -> None:
     """Two processes on CPUs, started as the page says."""
@@ -95,6 +107,6 @@ def test_recipes_can_be_read(path: Path) -> None:
 
 
 def test_all_are_tested() -> None:
-    names = {path.stem for path in EXAMPLES.glob("*.py")} - {"toy", "demo_data"}
+    names = {path.stem for path in EXAMPLES.glob("*.py")} - {"toy", "demo_data", "demo_llm_data"}
     tested = {name.removeprefix("test_") for name in globals() if name.startswith("test_")}
     assert names == tested - {"all_are_tested", "recipes_can_be_read"}

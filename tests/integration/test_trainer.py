@@ -352,3 +352,72 @@ def test_sft_trainer_trains_and_resumes(tmp_path: Path) -> None:
     expected = run()
     assert not same(expected, weights(llama()))
     assert same(run(str(tmp_path / "checkpoint-2")), expected)
+
+
+def sft(folder: Path, session: lt.Session, rows: datasets.Dataset, **options: Any) -> Any:
+    """Make an SFTTrainer that walks through the rows in order with plain SGD."""
+    trl = pytest.importorskip("trl", reason="trl is not installed")
+    args = trl.SFTConfig(
+        str(folder),
+        max_steps=2,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        train_sampling_strategy="sequential",
+        optim="sgd",
+        learning_rate=0.1,
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,
+        report_to="none",
+        save_strategy="no",
+        use_cpu=True,
+        bf16=False,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        **{CHECKPOINTING: False},
+        dataset_kwargs={"skip_prepare_dataset": True},
+        **options,
+    )
+    callbacks = [lt.TrainerCallback(session)]
+    return trl.SFTTrainer(
+        session.model, args, train_dataset=rows, processing_class=tokenizer(), callbacks=callbacks
+    )
+
+
+@PEERS_USE_THE_OLDER_NAME
+def test_sft_trainer_adds_auxiliary_losses(tmp_path: Path, penalty: Any) -> None:
+    ids = token_rows()["input_ids"][:]
+    rows = datasets.Dataset.from_dict({"input_ids": ids, "labels": ids})
+
+    def by_hand(extra: float) -> Weights:
+        model = llama().train()
+        session = lt.apply(model, penalty(weight=1e5))
+        optimizer = session.optimizer(torch.optim.SGD, lr=0.1)
+        for first in (0, 8):
+            for at in (first, first + 4):
+                batch = torch.tensor(ids[at : at + 4])
+                loss = model(input_ids=batch, labels=batch).loss
+                ((loss + extra * session.auxiliary_loss()) / 2).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return weights(model)
+
+    session = lt.apply(llama(), penalty(weight=1e5))
+    sft(tmp_path, session, rows).train()
+    got = weights(session.model)
+
+    def distance(other: Weights) -> float:
+        return max(float((got[name] - other[name]).abs().max()) for name in got)
+
+    assert distance(by_hand(1.0)) < 1e-5
+    assert distance(by_hand(0.0)) > 1e-3
+
+
+@PEERS_USE_THE_OLDER_NAME
+def test_a_loss_of_trl_that_is_no_sum_refuses_auxiliary_losses(
+    tmp_path: Path, penalty: Any
+) -> None:
+    ids = token_rows()["input_ids"][:]
+    rows = datasets.Dataset.from_dict({"input_ids": ids, "labels": ids})
+    session = lt.apply(llama(), penalty(weight=1e5))
+    with pytest.raises(lt.UnsupportedError, match="loss must be the one that the model returns"):
+        sft(tmp_path, session, rows, loss_type="dft").train()

@@ -182,7 +182,7 @@ def test_brackets_without_end_do_not_crash_the_process(tmp_path: Path) -> None:
 def test_a_language_model_reads_the_column_text_alone(tmp_path: Path) -> None:
     path = tmp_path / "chat.jsonl"
     path.write_text('{"messages": [{"role": "user", "content": "good"}]}\n' * 40)
-    with pytest.raises(lt.ConfigError, match=r"column 'text' .* got columns messages; write each"):
+    with pytest.raises(lt.ConfigError, match=r"column 'text' .* got columns messages; .* chat"):
         load_task("causal_lm", path)
     path.write_text('{"text": "w1 w2"}\n' * 40)
     assert load_task("causal_lm", path)["train"]["text"][0] == "w1 w2"

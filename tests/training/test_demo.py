@@ -1,6 +1,7 @@
 """The demonstration's data are balanced, repeatable and free of leaks; its model is checked."""
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -44,6 +45,27 @@ def test_data_are_balanced_repeatable_and_without_leaks(
         assert (originals[words(sentence)] == sentence) == (label == "intact")
     demo_data.main(tmp_path / "again", 400, 100)
     assert (tmp_path / "again" / "train.tsv").read_text() == (tmp_path / "train.tsv").read_text()
+
+
+def test_questions_are_repeatable_and_without_leaks(demo_data: ModuleType, tmp_path: Path) -> None:
+    questions = importlib.import_module("demo_llm_data")
+    questions.main(tmp_path, 60, 20)
+    rows = {
+        split: [
+            json.loads(line)["messages"] for line in (tmp_path / split).read_text().splitlines()
+        ]
+        for split in ("train.jsonl", "validation.jsonl")
+    }
+    assert [len(split) for split in rows.values()] == [60, 20]
+    for part in (0, 1):
+        said = [row[part]["content"] for split in rows.values() for row in split]
+        assert len(set(said)) == 80
+        assert all(text.endswith("?" if part == 0 else ".") for text in said)
+    questions.main(tmp_path / "again", 60, 20)
+    again = (tmp_path / "again" / "train.jsonl").read_bytes()
+    assert again == (tmp_path / "train.jsonl").read_bytes()
+    with pytest.raises(SystemExit, match="ask for fewer"):
+        questions.main(tmp_path, 10**6)
 
 
 def test_more_than_there_is_is_refused(demo_data: ModuleType, tmp_path: Path) -> None:

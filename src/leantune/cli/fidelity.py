@@ -53,7 +53,7 @@ def fidelity(
         note(f"measuring {num_draws} draws of {recipe.model}: loading transformers")
         with contextlib.redirect_stdout(sys.stderr):
             import leantune
-            from leantune.training.run import autocast
+            from leantune.training.trainers import autocast
 
             model, batches = load_step(recipe, num_batches)
             session = leantune.apply(model, *recipe.methods, seed=recipe.seed)

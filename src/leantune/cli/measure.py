@@ -74,7 +74,7 @@ def measure_step(
     from leantune.measure.ledger import ledger
     from leantune.measure.still_held import find_still_held, sampled_linears
     from leantune.training.recipe import BASELINE
-    from leantune.training.run import autocast
+    from leantune.training.trainers import autocast
 
     model, (batch,) = load_step(recipe)
     held: list[StillHeld] = []
@@ -103,7 +103,7 @@ def load_step(recipe: "MeasureRecipe", num_batches: int = 1) -> tuple[Any, list[
 
     from leantune.training.data import check_ids, get_task, load_task, tokenize
     from leantune.training.models import load_model, load_tokenizer
-    from leantune.training.run import checkpoint_blocks
+    from leantune.training.trainers import checkpoint_blocks, collator
 
     task = get_task(recipe.task)
     tokenizer = load_tokenizer(recipe.model, trust_remote_code=recipe.trust_remote_code)
@@ -131,7 +131,7 @@ def load_step(recipe: "MeasureRecipe", num_batches: int = 1) -> tuple[Any, list[
         check_ids(tokens, tokenizer, model)
         rows = tokens["train"].to_list()[: size * num_batches]
         parts = [rows[i : i + size] for i in range(0, len(rows), size)]
-        batches = [dict(tokenizer.pad(part, return_tensors="pt")) for part in parts]
+        batches = [dict(collator(task, tokenizer)(part)) for part in parts]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
     if recipe.gradient_checkpointing:
@@ -165,7 +165,7 @@ def _random_batch(
     # A padding id in a row would end it for models that classify by the last token.
     ids[ids == config.pad_token_id] = (config.pad_token_id + 1) % config.vocab_size
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if kind == "causal_lm":
+    if kind in ("causal_lm", "chat"):
         return batch | {"labels": ids.clone()}
     if kind == "regression":
         return batch | {"labels": torch.rand(recipe.batch_size, generator=generator)}

@@ -89,7 +89,7 @@ def hide_loading_bars(model: str) -> None:
 
     Has an effect before transformers is imported; a setting of the user's wins.
     """
-    if model == "demo" or Path(model).exists() or not sys.stderr.isatty():
+    if model in ("demo", "demo-llm") or Path(model).exists() or not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 

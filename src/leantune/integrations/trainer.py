@@ -35,7 +35,8 @@ class TrainerCallback(transformers.TrainerCallback):
     A run that was stopped at any step and resumed ends with the weights of an uninterrupted one, to
     the bit: the session's state lies in each checkpoint as ``leantune_session.safetensors``. An
     optimiser step counts as one step; each micro-batch is a forward and draws by itself. Auxiliary
-    losses are added to the loss that the model returns.
+    losses are added to the loss that the model returns, or that TRL's ``SFTTrainer`` makes of what
+    it returns.
 
     Methods that ask for calibration see a few batches, evenly spread over the training set, before
     step 1; a resumed run takes what they found from the checkpoint.
@@ -64,6 +65,7 @@ class TrainerCallback(transformers.TrainerCallback):
         self._hook: Any = None
         self._num_micro_batches = 1
         self._is_loss_unused = False
+        self._is_summed = False
 
     # The trainer passes much more by keyword; what is not named here is not needed.
     def on_train_begin(
@@ -89,6 +91,8 @@ class TrainerCallback(transformers.TrainerCallback):
         assert args.output_dir is not None
         allow_checkpoints(self.session.model, str(_checkpoint(args.output_dir, "").resolve()))
         self._drop_hook()
+        is_sft = any(kind.__name__ == "SFTConfig" for kind in type(args).__mro__)
+        self._is_summed = is_sft and getattr(args, "loss_type", "nll") == "nll"
         self._hook = self.session.model.register_forward_hook(self._add_loss, with_kwargs=True)
 
     def on_step_begin(
@@ -201,19 +205,39 @@ class TrainerCallback(transformers.TrainerCallback):
         extra = self.session.auxiliary_loss()
         if not extra.requires_grad:
             return None
+        if kwargs.get("fused_lm_head"):
+            return self._add_to_log_probs(extra, output)
         loss = output.get("loss") if isinstance(output, Mapping) else output[0]
         if not (isinstance(loss, Tensor) and loss.ndim == 0 and loss.requires_grad):
             raise _unused_loss(self.session)
         if kwargs.get("num_items_in_batch") is not None:
             # Such a loss is already this micro-batch's share of the step's.
             extra = extra / self._num_micro_batches
-        extra.register_hook(self._see_gradient)
-        self._is_loss_unused = True
+        self._expect_gradient(extra)
         total = loss + extra.to(loss)
         if isinstance(output, dict):
             output["loss"] = total
             return output
         return (total, *output[1:])
+
+    def _add_to_log_probs(self, extra: Tensor, output: Any) -> Any:
+        """Hand the term to TRL's SFTTrainer, which sums log-probabilities to a loss of its own.
+
+        It divides them by the tokens of the step, or of the micro-batch: spread over the
+        micro-batch's, the term counts by the share that these have in the step.
+        """
+        if not self._is_summed:
+            raise _unused_loss(self.session)
+        self._expect_gradient(extra)
+        scores = output["log_probs"]
+        output["log_probs"] = (
+            scores - extra.to(scores) * output["label_mask"].sum() / scores.numel()
+        )
+        return output
+
+    def _expect_gradient(self, extra: Tensor) -> None:
+        extra.register_hook(self._see_gradient)
+        self._is_loss_unused = True
 
     def _see_gradient(self, grad: Tensor) -> None:
         self._is_loss_unused = False
@@ -233,7 +257,8 @@ def _unused_loss(session: Session) -> UnsupportedError:
     return UnsupportedError(
         "TrainerCallback: loss must be the one that the model returns, since an auxiliary loss of "
         f"{names} is added to it, got a trainer that computes its own; leave out "
-        "label_smoothing_factor and compute_loss_func, or add session.auxiliary_loss() there"
+        "label_smoothing_factor, compute_loss_func and loss_type, or add session.auxiliary_loss() "
+        "there"
     )
 
 

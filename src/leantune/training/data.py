@@ -2,8 +2,7 @@
 
 import math
 import random
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,9 +10,21 @@ from typing import Any, Literal
 import datasets
 
 from leantune.errors import ConfigError, shown
-from leantune.training.tables import Columns, dataset_columns, find_split, read_columns
+from leantune.training.chat import check_chats, cut_chats, encode_chats
+from leantune.training.packing import pack
+from leantune.training.progress import say
+from leantune.training.tables import (
+    Columns,
+    as_text,
+    checked,
+    column_of,
+    dataset_columns,
+    find_split,
+    read_columns,
+)
 
-TRAIN_SHARE_OF_ONE_TEXT = 0.95
+VALIDATION_SHARE = 0.05
+"""Of the rows, where the data come without a validation split."""
 _PAIR = ("sentence1", "sentence2")
 _SCORE = datasets.Value("float64")
 # Of float32, in which a loss is computed.
@@ -31,7 +42,7 @@ class Task:
     """
 
     name: str
-    kind: Literal["classification", "regression", "causal_lm"] = "classification"
+    kind: Literal["classification", "regression", "causal_lm", "chat"] = "classification"
     columns: tuple[tuple[str, ...], ...] = (_PAIR, _PAIR[:1])
     label_names: tuple[str, ...] | None = None
     metrics: tuple[str, ...] = ("accuracy",)
@@ -41,6 +52,11 @@ class Task:
     def main_metric(self) -> str:
         """The metric that compares runs."""
         return self.metrics[0]
+
+    @property
+    def is_language_model(self) -> bool:
+        """Whether tokens are predicted, from left to right."""
+        return self.kind in ("causal_lm", "chat")
 
 
 def _glue(name: str, labels: str, columns: str, *metrics: str, **options: Any) -> Task:
@@ -68,6 +84,7 @@ TASKS: Mapping[str, Task] = {
         Task("text"),
         Task("regression", "regression", metrics=_SCORES),
         Task("causal_lm", "causal_lm", (("text",),), metrics=("perplexity",)),
+        Task("chat", "chat", (), metrics=("perplexity",)),
     )
 }
 
@@ -99,57 +116,89 @@ def load_task(
     lies in the larger. It does not depend on a run's seed, so that seeds can be compared.
 
     Args:
-        source: a folder of files; for ``causal_lm`` also one text file; ``"hub"`` for GLUE, or the
-            name of a hub data set, with ``:config`` where it has several.
+        source: a folder of files, or one file, of which a share of rows becomes the validation
+            split; ``"hub"`` for GLUE, or the name of a hub data set, with ``:config`` where it has
+            several.
 
     Returns:
         ``train`` and ``validation`` with ``sentence1``, perhaps ``sentence2``, and ``label`` (a
-        ``ClassLabel``, or a float64 score); for ``causal_lm`` with ``text``, a line in each row.
+        ``ClassLabel``, or a float64 score); for ``causal_lm`` with ``text``, a line in each row;
+        for ``chat`` with ``messages``, or with ``prompt`` and ``completion``.
 
     Raises:
         ConfigError: a file is missing or damaged, or a column, a text or a label is not acceptable.
     """
     task = get_task(name)
-    names, found = task.label_names, {}
-    limits = {"train": max_train, "validation": max_validation}
+    names: tuple[str, ...] | None = task.label_names
+    found: dict[str, datasets.Dataset] = {}
     for split, (columns, place) in _read_splits(task, str(source)).items():
         if task.kind == "causal_lm":
             rows = _check_texts(columns, place)
+        elif task.kind == "chat":
+            rows = check_chats(columns, place)
         else:
             names = names or _class_names(task, columns, place)
             rows = _check_rows(task, columns, place, names)
-        order = list(range(len(rows)))
-        if task.kind != "causal_lm":
+        found[split] = rows
+    is_text = task.kind == "causal_lm"
+    if "validation" not in found:
+        found = _split(found["train"], str(source), is_text)
+    for split, limit in (("train", max_train), ("validation", max_validation)):
+        order = list(range(len(found[split])))
+        if not is_text:
             random.Random(f"0/{split}").shuffle(order)
-        limit = limits[split]
-        is_cut = limit is not None and limit < len(rows)
-        found[split] = rows.select(order[:limit]) if is_cut else rows
-    return datasets.DatasetDict(found)
+        if limit is not None and limit < len(order):
+            found[split] = found[split].select(order[:limit])
+    return datasets.DatasetDict({**found})
 
 
-def tokenize(data: datasets.DatasetDict, tokenizer: Any, max_length: int) -> datasets.DatasetDict:
+def tokenize(
+    data: datasets.DatasetDict, tokenizer: Any, max_length: int, *, packing: bool = False
+) -> datasets.DatasetDict:
     """Turn both splits into token ids and labels, truncated but not padded.
 
     A text is cut into blocks of ``max_length`` without special tokens; its last, incomplete block
-    is dropped.
+    is dropped. Of a chat the answers alone are labels.
+
+    Args:
+        packing: put rows side by side until ``max_length``; a row of a text is then a segment, with
+            the end token behind it.
 
     Returns:
         What the tokenizer gives, and ``labels``: class ids, float32 scores, or the ``input_ids`` of
-        a block (a causal model shifts them itself).
+        a block or an answer (a causal model shifts them itself).
 
     Raises:
-        ConfigError: ``max_length`` does not fit the tokenizer, or a text gives no block.
+        ConfigError: ``max_length`` does not fit the tokenizer, a text gives no block, or a chat's
+            template is missing or refuses a row.
     """
     features = data["train"].features
     is_text, is_pair = "text" in features, "sentence2" in features
+    is_chat = not is_text and "sentence1" not in features
     # One token of each text must remain beside the special ones; a block of one predicts nothing.
-    shortest = 2 if is_text else tokenizer.num_special_tokens_to_add(is_pair) + 1 + is_pair
+    shortest = (
+        2 if is_text or is_chat else tokenizer.num_special_tokens_to_add(is_pair) + 1 + is_pair
+    )
     # Tokenizers without a limit state a number near 1e30.
     if not shortest <= max_length <= tokenizer.model_max_length:
         raise ConfigError(
             f"tokenize: max_length must be from {shortest} to {tokenizer.model_max_length} (the "
             f"tokenizer's model_max_length), got {max_length}; choose a length within it"
         )
+
+    if is_chat or packing:
+        found = datasets.DatasetDict()
+        for split, rows in data.items():
+            if is_chat:
+                cut = cut_chats(str(split), [*encode_chats(rows, tokenizer)], max_length)
+            else:
+                cut = _segments(rows["text"], tokenizer)
+            found[split] = (
+                pack(cut, max_length, may_cut=is_text)
+                if packing
+                else datasets.Dataset.from_dict(cut)
+            )
+        return found
 
     def encode(rows: Mapping[str, Any]) -> dict[str, Any]:
         if is_text:
@@ -188,6 +237,17 @@ def check_ids(rows: datasets.DatasetDict, tokenizer: Any, model: Any) -> None:
         )
 
 
+def _segments(texts: Iterable[str], tokenizer: Any) -> dict[str, list[list[int]]]:
+    """Return each text's tokens, which are its labels, too; blank texts are no segments."""
+    full = [text for text in texts if text.strip()]
+    if not full:
+        raise ConfigError("tokenize: text must have a row that is not blank, got none; add one")
+    ids = tokenizer(full, add_special_tokens=False, verbose=False)["input_ids"]
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    ended = [[*row, *end] for row in ids]
+    return {"input_ids": ended, "labels": ended}
+
+
 def _blocks(text: str, tokenizer: Any, size: int) -> dict[str, list[list[int]]]:
     tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     if len(tokens) < size:
@@ -204,22 +264,31 @@ def _read_splits(task: Task, source: str) -> dict[str, tuple[Columns, str]]:
     """Return split -> columns, and the place that errors name."""
     names = {"train": "train", "validation": task.validation}
     path = Path(source).expanduser()
+    # GLUE's validation splits are its own: scores on others cannot be compared.
+    may_split = task.label_names is None
     if path.is_dir():
-        files = {split: find_split(path, task.name, name) for split, name in names.items()}
-        return {split: (read_columns(file), str(file)) for split, file in files.items()}
-    if path.is_file() and task.kind == "causal_lm":
-        columns = read_columns(path)
-        num_lines = len(next(iter(columns.values())))
-        # Of a single line both splits are the same.
-        mark = max(1, int(num_lines * TRAIN_SHARE_OF_ONE_TEXT))
-        first = {name: values[:mark] for name, values in columns.items()}
-        rest = {name: values[min(mark, num_lines - 1) :] for name, values in columns.items()}
-        return {"train": (first, source), "validation": (rest, source)}
+        found: dict[str, Path | None] = {
+            at: find_split(path, task.name, name, is_optional=may_split and at == "validation")
+            for at, name in names.items()
+        }
+        splits = {at: (read_columns(file), str(file)) for at, file in found.items() if file}
+    elif path.is_file() and may_split:
+        splits = {"train": (read_columns(path), source)}
+    else:
+        splits = _read_hub(task, source, names, may_split)
+    return splits
+
+
+def _read_hub(
+    task: Task, source: str, names: Mapping[str, str], may_split: bool
+) -> dict[str, tuple[Columns, str]]:
     name, _, config = source.partition(":")
     if source == "hub":
         name, config = "nyu-mll/glue", task.name
     try:
-        found = {at: datasets.load_dataset(name, config or None, split=at) for at in names.values()}
+        there = datasets.get_dataset_split_names(name, config or None) if may_split else []
+        wanted = ["train"] if may_split and "validation" not in there else [*names.values()]
+        found = {at: datasets.load_dataset(name, config or None, split=at) for at in wanted}
     # The library's own errors, those of the HTTP client and those of the file formats.
     except Exception as error:
         raise ConfigError(
@@ -228,14 +297,29 @@ def _read_splits(task: Task, source: str) -> dict[str, tuple[Columns, str]]:
             f"({type(error).__name__}: {error}); correct the path, or without a network give a "
             "local folder"
         ) from error
-    return {split: (dataset_columns(found[at]), f"{source} {at}") for split, at in names.items()}
+    return {
+        split: (dataset_columns(found[at]), f"{source} {at}")
+        for split, at in names.items()
+        if at in found
+    }
+
+
+def _split(rows: datasets.Dataset, place: str, is_one_text: bool) -> dict[str, datasets.Dataset]:
+    """Keep a share of the rows for validation: the end of a text, else rows of a fixed draw."""
+    if len(rows) < 2:
+        return {"train": rows, "validation": rows}
+    share: dict[str, Any] = {"test_size": VALIDATION_SHARE, "shuffle": not is_one_text, "seed": 0}
+    parts = rows.train_test_split(**share, keep_in_memory=True)
+    how = "the last ones" if is_one_text else "drawn by a fixed seed"
+    say(f"{place}: no validation split; {len(parts['test'])} of {len(rows)} rows become one, {how}")
+    return {"train": parts["train"], "validation": parts["test"]}
 
 
 def _class_names(task: Task, columns: Columns, place: str) -> tuple[str, ...] | None:
     """Return the classes that occur in train, sorted; None for scores."""
     if task.kind == "regression":
         return None
-    found = {_class(v) for v in _column(columns, "label", place)}
+    found = {_class(v) for v in column_of(columns, "label", place)}
     names = tuple(sorted(name for name in found if name))
     if len(names) < 2:
         raise ConfigError(
@@ -250,11 +334,9 @@ def _check_texts(columns: Columns, place: str) -> datasets.Dataset:
     if "text" not in columns:
         raise ConfigError(
             f"load_task: {place}: column 'text' must be in the table for task causal_lm, got "
-            f"columns {', '.join(columns)}; write each conversation or pair as one text, for "
-            "example with tokenizer.apply_chat_template(messages, tokenize=False), or train with "
-            "trl.SFTTrainer and leantune.TrainerCallback"
+            f"columns {', '.join(columns)}; rename the column, or take task chat for messages"
         )
-    texts = _checked(columns, "text", place, "text", _text)
+    texts = checked(columns, "text", place, "text", as_text)
     return datasets.Dataset.from_dict({"text": texts})
 
 
@@ -269,11 +351,11 @@ def _check_rows(
         ids |= {str(i): i for i in ids.values()}
     rows: dict[str, list[Any]] = {}
     for name, column in zip(_PAIR, own, strict=False):
-        rows[name] = _checked(columns, column, place, "text", _text)
+        rows[name] = checked(columns, column, place, "text", as_text)
     features: dict[str, Any] = {name: datasets.Value("string") for name in rows}
     rule = f"one of {', '.join(list(ids)[:20])}" if ids else "a finite number"
     read = (lambda value: ids.get(_class(value) or "")) if ids else _score
-    rows["label"] = _checked(columns, "label", place, rule, read)
+    rows["label"] = checked(columns, "label", place, rule, read)
     kinds = {type(value) for value in columns["label"]}
     if ids and len(kinds) > 1:
         raise ConfigError(
@@ -284,40 +366,11 @@ def _check_rows(
     return datasets.Dataset.from_dict(rows, features=datasets.Features(features))
 
 
-def _checked(
-    columns: Columns, name: str, place: str, rule: str, read: Callable[[Any], Any]
-) -> list[Any]:
-    """Return what ``read`` makes of each value, or name the first of which it makes None."""
-    values = list(map(read, _column(columns, name, place)))
-    if None in values:
-        row = values.index(None)
-        raise ConfigError(
-            f"load_task: {place} row {row + 1}: {name!r} must be {rule}, got "
-            f"{shown(columns[name][row])}; correct or remove the row"
-        )
-    return values
-
-
-def _column(columns: Columns, name: str, place: str) -> Sequence[Any]:
-    if name not in columns:
-        raise ConfigError(
-            f"load_task: {place}: column {name!r} must be in the table, got columns "
-            f"{', '.join(columns)}; rename the column in the file"
-        )
-    return columns[name]
-
-
-def _text(value: Any) -> str | None:
-    """Return a text that UTF-8 can hold: JSON may spell half a character."""
-    is_text = isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
-    return value if is_text else None
-
-
 def _class(value: Any) -> str | None:
     """Return the name of a class; None for what names none."""
     if isinstance(value, float):
         return str(value) if math.isfinite(value) else None
-    return str(value) if isinstance(value, int) else _text(value)
+    return str(value) if isinstance(value, int) else as_text(value)
 
 
 def _score(value: Any) -> float | None:

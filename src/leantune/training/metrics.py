@@ -52,7 +52,7 @@ def metrics_of_logits(task: Task) -> Callable[[Any], dict[str, float]] | None:
         predictions = logits.reshape(-1) if is_score else logits.argmax(axis=-1)
         return compute(task, predictions, evaluated.label_ids)
 
-    return None if task.kind == "causal_lm" else compute_metrics
+    return None if task.is_language_model else compute_metrics
 
 
 def floor_score(task: Task, train_labels: Any, validation_labels: Any) -> dict[str, Any]:

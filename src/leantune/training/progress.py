@@ -10,7 +10,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from leantune.core.distributed import is_first_process
 
-_TIMINGS = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
+# Timings, and what TRL says of the training rather than of the model.
+_NO_SCORES = ("runtime", "samples_per_second", "steps_per_second")
+_NO_SCORES += ("num_tokens", "entropy", "mean_token_accuracy")
 
 
 def say(text: str) -> None:
@@ -26,8 +28,8 @@ def has_screen() -> bool:
 
 def scores(entry: Mapping[str, Any]) -> dict[str, float]:
     """Return the metrics among what an evaluation of a trainer logs, without their prefix."""
-    names = [name for name in entry if name.startswith("eval_") and name not in _TIMINGS]
-    return {name.removeprefix("eval_"): float(entry[name]) for name in names}
+    found = {name.removeprefix("eval_"): entry[name] for name in entry if name[:5] == "eval_"}
+    return {name: float(value) for name, value in found.items() if name not in _NO_SCORES}
 
 
 class ProgressLines(transformers.TrainerCallback):

@@ -13,6 +13,8 @@ from leantune.core.recipe import RECIPE_FILE, Recipe, method_configs
 from leantune.errors import ConfigError, shown
 from leantune.training.parse import parse_json, parse_yaml
 
+_MODELS = "a folder, a name on the hub, 'demo' or 'demo-llm'"
+_TASKS = "a GLUE task, 'text', 'regression', 'causal_lm' or 'chat'"
 BASELINE = "baseline"
 """Names the plain model: in ``compare``, and among the variants of a run."""
 _MOST_CHARACTERS = 10**6
@@ -28,9 +30,9 @@ def _count(default: int | None, *, help: str) -> Any:
 class MeasureRecipe(Recipe):
     """A recipe says what one training step computes: model, batch and methods."""
 
-    model: str = option("demo", help="a folder, a name on the hub, or 'demo'")
-    task: str = option("text", help="a GLUE task, 'text', 'regression' or 'causal_lm'")
-    data: str | None = option(None, help="a folder of files, a text file, 'hub' or a hub name")
+    model: str = option("demo", help=_MODELS)
+    task: str = option("text", help=_TASKS)
+    data: str | None = option(None, help="a folder of files, a file, 'hub' or a hub name")
     batch_size: int = _count(32, help="samples in a training batch")
     max_length: int = option(128, ge=2, le=10**9, help="most tokens of a sample")
     precision: Literal["float32", "bf16", "fp16"] = option(
@@ -77,11 +79,9 @@ class RunRecipe(MeasureRecipe):
     # They say how to start, not what to run.
     not_saved: ClassVar[tuple[str, ...]] = ("resume", "resume_from", "overwrite")
 
-    model: str = option(dataclasses.MISSING, help="a folder, a name on the hub, or 'demo'")
-    task: str = option(dataclasses.MISSING, help="a GLUE task, 'text', 'regression' or 'causal_lm'")
-    data: str = option(
-        dataclasses.MISSING, help="a folder of files, a text file, 'hub' or a hub name"
-    )
+    model: str = option(dataclasses.MISSING, help=_MODELS)
+    task: str = option(dataclasses.MISSING, help=_TASKS)
+    data: str = option(dataclasses.MISSING, help="a folder of files, a file, 'hub' or a hub name")
     output: str = option(dataclasses.MISSING, help="the run folder to write")
     compare: tuple[tuple[MethodConfig, ...], ...] = option((), help="train these recipes as well")
     epochs: float = option(3.0, gt=0, le=10**9, help="passes over the training set")
@@ -97,8 +97,14 @@ class RunRecipe(MeasureRecipe):
     max_grad_norm: float = option(1.0, ge=0, help="clip the gradient's norm here; 0 is off")
     max_train: int | None = _count(None, help="train on a fixed subset of this size")
     max_validation: int | None = _count(None, help="judge by a fixed subset of this size")
+    score_answers: bool = option(
+        False, help="chat: also judge by how often the right one of the answers is the likeliest"
+    )
     eval_steps: int | None = _count(None, help="steps between evaluations; None: each epoch")
     save_steps: int | None = _count(None, help="steps between checkpoints; None: each epoch")
+    packing: bool = option(
+        False, help="causal_lm and chat: short rows side by side, none of which sees another"
+    )
     resume: bool = option(False, help="go on from the last whole checkpoint in the run folder")
     resume_from: str | None = option(None, help="go on from this one, such as 'checkpoint-60'")
     overwrite: bool = option(False, help="replace the run that is in the run folder")
@@ -114,6 +120,16 @@ class RunRecipe(MeasureRecipe):
             raise ConfigError(
                 "RunRecipe: compare must name recipes other than methods, each once, got "
                 f"{[_name(r) for r in self.compare]} beside {_name(self.methods)}; leave it out"
+            )
+        if self.score_answers and self.task != "chat":
+            raise ConfigError(
+                f"RunRecipe: score_answers must be False for task {self.task}, got True; it is for "
+                "task chat, others have metrics of their own"
+            )
+        if self.packing and self.task not in ("causal_lm", "chat"):
+            raise ConfigError(
+                f"RunRecipe: packing must be False for task {self.task}, got True; it is for "
+                "tasks causal_lm and chat"
             )
         if self.resume and self.overwrite:
             raise ConfigError(

@@ -4,7 +4,6 @@ Every variant's model is loaded twice, once to be measured before the run folder
 to be trained, so that no measurement leaves a trace in the training.
 """
 
-import dataclasses
 import gc
 import json
 import math
@@ -24,7 +23,6 @@ import transformers
 
 from leantune._version import __version__
 from leantune.core.apply import apply
-from leantune.core.conversion import SAMPLE_ID
 from leantune.core.disk import write_atomic, writing
 from leantune.core.distributed import is_first_process
 from leantune.core.manifest import atomic_folder
@@ -35,6 +33,7 @@ from leantune.errors import ConfigError
 from leantune.integrations.trainer import TrainerCallback
 from leantune.measure.ledger import ledger
 from leantune.measure.peak import compare_steps
+from leantune.training.answers import ScoreAnswers
 from leantune.training.checkpoints import (
     RESULT_FILE,
     SealCheckpoints,
@@ -44,12 +43,20 @@ from leantune.training.checkpoints import (
 from leantune.training.data import check_ids, get_task, load_task, tokenize
 from leantune.training.folder import RunLock, check_folder, check_space, make_folder
 from leantune.training.interrupt import handled_by
-from leantune.training.metrics import floor_score, metrics_of_logits
+from leantune.training.metrics import floor_score
 from leantune.training.models import load_model, load_tokenizer
+from leantune.training.packing import check_segments
 from leantune.training.progress import ProgressLines, has_screen, say, scores
 from leantune.training.recipe import RunRecipe
 from leantune.training.results import METRICS_FILE, RunResult, VariantResult
 from leantune.training.stops import StopOnInterrupt, StopOnNonFinite
+from leantune.training.trainers import (
+    autocast,
+    checkpoint_blocks,
+    first_inputs,
+    make_trainer,
+    training_arguments,
+)
 
 MEASURED_ROUNDS = 5
 
@@ -115,7 +122,10 @@ class _Experiment:
         )
         trust = recipe.trust_remote_code
         self.tokenizer = load_tokenizer(recipe.model, trust_remote_code=trust)
-        self.rows = tokenize(self.data, self.tokenizer, recipe.max_length)
+        self.rows = tokenize(self.data, self.tokenizer, recipe.max_length, packing=recipe.packing)
+        self.scorers: list[transformers.TrainerCallback] = []
+        if recipe.score_answers:
+            self.scorers.append(ScoreAnswers(self.data, self.tokenizer, recipe.max_length))
 
     def build(self, name: str, folder: Path) -> tuple[transformers.Trainer, Session | None]:
         """Load the model anew, apply the variant's methods, and make its trainer."""
@@ -125,6 +135,8 @@ class _Experiment:
         how = {option: getattr(recipe, option) for option in same}
         model = load_model(recipe.model, self.task, labels, self.tokenizer, **how)
         check_ids(self.rows, self.tokenizer, model)
+        if recipe.packing:
+            check_segments(model, recipe.model)
         # The trainer switches it off; the saved model should generate as the loaded one did.
         self.use_cache = getattr(model.config, "use_cache", None)
         session = None
@@ -132,25 +144,16 @@ class _Experiment:
             # On the device first: the session's counters live where the weights are.
             model.to("cuda" if torch.cuda.is_available() else "cpu")
             session = apply(model, *methods, seed=recipe.seed)
-        train_rows = self.rows["train"]
-        if session is not None and any(c.needs_sample_ids for c in session.conversions):
-            train_rows = train_rows.add_column(SAMPLE_ID, list(range(len(train_rows))))
-        is_text = self.task.kind == "causal_lm"
-        trainer = transformers.Trainer(
+        callbacks = [*([TrainerCallback(session)] if session else []), *self.callbacks]
+        trainer = make_trainer(
+            self.task,
             model,
             training_arguments(recipe, name, folder),
-            # Blocks of a language model are of equal length: nothing to pad.
-            data_collator=transformers.default_data_collator
-            if is_text
-            else transformers.DataCollatorWithPadding(self.tokenizer),
-            train_dataset=train_rows,
-            eval_dataset=self.rows["validation"],
-            compute_metrics=metrics_of_logits(self.task),
-            callbacks=[*([TrainerCallback(session)] if session else []), *self.callbacks],
+            self.rows,
+            self.tokenizer,
+            callbacks + self.scorers,
+            needs_ids=session is not None and any(c.needs_sample_ids for c in session.conversions),
         )
-        # A head's loss is the mean over the batch, whatever keywords its model takes; where it is
-        # taken for a share of the step's, it counts once more per process and micro-batch.
-        trainer.model_accepts_loss_kwargs &= is_text
         if not has_screen():
             trainer.remove_callback(transformers.PrinterCallback)
             trainer.add_callback(ProgressLines(name))
@@ -191,7 +194,7 @@ class _Experiment:
         # A trainer makes its folder at once; the run's own is not to be touched yet.
         with tempfile.TemporaryDirectory() as folder:
             trainer, session = self.build(name, Path(folder))
-        batch, model = dict(next(iter(trainer.get_train_dataloader()))), trainer.model
+        batch, model = first_inputs(trainer), trainer.model
         assert model is not None
         if session is not None:
             # What is measured here is thrown away; training calibrates on more than one batch.
@@ -271,9 +274,10 @@ class _Experiment:
 
     def _metrics(self, entry: Mapping[str, Any]) -> dict[str, float]:
         found = scores(entry)
-        if self.task.kind == "causal_lm":
+        if self.task.is_language_model:
             # Above e^700 the perplexity is no float any more.
             found["perplexity"] = math.exp(min(found["loss"], 700.0))
+        if self.task.kind == "causal_lm":
             found["bits_per_byte"] = found["loss"] / math.log(2) * self._tokens_per_byte
         return found
 
@@ -286,7 +290,6 @@ class _Experiment:
     def result(self, runs: tuple[VariantResult, ...]) -> RunResult:
         """Put the variants together with what they have in common."""
         train, validation = self.data["train"], self.data["validation"]
-        is_text = self.task.kind == "causal_lm"
         on_gpu = torch.cuda.is_available()
         return RunResult(
             versions={
@@ -301,7 +304,9 @@ class _Experiment:
             model=self.recipe.model,
             task=self.recipe.task,
             main_metric=self.task.main_metric,
-            floor=None if is_text else floor_score(self.task, train["label"], validation["label"]),
+            floor=None
+            if self.task.is_language_model
+            else floor_score(self.task, train["label"], validation["label"]),
             num_train=len(self.rows["train"]),
             num_validation=len(self.rows["validation"]),
             seed=self.recipe.seed,
@@ -320,62 +325,6 @@ def _no_code_in(checkpoint: Path | None) -> Generator[None]:
             "with a pickle of something else, which was not run; take an earlier checkpoint with "
             "resume_from"
         ) from error
-
-
-def autocast(precision: str) -> torch.autocast:
-    """Return the context that a trainer of this precision computes in."""
-    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.autocast(device, dtype=dtype, enabled=precision != "float32")
-
-
-def checkpoint_blocks(model: Any) -> None:
-    """Let a transformers model recompute its blocks in backward."""
-    # The older name is deprecated since the newer one exists (transformers 5.23).
-    newer = getattr(model, "activation_checkpointing_enable", None)
-    (newer or model.gradient_checkpointing_enable)()
-
-
-def training_arguments(
-    recipe: RunRecipe, name: str, folder: Path
-) -> transformers.TrainingArguments:
-    """Return a recipe's options in the words of ``transformers.TrainingArguments``."""
-    fields = {spec.name for spec in dataclasses.fields(transformers.TrainingArguments)}
-    newer = "activation_checkpointing"
-    constant = "constant_with_warmup" if recipe.warmup_ratio else "constant"
-    options: dict[str, Any] = {
-        newer if newer in fields else "gradient_checkpointing": recipe.gradient_checkpointing
-    }
-    for kind, steps in (("eval", recipe.eval_steps), ("save", recipe.save_steps)):
-        options[f"{kind}_strategy"] = "steps" if steps else "epoch"
-        options[f"{kind}_steps"] = steps or 500
-    same = ("gradient_accumulation_steps", "learning_rate", "weight_decay", "max_grad_norm", "seed")
-    on_gpu = torch.cuda.is_available()
-    return transformers.TrainingArguments(
-        output_dir=str(folder),
-        run_name=name,
-        num_train_epochs=recipe.epochs,
-        max_steps=recipe.max_steps or -1,
-        per_device_train_batch_size=recipe.batch_size,
-        per_device_eval_batch_size=recipe.eval_batch_size,
-        warmup_steps=recipe.warmup_ratio,
-        lr_scheduler_type=constant if recipe.schedule == "constant" else recipe.schedule,
-        bf16=recipe.precision == "bf16",
-        fp16=recipe.precision == "fp16",
-        data_seed=recipe.seed,
-        # A share of the run: 25 points of the loss curve, and as many lines of the log.
-        logging_steps=0.04,
-        # A loss that is NaN would be logged as the mean of those before.
-        logging_nan_inf_filter=False,
-        remove_unused_columns=False,
-        label_names=["labels"],
-        dataloader_pin_memory=on_gpu,
-        use_cpu=not on_gpu,
-        report_to="none",
-        disable_tqdm=not has_screen(),
-        **{option: getattr(recipe, option) for option in same},
-        **options,
-    )
 
 
 def _check_device(precision: str) -> None:

