@@ -24,7 +24,7 @@ from bench.cases.frontier import peft_model
 from bench.cases.spt_smollm import windows
 from bench.models import glue
 from bench.quality import NO_ROWS, Recipe
-from bench.smollm import smollm
+from leantune.training.smollm import smollm
 
 RESULT = "llm_quality"
 SEEDS = (0, 1, 2)

@@ -156,7 +156,7 @@ def fidelity(
     session = find_session(model)
     if session is None:
         raise ConfigError(
-            f"fidelity: model must be converted, got {type(model).__name__}; call leantune.apply"
+            f"fidelity: model must be converted, got {type(model).__name__} as is; call lt.apply first"
         )
     step = make_step("fidelity", model, batch, loss)
     others = [make_step("fidelity", model, item, loss) for item in batches or ()]

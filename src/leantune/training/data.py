@@ -187,18 +187,7 @@ def tokenize(
         )
 
     if is_chat or packing:
-        found = datasets.DatasetDict()
-        for split, rows in data.items():
-            if is_chat:
-                cut = cut_chats(str(split), [*encode_chats(rows, tokenizer)], max_length)
-            else:
-                cut = _segments(rows["text"], tokenizer)
-            found[split] = (
-                pack(cut, max_length, may_cut=is_text)
-                if packing
-                else datasets.Dataset.from_dict(cut)
-            )
-        return found
+        return _rows_or_packs(data, tokenizer, max_length, packing)
 
     def encode(rows: Mapping[str, Any]) -> dict[str, Any]:
         if is_text:
@@ -219,6 +208,23 @@ def tokenize(
     if features.get("label") == _SCORE:
         tokens = tokens.cast_column("labels", datasets.Value("float32"))
     return tokens
+
+
+def _rows_or_packs(
+    data: datasets.DatasetDict, tokenizer: Any, max_length: int, packing: bool
+) -> datasets.DatasetDict:
+    """Encode chats, or texts to be packed, row by row."""
+    found = datasets.DatasetDict()
+    for split, rows in data.items():
+        is_text = "text" in rows.features
+        if is_text:
+            cut = _segments(rows["text"], tokenizer)
+        else:
+            cut = cut_chats(str(split), [*encode_chats(rows, tokenizer)], max_length)
+        found[split] = (
+            pack(cut, max_length, may_cut=is_text) if packing else datasets.Dataset.from_dict(cut)
+        )
+    return found
 
 
 def check_ids(rows: datasets.DatasetDict, tokenizer: Any, model: Any) -> None:
