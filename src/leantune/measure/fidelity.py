@@ -153,11 +153,7 @@ def fidelity(
         raise ConfigError(
             f"fidelity: num_draws must be at least 2, got {num_draws}; the default is 64"
         )
-    session = find_session(model)
-    if session is None:
-        raise ConfigError(
-            f"fidelity: model must be converted, got {type(model).__name__} as is; call lt.apply first"
-        )
+    session = _session(model)
     step = make_step("fidelity", model, batch, loss)
     others = [make_step("fidelity", model, item, loss) for item in batches or ()]
     tensors = list(iter_tensors([s.tensors() for s in (step, *others)]))
@@ -183,6 +179,16 @@ def fidelity(
         num_draws=num_draws,
         num_batches=1 + len(others),
     )
+
+
+def _session(model: nn.Module) -> Any:
+    session = find_session(model)
+    if session is None:
+        raise ConfigError(
+            f"fidelity: model must be converted, got {type(model).__name__} without a session; "
+            "call leantune.apply on it first"
+        )
+    return session
 
 
 class _Noise:
