@@ -21,10 +21,9 @@ from torch.nn import functional as F
 import leantune as lt
 from bench import quality, rows
 from bench.cases.frontier import peft_model
-from bench.cases.spt_smollm import windows
+from bench.cases.spt_smollm import smollm, windows
 from bench.models import glue
 from bench.quality import NO_ROWS, Recipe
-from leantune.training.smollm import smollm
 
 RESULT = "llm_quality"
 SEEDS = (0, 1, 2)
