@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,14 +48,6 @@ def base(model_folder: Path, data_folder: Path, tmp_path: Path) -> dict[str, Any
         "learning_rate": 1e-2,
         "max_length": 32,
     }
-
-
-@pytest.fixture(autouse=True)
-def ctrl_c() -> Iterator[None]:
-    """Let SIGINT act as in a terminal; a shell may start its background jobs deaf to it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 def saved_weights(folder: Path | str) -> dict[str, torch.Tensor]:
