@@ -47,7 +47,7 @@ class ScaledTensor(Tensor):
     def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None):
         if function in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
             return cls(args[0].numbers, args[0].scales)
-        raise NotImplementedError(f"{cls.__name__}: {function}")
+        return NotImplemented  # torch names the operation and the class
 
 
 # It stands for torchao's, whose classes are known by where they live.

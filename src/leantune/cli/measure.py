@@ -99,8 +99,7 @@ def load_step(recipe: "MeasureRecipe", num_batches: int = 1) -> tuple[Any, list[
     Raises:
         ConfigError: no such model, task or data.
     """
-    import torch
-
+    from leantune.ops.backend import own_device
     from leantune.training.data import check_ids, get_task, load_task, tokenize
     from leantune.training.models import load_model, load_tokenizer
     from leantune.training.trainers import checkpoint_blocks, collator
@@ -132,7 +131,7 @@ def load_step(recipe: "MeasureRecipe", num_batches: int = 1) -> tuple[Any, list[
         rows = tokens["train"].to_list()[: size * num_batches]
         parts = [rows[i : i + size] for i in range(0, len(rows), size)]
         batches = [dict(collator(task, tokenizer)(part)) for part in parts]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = own_device()
     model.to(device)
     if recipe.gradient_checkpointing:
         checkpoint_blocks(model)
