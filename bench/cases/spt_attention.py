@@ -24,11 +24,13 @@ from leantune.ops.sparse_attention.top_keys import KeyBudget, Visibility, top_ke
 
 RECALL = "spt_attention_recall"
 
+_BLOCKS, _SHARED = "SPT 1/8, blocks", "SPT 1/8, blocks, shared choice"
 _SPARSE = {
     "SPT 1/8, adc": lt.SPTAttention(),
     "SPT 1/8, match": lt.SPTAttention(scorer="match"),
-    "SPT 1/8, blocks": lt.SPTAttention(granularity="block"),
+    _BLOCKS: lt.SPTAttention(granularity="block"),
     "SPT 1/16, blocks": lt.SPTAttention(granularity="block", keep_ratio=1 / 16),
+    _SHARED: lt.SPTAttention(granularity="block", share_choice="group"),
 }
 _RECIPES: dict[str, tuple[MethodConfig, ...]] = {
     "SDPA": (),
@@ -50,21 +52,26 @@ class Case:
     num_heads: int = 2
     width: int = 64
     needs_gpu: bool = False
-    blocks: str = "SPT 1/8, blocks"
+    blocks: str = _BLOCKS
+    num_key_heads: int | None = None
 
     @property
     def name(self) -> str:
-        """The length, and on a GPU the heads."""
+        """The length, and the heads on a GPU or where several read one key head."""
         heads = f"{self.num_heads} heads of {self.width}, " if self.needs_gpu else ""
+        if self.num_key_heads is not None:
+            heads = f"{self.num_heads} heads on {self.num_key_heads}, "
         return f"{heads}n = {self.n}"
 
     @property
     def variants(self) -> list[str]:
         if self.needs_gpu:
             return ["SDPA", self.blocks]
+        if self.num_key_heads is not None:
+            return ["SDPA", _BLOCKS, _SHARED]
         if self.n > 2**13:  # the others take minutes, or gigabytes
             return ["SDPA", self.blocks]
-        return [name for name in _RECIPES if name != "SPT 1/16, blocks"]
+        return [name for name in _RECIPES if name not in ("SPT 1/16, blocks", _SHARED)]
 
 
 def _cases(tiny: bool) -> list[Case]:
@@ -77,7 +84,8 @@ def _cases(tiny: bool) -> list[Case]:
     ]
     if tiny:
         return [Case(256, 2, 16, needs_gpu=True, blocks=case.blocks) for case in on_gpu[2:4]]
-    return [*(Case(n) for n in (2**10, 2**12, 2**13, 2**14)), *on_gpu]
+    grouped = Case(2**13, 8, num_key_heads=2)
+    return [*(Case(n) for n in (2**10, 2**12, 2**13, 2**14)), grouped, *on_gpu]
 
 
 class Attention(nn.Module):
@@ -86,7 +94,7 @@ class Attention(nn.Module):
     The other parts are small beside the attention at most lengths, and the same everywhere.
     """
 
-    def __init__(self, how: str, num_heads: int, width: int) -> None:
+    def __init__(self, how: str, num_heads: int, width: int, num_key_heads: int | None) -> None:
         super().__init__()
         config = LlamaConfig(
             vocab_size=8,
@@ -94,6 +102,7 @@ class Attention(nn.Module):
             intermediate_size=width,
             num_hidden_layers=1,
             num_attention_heads=num_heads,
+            num_key_value_heads=num_key_heads,
             max_position_embeddings=2**17,
             attn_implementation=how,
             use_cache=False,
@@ -119,7 +128,8 @@ def _measure(case: Case, where: torch.device, variants: Sequence[str]) -> list[d
     dtype = torch.bfloat16 if case.needs_gpu else torch.float32
     with where:
         kinds = ("sdpa", "eager")
-        base = {how: Attention(how, case.num_heads, case.width).to(dtype).train() for how in kinds}
+        shape = (case.num_heads, case.width, case.num_key_heads)
+        base = {how: Attention(how, *shape).to(dtype).train() for how in kinds}
         x = torch.randn(1, case.n, case.num_heads * case.width, dtype=dtype)
         padded = torch.ones(1, case.n, dtype=torch.long)
     base["eager"].load_state_dict(base["sdpa"].state_dict())
