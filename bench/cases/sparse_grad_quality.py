@@ -51,16 +51,14 @@ RIVALS = ("SHiRA 7", "GaLore 8", "APOLLO 8")
 # More steps, where training has come further: who catches up with whom.
 LONG = "sparse_grad_quality_long"
 LONG_SETTINGS = tuple(replace(s, num_epochs=3) for s in SETTINGS if s.task != "sst2")
-OWN_BASES = "SparseGrad, block, own bases"
 LONG_RECIPES: dict[str, Recipe] = {
     "full fine-tuning": (),
     FROZEN_MLP: (),
     "LoRA 7": RECIPES["LoRA 7"],
     "SparseGrad, block": RECIPES["SparseGrad, block"],
-    OWN_BASES: (lt.SparseGrad(basis="layer"),),
     **dict.fromkeys(RIVALS, ()),
 }
-LONG_RATE_FROM = {FROZEN_MLP: "full fine-tuning", OWN_BASES: "SparseGrad, block"}
+LONG_RATE_FROM = {FROZEN_MLP: "full fine-tuning"}
 """Recipe -> the one whose search it takes the rate from."""
 
 

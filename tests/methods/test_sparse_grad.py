@@ -505,28 +505,25 @@ def test_calibration_leaves_no_trace_and_sees_only_what_it_was_told() -> None:
 
 def test_bases_come_from_the_sum_over_batches_and_layers() -> None:
     """Shared by type: the grams of both layers are one sum."""
-    for basis in ("layer_type", "layer"):
-        model = MODELS["bert"].build()
-        batches = [MODELS["bert"].batch(seed) for seed in (90, 91)]
-        names = [f"bert.encoder.layer.{i}.intermediate.dense" for i in (0, 1)]
-        grads = {n: [] for n in names}
-        for batch in batches:
-            model.zero_grad()
-            model(**batch).loss.backward()
-            for n in names:
-                grads[n].append(model.get_submodule(n).weight.grad.double().numpy().copy())
+    model = MODELS["bert"].build()
+    batches = [MODELS["bert"].batch(seed) for seed in (90, 91)]
+    names = [f"bert.encoder.layer.{i}.intermediate.dense" for i in (0, 1)]
+    grads = []
+    for batch in batches:
         model.zero_grad()
-        session = lt.apply(model, lt.SparseGrad(selection="step", density=0.1, basis=basis))
-        session.calibrate(batches)
-        rules = {n.name: n for n in (rule_of(session, i) for i in range(4))}
-        assert (rules[names[0]].bases is rules[names[1]].bases) == (basis == "layer_type")
-        for name in names:
-            stack = grads[name] if basis == "layer" else grads[names[0]] + grads[names[1]]
-            q_out, q_in = oracle.unfolding_bases(np.stack(stack))
-            got = rules[name].bases
-            for q, u in ((got.q_out, q_out), (got.q_in, q_in)):
-                lead = q[:, :1].double().numpy()
-                np.testing.assert_allclose(lead @ lead.T, u[:, :1] @ u[:, :1].T, atol=1e-4)
+        model(**batch).loss.backward()
+        for n in names:
+            grads.append(model.get_submodule(n).weight.grad.double().numpy().copy())
+    model.zero_grad()
+    session = lt.apply(model, lt.SparseGrad(selection="step", density=0.1))
+    session.calibrate(batches)
+    rules = {n.name: n for n in (rule_of(session, i) for i in range(4))}
+    got = rules[names[0]].bases
+    assert got is rules[names[1]].bases
+    q_out, q_in = oracle.unfolding_bases(np.stack(grads))
+    for q, u in ((got.q_out, q_out), (got.q_in, q_in)):
+        lead = q[:, :1].double().numpy()
+        np.testing.assert_allclose(lead @ lead.T, u[:, :1] @ u[:, :1].T, atol=1e-4)
 
 
 def test_calibrating_again_keeps_the_bases() -> None:
@@ -713,7 +710,7 @@ def test_state_of_another_model_is_refused() -> None:
     for options, damage, message in (
         ({"density": 0.05}, {}, r"shape \(24, 6\) for the \(24, 3\) of linear.*; load it onto"),
         ({"selection": "step"}, {}, r"shape \(24, 6\) for the \(24, 24\) of linear"),
-        ({"basis": "layer"}, {}, "q_in' on one side only"),
+        ({}, {"0.sparse_grad/other:q_in": torch.eye(3)}, "other:q_in' on one side only"),
         ({}, {key: torch.eye(3)}, r"shape \(3, 3\) for the \(16, 6\) of linear"),
         ({}, {key: torch.full((D_IN, 6), torch.nan)}, "NaN or infinite entries"),
         ({}, {key: torch.zeros(D_IN, 6, dtype=torch.int32)}, "torch.int32 or NaN"),

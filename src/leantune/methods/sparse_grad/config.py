@@ -24,8 +24,4 @@ class SparseGrad(MethodConfig):
         "the largest of every step, as a sparse gradient (the paper's)",
     )
     density: float = option(0.01, gt=0, le=1, help="share of each weight's entries that trains")
-    basis: Literal["layer_type", "layer"] = option(
-        "layer_type",
-        help="who shares a basis: all linears of one part and shape (the paper's), or nobody",
-    )
     num_calibration_batches: int = option(30, ge=1, help="batches that the bases are found from")

@@ -84,8 +84,7 @@ class SubspaceRule:
     def __init__(self, site: Site, config: SparseGrad, runtime: Runtime) -> None:
         self.name, self.runtime = site.name, runtime
         shape = site.module.get_parameter("weight").shape
-        kind = f"{site.part or 'linear'} {tuple(shape)}"
-        self.group = site.name if config.basis == "layer" else kind
+        self.group = f"{site.part or 'linear'} {tuple(shape)}"
         self.is_transposed = is_conv1d(site.module)
         d_out, d_in = shape[::-1] if self.is_transposed else shape
         self.shape = (d_out, d_in)
