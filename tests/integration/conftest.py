@@ -3,10 +3,13 @@
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from integration.tiny import bert, tokenizer, write_sentences
+
+import leantune as lt
 
 
 @pytest.fixture(autouse=True)
@@ -39,3 +42,19 @@ def model_folder(tmp_path: Path) -> Path:
 def data_folder(tmp_path: Path) -> Path:
     """Train and validation as TSV: the label is whether the sentence has a friendly word."""
     return write_sentences(tmp_path / "data", lambda good: str(int(good)))
+
+
+@pytest.fixture
+def base(model_folder: Path, data_folder: Path, tmp_path: Path) -> dict[str, Any]:
+    """Options of a run of ten steps, five an epoch."""
+    return {
+        "model": str(model_folder),
+        "task": "text",
+        "data": str(data_folder),
+        "output": str(tmp_path / "run"),
+        "methods": [lt.WTACRS(keep_ratio=0.3, min_rows=2)],
+        "epochs": 2,
+        "batch_size": 8,
+        "learning_rate": 1e-2,
+        "max_length": 32,
+    }

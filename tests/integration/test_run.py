@@ -15,7 +15,16 @@ import pytest
 import torch
 import transformers
 from integration.damage import DAMAGES, FILES, Payload
-from integration.tiny import bert, llama, same, tokenizer, write_sentences
+from integration.tiny import (
+    Interrupt,
+    Steps,
+    bert,
+    llama,
+    same,
+    saved_weights,
+    tokenizer,
+    write_sentences,
+)
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback
@@ -32,55 +41,6 @@ from leantune.training.recipe import RunRecipe
 from leantune.training.results import RunResult, VariantResult
 
 SAMPLED = lt.WTACRS(keep_ratio=0.3, min_rows=2)
-
-
-@pytest.fixture
-def base(model_folder: Path, data_folder: Path, tmp_path: Path) -> dict[str, Any]:
-    """Options of a run of ten steps, five an epoch."""
-    return {
-        "model": str(model_folder),
-        "task": "text",
-        "data": str(data_folder),
-        "output": str(tmp_path / "run"),
-        "methods": [SAMPLED],
-        "epochs": 2,
-        "batch_size": 8,
-        "learning_rate": 1e-2,
-        "max_length": 32,
-    }
-
-
-def saved_weights(folder: Path | str) -> dict[str, torch.Tensor]:
-    return load_file(Path(folder) / "model" / "model.safetensors")
-
-
-class Interrupt(TrainerCallback):
-    """Press Ctrl-C when a step of a variant begins, or raise at once."""
-
-    def __init__(
-        self,
-        step: int,
-        name: str = "wta_crs",
-        at_once: bool = False,
-        number: int = signal.SIGINT,
-    ) -> None:
-        self.step, self.name, self.at_once, self.number = step, name, at_once, number
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.step - 1 and args.run_name == self.name:
-            if self.at_once:
-                raise KeyboardInterrupt
-            signal.raise_signal(self.number)
-
-
-class Steps(TrainerCallback):
-    """Note the optimiser steps that are taken."""
-
-    def __init__(self) -> None:
-        self.steps: list[tuple[str, int]] = []
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.steps.append((args.run_name, state.global_step))
 
 
 def test_a_compared_run_writes_its_folder(base: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """Tiny models with dropout, a tokenizer made in code, rows of tokens, and plain trainers."""
 
 import random
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ import datasets
 import torch
 import transformers
 from models import padded
-from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
+from safetensors.torch import load_file
+from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
 
 VOCABULARY = 64
 WORDS = (
@@ -139,3 +141,36 @@ def write_sentences(folder: Path, label: Callable[[bool], str]) -> Path:
             lines.append(f"{' '.join(words)}\t{label(good)}")
         (folder / f"{name}.tsv").write_text("\n".join(lines) + "\n")
     return folder
+
+
+def saved_weights(folder: Path | str) -> dict[str, torch.Tensor]:
+    return load_file(Path(folder) / "model" / "model.safetensors")
+
+
+class Interrupt(TrainerCallback):
+    """Press Ctrl-C when a step of a variant begins, or raise at once."""
+
+    def __init__(
+        self,
+        step: int,
+        name: str = "wta_crs",
+        at_once: bool = False,
+        number: int = signal.SIGINT,
+    ) -> None:
+        self.step, self.name, self.at_once, self.number = step, name, at_once, number
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step - 1 and args.run_name == self.name:
+            if self.at_once:
+                raise KeyboardInterrupt
+            signal.raise_signal(self.number)
+
+
+class Steps(TrainerCallback):
+    """Note the optimiser steps that are taken."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[str, int]] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.steps.append((args.run_name, state.global_step))

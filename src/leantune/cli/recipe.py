@@ -45,7 +45,10 @@ def build_recipe(kind: type[R], arguments: Sequence[str], methods: Sequence[str]
         kept = {name: [e for e in entries if e["method"] == name] for name in names}
         entries = [entry for name in names for entry in kept[name] or [{"method": name}]]
     for key, text in pairs.items():
-        if key not in rules:
+        start, _, name = key.partition(".")
+        if start in rules and name:
+            values[start] = {**(values.get(start) or {}), name: _parse(text, "")}
+        elif key not in rules:
             _set(entries, key, text, list(rules))
     return kind.from_dict(values | ({"methods": entries} if entries else {}))
 
@@ -93,4 +96,4 @@ def _parse(text: str, rule: str) -> Any:
         value = parse_yaml(text)
     except ValueError:
         return text
-    return text if isinstance(value, Mapping) else value
+    return text if isinstance(value, Mapping) and "mapping" not in rule else value

@@ -23,7 +23,7 @@ KEPT_CHECKPOINTS = 2
 _STEP = re.compile(r"checkpoint-(\d+)")
 # What a run and its trainer write below ``checkpoints``; also in one that was cut off half-way.
 _OF_A_TRAINER = re.compile(
-    rf"\.?{RESULT_FILE}.*|README\.md|{_STEP.pattern}(/(\.?leantune_|model|adapter_|config|"
+    rf"\.?{RESULT_FILE}.*|README\.md|runs(/.+)?|{_STEP.pattern}(/(\.?leantune_|model|adapter_|config|"
     r"generation_config|training_args|optimizer|scheduler|scaler|rng_state|trainer_state|tokenizer|"
     r"added_tokens|special_tokens_map|vocab|merges|spiece|sentencepiece|chat_template|README\.md)"
     r"[^/]*)?"

@@ -1,6 +1,7 @@
 """What decides a training run: its options, and how a file and a caller's options become them."""
 
 import dataclasses
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -75,6 +76,7 @@ class RunRecipe(MeasureRecipe):
     own_rules: ClassVar[Mapping[str, str]] = {
         "methods": "list of methods",
         "compare": "list of rivals: 'baseline', a method, or a list of methods",
+        "trainer": "mapping of transformers' names to values",
     }
     # They say how to start, not what to run.
     not_saved: ClassVar[tuple[str, ...]] = ("resume", "resume_from", "overwrite")
@@ -105,6 +107,11 @@ class RunRecipe(MeasureRecipe):
     packing: bool = option(
         False, help="causal_lm and chat: short rows side by side, none of which sees another"
     )
+    trainer: Mapping[str, Any] = option(
+        None,
+        help="other arguments of transformers' trainer, or of TRL's, by their own names: optim, "
+        "lr_scheduler_type, report_to, ...",
+    )
     resume: bool = option(False, help="go on from the last whole checkpoint in the run folder")
     resume_from: str | None = option(None, help="go on from this one, such as 'checkpoint-60'")
     overwrite: bool = option(False, help="replace the run that is in the run folder")
@@ -114,6 +121,7 @@ class RunRecipe(MeasureRecipe):
         object.__setattr__(self, "compare", tuple(_rival(rival) for rival in rivals))
         if self.resume_from is not None:
             object.__setattr__(self, "resume", True)
+        object.__setattr__(self, "trainer", _plain_mapping(self.trainer))
         super().__post_init__()
         recipes = [*self.compare, self.methods]
         if any(recipe in recipes[:i] for i, recipe in enumerate(recipes)):
@@ -202,6 +210,20 @@ def _rival(rival: Any) -> tuple[MethodConfig, ...]:
     if rival == BASELINE:
         return ()
     return method_configs(rival if isinstance(rival, list | tuple) else [rival], "compare")
+
+
+def _plain_mapping(given: Any) -> dict[str, Any]:
+    """Return a mapping as its JSON form reads, so that a run equals the one in its file."""
+    given = {} if given is None else given
+    try:
+        if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
+            raise TypeError(f"got {shown(given)}")
+        return json.loads(json.dumps(dict(given)))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"RunRecipe: trainer must be a mapping of names to plain values, {error}; for example "
+            "{optim: adafactor}"
+        ) from error
 
 
 def _name(methods: tuple[MethodConfig, ...]) -> str:

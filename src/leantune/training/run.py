@@ -52,6 +52,7 @@ from leantune.training.results import METRICS_FILE, RunResult, VariantResult
 from leantune.training.stops import StopOnInterrupt, StopOnNonFinite
 from leantune.training.trainers import (
     autocast,
+    check_trainer,
     checkpoint_blocks,
     first_inputs,
     make_trainer,
@@ -86,6 +87,8 @@ def train(
     with handled_by(), RunLock(recipe) as lock:
         check_folder(recipe)
         _check_device(recipe.precision)
+        if recipe.trainer:
+            check_trainer(recipe)
         if (output / RECIPE_FILE).is_file():
             lock.take()
         if recipe.resume and (output / METRICS_FILE).is_file():
@@ -209,8 +212,10 @@ class _Experiment:
                 loss = model(**batch).loss
             (loss if session is None else loss + session.auxiliary_loss()).backward()
 
+        # Without a choice the state is AdamW's, which the ledger forecasts by itself.
+        optimizer = trainer.create_optimizer() if "optim" in self.recipe.trainer else None
         with autocast(self.recipe.precision):
-            return step, ledger(model, batch).to_dict()
+            return step, ledger(model, batch, optimizer=optimizer).to_dict()
 
     def train(self, draft: VariantResult, start_from: Path | None) -> VariantResult:
         """Train one variant, or go on with it; of the last one the model is kept."""

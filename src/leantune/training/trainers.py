@@ -1,6 +1,9 @@
 """The unmodified trainer of a run, transformers' or for chats TRL's, and what it is given."""
 
 import dataclasses
+import difflib
+import tempfile
+import typing
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -9,9 +12,11 @@ from typing import Any
 import datasets
 import torch
 import transformers
+from huggingface_hub.dataclasses import type_validator
 
 from leantune.core.conversion import SAMPLE_ID
-from leantune.errors import ConfigError
+from leantune.errors import ConfigError, shown
+from leantune.ops.backend import on_gpu, own_device
 from leantune.training.data import Task, get_task
 from leantune.training.metrics import metrics_of_logits
 from leantune.training.progress import has_screen
@@ -118,8 +123,7 @@ def first_inputs(trainer: transformers.Trainer) -> dict[str, Any]:
 def autocast(precision: str) -> torch.autocast:
     """Return the context that a trainer of this precision computes in."""
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.autocast(device, dtype=dtype, enabled=precision != "float32")
+    return torch.autocast(own_device().type, dtype=dtype, enabled=precision != "float32")
 
 
 def checkpoint_blocks(model: Any) -> None:
@@ -129,10 +133,99 @@ def checkpoint_blocks(model: Any) -> None:
     (newer or model.gradient_checkpointing_enable)()
 
 
+_DECIDED = {
+    "output": "output_dir run_name push_to_hub",
+    "epochs": "num_train_epochs",
+    "batch_size": "per_device_train_batch_size auto_find_batch_size",
+    "eval_batch_size": "per_device_eval_batch_size",
+    "warmup_ratio": "warmup_steps",
+    "precision": "bf16 fp16 bf16_full_eval fp16_full_eval",
+    "gradient_checkpointing": "activation_checkpointing",
+    "seed": "data_seed full_determinism",
+    "eval_steps": "eval_strategy eval_delay eval_on_start",
+    "save_steps": "save_strategy save_total_limit save_only_model",
+    "resume": "resume_from_checkpoint ignore_data_skip restore_callback_states_from_checkpoint",
+    "data": "dataset_text_field dataset_kwargs dataset_num_proc truncation_mode shuffle_dataset "
+    "completion_only_loss assistant_only_loss",
+    "packing": "packing_strategy padding_free eval_packing",
+    "model": "model_init_kwargs chat_template_path eos_token pad_token",
+    # The rest is none's: the loss is the model's own, each row is evaluated, and batches are whole.
+    "": "label_names label_smoothing_factor remove_unused_columns use_cpu do_train do_eval "
+    "do_predict prediction_loss_only batch_eval_metrics eval_do_concat_batches include_for_metrics "
+    "load_best_model_at_end metric_for_best_model greater_is_better logging_nan_inf_filter",
+}
+"""Option of a recipe -> the arguments of a trainer that it decides under another name."""
+
+
+def check_trainer(recipe: RunRecipe) -> None:
+    """Let a trainer of one weight take the recipe's arguments, before anything is loaded for them.
+
+    Raises:
+        ConfigError: ``trainer`` has a name or a value that is not acceptable.
+    """
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            arguments = training_arguments(recipe, "", Path(folder))
+            rows: Any = [{}]
+            trainer = transformers.Trainer(
+                torch.nn.Linear(1, 1), arguments, train_dataset=rows, eval_dataset=rows
+            )
+            trainer.get_train_dataloader()
+            trainer.create_optimizer_and_scheduler(num_training_steps=10)
+    except ConfigError:
+        raise
+    # The library's checks raise what they like, and so does a package that is missing.
+    except Exception as error:
+        raise ConfigError(
+            f"RunRecipe: trainer must hold what transformers accepts, got {shown(recipe.trainer)} "
+            f"({type(error).__name__}: {' '.join(str(error).split())}); correct it"
+        ) from error
+
+
+def _given_arguments(recipe: RunRecipe, kind: Any) -> dict[str, Any]:
+    """Return ``trainer`` as arguments of a class, each of its type and none decided elsewhere."""
+    hints = typing.get_type_hints(kind)
+    decided = {name: option for option, names in _DECIDED.items() for name in names.split()}
+    decided |= {name: name for name in hints if hasattr(recipe, name)}
+    if recipe.schedule != "linear":
+        decided["lr_scheduler_type"] = "schedule"
+    given: dict[str, Any] = {}
+    for name, value in recipe.trainer.items():
+        if name in decided:
+            raise ConfigError(
+                f"RunRecipe: trainer must leave {name} to the run, got {shown(value)}; "
+                + (f"set the recipe's {decided[name]}" if decided[name] else "leave it out")
+            )
+        if name not in hints:
+            near = difflib.get_close_matches(name, hints, n=1) or ["none"]
+            raise ConfigError(
+                f"RunRecipe: trainer must hold names of {kind.__name__}, got {name!r}; the nearest "
+                f"is {near[0]}"
+            )
+        accepted = {hints[name], *typing.get_args(hints[name])}
+        # YAML reads 1e-8 as text.
+        if float in accepted and type(value) in {int, str} - accepted:
+            with suppress(ValueError):
+                value = float(value)
+        try:
+            type_validator(name, value, hints[name])
+        except TypeError as error:
+            what = getattr(hints[name], "__name__", hints[name])
+            raise ConfigError(
+                f"RunRecipe: trainer.{name} must be {what}, got {shown(value)}; correct it"
+            ) from error
+        given[name] = value
+    return given
+
+
 def training_arguments(
     recipe: RunRecipe, name: str, folder: Path
 ) -> transformers.TrainingArguments:
-    """Return a recipe's options in the words of transformers, or of TRL for a chat."""
+    """Return a recipe's options in the words of transformers, or of TRL for a chat.
+
+    Raises:
+        ConfigError: ``trainer`` has a name that is not acceptable, or a value of another type.
+    """
     arguments: Any = transformers.TrainingArguments
     options: dict[str, Any] = {}
     if recipe.packing or get_task(recipe.task).kind == "chat":
@@ -151,7 +244,15 @@ def training_arguments(
         options[f"{kind}_strategy"] = "steps" if steps else "epoch"
         options[f"{kind}_steps"] = steps or 500
     same = ("gradient_accumulation_steps", "learning_rate", "weight_decay", "max_grad_norm", "seed")
-    on_gpu = torch.cuda.is_available()
+    has_gpu = on_gpu(own_device())
+    usual = {
+        "lr_scheduler_type": constant if recipe.schedule == "constant" else recipe.schedule,
+        # A share of the run: 25 points of the loss curve, and as many lines of the log.
+        "logging_steps": 0.04,
+        "dataloader_pin_memory": has_gpu,
+        "report_to": "none",
+        "disable_tqdm": not has_screen(),
+    }
     return arguments(
         output_dir=str(folder),
         run_name=name,
@@ -160,20 +261,15 @@ def training_arguments(
         per_device_train_batch_size=recipe.batch_size,
         per_device_eval_batch_size=recipe.eval_batch_size,
         warmup_steps=recipe.warmup_ratio,
-        lr_scheduler_type=constant if recipe.schedule == "constant" else recipe.schedule,
         bf16=recipe.precision == "bf16",
         fp16=recipe.precision == "fp16",
         data_seed=recipe.seed,
-        # A share of the run: 25 points of the loss curve, and as many lines of the log.
-        logging_steps=0.04,
         # A loss that is NaN would be logged as the mean of those before.
         logging_nan_inf_filter=False,
         remove_unused_columns=False,
         label_names=["labels"],
-        dataloader_pin_memory=on_gpu,
-        use_cpu=not on_gpu,
-        report_to="none",
-        disable_tqdm=not has_screen(),
+        use_cpu=not has_gpu,
         **{option: getattr(recipe, option) for option in same},
         **options,
+        **usual | _given_arguments(recipe, arguments),
     )
