@@ -101,7 +101,7 @@ def load_step(recipe: "MeasureRecipe", num_batches: int = 1) -> tuple[Any, list[
     """
     from leantune.ops.backend import own_device
     from leantune.training.data import check_ids, get_task, load_task, tokenize
-    from leantune.training.models import load_model, load_tokenizer
+    from leantune.training.models import freeze, load_model, load_tokenizer
     from leantune.training.trainers import checkpoint_blocks, collator
 
     task = get_task(recipe.task)
@@ -121,6 +121,7 @@ def load_step(recipe: "MeasureRecipe", num_batches: int = 1) -> tuple[Any, list[
     same = ("max_length", "seed", "trust_remote_code")
     how = {option: getattr(recipe, option) for option in same}
     model = load_model(recipe.model, task, labels, tokenizer, **how)
+    freeze(model, recipe.freeze)
     if tokens is None:
         seeds = range(recipe.seed, recipe.seed + num_batches)
         batches = [

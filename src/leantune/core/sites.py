@@ -182,11 +182,20 @@ def _matches(site: Site, pattern: str, who: str) -> bool:
         return site.role == pattern
     if pattern in PARTS and site.part == pattern:
         return True
+    return matches_name(site.name, pattern, f"{who}: sites")
+
+
+def matches_name(name: str, pattern: str, who: str) -> bool:
+    """Return whether a glob fits a name or its last components, or ``re:`` is found in it.
+
+    Raises:
+        SiteError: the regular expression is not valid; the message begins with ``who``.
+    """
     if pattern.startswith("re:"):
         try:
-            return re.search(pattern[3:], site.name) is not None
+            return re.search(pattern[3:], name) is not None
         except re.error as error:
             raise SiteError(
-                f"{who}: sites must hold valid regular expressions, got {pattern!r}: {error}"
+                f"{who} must hold valid regular expressions, got {pattern!r}: {error}"
             ) from error
-    return fnmatch.fnmatchcase(site.name, pattern) or fnmatch.fnmatchcase(site.name, f"*.{pattern}")
+    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"*.{pattern}")

@@ -1,5 +1,6 @@
 """From a name to a model with the task's head and its tokenizer; from a session to a checkpoint."""
 
+import difflib
 import hashlib
 import importlib.util
 import os
@@ -10,12 +11,14 @@ from typing import Any
 import torch
 import transformers
 
+from leantune.core.adapters import original_name
 from leantune.core.apply import load
 from leantune.core.disk import read_json
 from leantune.core.files import STATE_FILE
 from leantune.core.manifest import atomic_folder, check_replaceable
 from leantune.core.recipe import RECIPE_FILE, Recipe
-from leantune.errors import ConfigError, shown
+from leantune.core.sites import matches_name, path_of
+from leantune.errors import ConfigError, SiteError, shown
 from leantune.training.data import Task
 from leantune.training.recipe import RunRecipe
 from leantune.training.smollm import demo_llm_path
@@ -117,6 +120,61 @@ def load_model(
     if getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     return model
+
+
+def freeze(model: torch.nn.Module, patterns: Sequence[str]) -> set[str]:
+    """Freeze the parameters that patterns fit, by their names or by those of modules around them.
+
+    Args:
+        model: what it freezes of a tied weight, it freezes for all its users.
+        patterns: in the syntax of ``sites``, without roles and parts.
+
+    Returns:
+        The names of what is frozen now.
+
+    Raises:
+        SiteError: a pattern fits nothing; names the nearest.
+    """
+    named = list(model.named_parameters(remove_duplicate=False))
+    frozen: set[str] = set()
+    for pattern in patterns:
+        who = "RunRecipe: freeze"
+        found = [
+            (name, parameter)
+            for name, parameter in named
+            if any(matches_name(path, pattern, who) for path in path_of(name))
+        ]
+        if not found:
+            names = sorted({path for name, _ in named for path in path_of(name)})
+            ends = {path.rpartition(".")[2]: path for path in names}
+            near = difflib.get_close_matches(pattern, [*names, *ends], n=3, cutoff=0.4)
+            raise SiteError(
+                f"{who} must fit at least one module or parameter, got {pattern!r}, which fits "
+                f"none; near it: {', '.join(ends.get(name, name) for name in near) or 'none'}"
+            )
+        for name, parameter in found:
+            parameter.requires_grad_(False)
+            frozen.add(name)
+    return frozen
+
+
+def check_frozen(model: torch.nn.Module, frozen: set[str]) -> None:
+    """Check that something trains when the methods are applied, and that nothing frozen does.
+
+    Raises:
+        ConfigError: it does not, or a method trains a copy of it.
+    """
+    trained = {original_name(name) for name, p in model.named_parameters() if p.requires_grad}
+    if not trained:
+        raise ConfigError(
+            "RunRecipe: freeze must leave something to train, got patterns that fit everything; "
+            "leave one out, or add a method that trains something else, such as lora"
+        )
+    if lost := sorted(trained & frozen):
+        raise ConfigError(
+            f"RunRecipe: freeze must leave out what a method trains, got {lost[0]}; leave it out, "
+            "or set LoRA's train_head: false"
+        )
 
 
 def build_model(name: str) -> Any:

@@ -39,6 +39,9 @@ class MeasureRecipe(Recipe):
     precision: Literal["float32", "bf16", "fp16"] = option(
         "float32", help="dtype of the products; weights stay in float32"
     )
+    freeze: tuple[str, ...] = option(
+        (), help="not trained: glob patterns or 're:' regular expressions on modules or parameters"
+    )
     trust_remote_code: bool = option(
         False, help="run the code that comes with a model or a tokenizer"
     )
@@ -47,7 +50,16 @@ class MeasureRecipe(Recipe):
     )
     seed: int = option(0, ge=0, lt=2**32, help="of head, order, dropout and draws")
 
+    own_rules: ClassVar[Mapping[str, str]] = {**Recipe.own_rules, "freeze": "list of patterns"}
+
     def __post_init__(self) -> None:
+        given: Any = (self.freeze,) if isinstance(self.freeze, str) else self.freeze
+        if not isinstance(given, list | tuple) or not all(isinstance(n, str) and n for n in given):
+            raise ConfigError(
+                f"{type(self).__name__}: freeze must be a list of patterns, got {shown(given)}; "
+                "for example [embeddings, encoder.layer.0]"
+            )
+        object.__setattr__(self, "freeze", tuple(given))
         for name in ("model", "data", "output"):
             value = getattr(self, name, None)
             if isinstance(value, str | os.PathLike):
@@ -74,7 +86,7 @@ class RunRecipe(MeasureRecipe):
     """
 
     own_rules: ClassVar[Mapping[str, str]] = {
-        "methods": "list of methods",
+        **MeasureRecipe.own_rules,
         "compare": "list of rivals: 'baseline', a method, or a list of methods",
         "trainer": "mapping of transformers' names to values",
     }

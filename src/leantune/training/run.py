@@ -33,6 +33,7 @@ from leantune.errors import ConfigError
 from leantune.integrations.trainer import TrainerCallback
 from leantune.measure.ledger import ledger
 from leantune.measure.peak import compare_steps
+from leantune.ops.backend import on_gpu, own_device
 from leantune.training.answers import ScoreAnswers
 from leantune.training.checkpoints import (
     RESULT_FILE,
@@ -44,7 +45,7 @@ from leantune.training.data import check_ids, get_task, load_task, tokenize
 from leantune.training.folder import RunLock, check_folder, check_space, make_folder
 from leantune.training.interrupt import handled_by
 from leantune.training.metrics import floor_score
-from leantune.training.models import load_model, load_tokenizer
+from leantune.training.models import check_frozen, freeze, load_model, load_tokenizer
 from leantune.training.packing import check_segments
 from leantune.training.progress import ProgressLines, has_screen, say, scores
 from leantune.training.recipe import RunRecipe
@@ -138,6 +139,7 @@ class _Experiment:
         how = {option: getattr(recipe, option) for option in same}
         model = load_model(recipe.model, self.task, labels, self.tokenizer, **how)
         check_ids(self.rows, self.tokenizer, model)
+        frozen = freeze(model, recipe.freeze)
         if recipe.packing:
             check_segments(model, recipe.model)
         # The trainer switches it off; the saved model should generate as the loaded one did.
@@ -145,8 +147,9 @@ class _Experiment:
         session = None
         if methods:
             # On the device first: the session's counters live where the weights are.
-            model.to("cuda" if torch.cuda.is_available() else "cpu")
+            model.to(own_device())
             session = apply(model, *methods, seed=recipe.seed)
+        check_frozen(model, frozen)
         callbacks = [*([TrainerCallback(session)] if session else []), *self.callbacks]
         trainer = make_trainer(
             self.task,
@@ -229,7 +232,7 @@ class _Experiment:
         for last in (stop, StopOnNonFinite(), SealCheckpoints()):
             trainer.add_callback(last)
         peak = None
-        if torch.cuda.is_available():
+        if on_gpu(own_device()):
             torch.cuda.reset_peak_memory_stats()
         # Whatever was measured or converted before, training starts from the same random stream.
         transformers.set_seed(recipe.seed)
@@ -237,7 +240,7 @@ class _Experiment:
         with stop, writing(folder), _no_code_in(start_from):
             trainer.train(resume_from_checkpoint=None if start_from is None else str(start_from))
         seconds = time.perf_counter() - start
-        if torch.cuda.is_available():
+        if on_gpu(own_device()):
             peak = torch.cuda.max_memory_allocated()
         step = trainer.state.global_step
         if not any(e["step"] == step and "eval_loss" in e for e in trainer.state.log_history):
@@ -295,7 +298,6 @@ class _Experiment:
     def result(self, runs: tuple[VariantResult, ...]) -> RunResult:
         """Put the variants together with what they have in common."""
         train, validation = self.data["train"], self.data["validation"]
-        on_gpu = torch.cuda.is_available()
         return RunResult(
             versions={
                 "leantune": __version__,
@@ -304,7 +306,7 @@ class _Experiment:
                 "python": platform.python_version(),
             },
             device=torch.cuda.get_device_name()
-            if on_gpu
+            if on_gpu(own_device())
             else f"cpu ({torch.get_num_threads()} threads)",
             model=self.recipe.model,
             task=self.recipe.task,
@@ -333,9 +335,9 @@ def _no_code_in(checkpoint: Path | None) -> Generator[None]:
 
 
 def _check_device(precision: str) -> None:
-    on_gpu = torch.cuda.is_available()
-    if (precision == "fp16" and not on_gpu) or (
-        precision == "bf16" and on_gpu and not torch.cuda.is_bf16_supported(False)
+    has_gpu = on_gpu(own_device())
+    if (precision == "fp16" and not has_gpu) or (
+        precision == "bf16" and has_gpu and not torch.cuda.is_bf16_supported(False)
     ):
         raise ConfigError(
             f"RunRecipe: precision must be one that this device computes, got {precision!r}; take "
