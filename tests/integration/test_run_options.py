@@ -4,9 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from integration.tiny import Interrupt, same, saved_weights
-from safetensors.torch import load_file
 
 import leantune as lt
 from leantune.cli.recipe import build_recipe
@@ -82,36 +80,3 @@ def test_another_optimiser_is_measured_trained_and_resumed_to_the_bit(
     assert same(saved_weights(base["output"]), saved_weights(base["output"] + "-whole"))
     found = whole.runs[0].ledger
     assert 0 < found["optimizer"] < found["gradients"]  # AdamW's state is twice as large.
-
-
-def test_what_is_frozen_stays_and_costs_no_gradient(base: dict[str, Any]) -> None:
-    patterns = ["embeddings", r"re:^bert\.encoder\.layer\.0\.", "classifier.bias"]
-    result = lt.train(base, freeze=patterns, compare=["baseline"], epochs=1)
-    start = load_file(Path(base["model"]) / "model.safetensors")
-    trained = saved_weights(base["output"])
-    for name, value in start.items():
-        is_frozen = name.startswith(("embeddings.", "encoder.layer.0."))
-        assert torch.equal(trained[f"bert.{name}"], value) == is_frozen, name
-    for run in result.runs:
-        frozen = {e["module"] for e in run.ledger["entries"] if e["kind"] == "frozen parameter"}
-        assert {"bert.embeddings.word_embeddings", "classifier"} <= frozen
-        held = {e["module"] for e in run.ledger["entries"] if e["ledger"] == "gradients"}
-        assert held and not any("embeddings" in name or ".layer.0." in name for name in held)
-
-
-@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
-def test_a_pattern_that_freezes_nothing_or_all_is_named(base: dict[str, Any]) -> None:
-    for patterns, message in (
-        (["embedings"], r"freeze must fit .* got 'embedings'.* near it: bert\.embeddings"),
-        (["re:("], "freeze must hold valid regular expressions"),
-        (["*"], "freeze must leave something to train"),
-        ([""], "freeze must be a list of patterns"),
-        (3, "freeze must be a list of patterns"),
-    ):
-        with pytest.raises(lt.LeantuneError, match=f"RunRecipe: {message}"):
-            lt.train(base, methods=[], freeze=patterns)
-    with pytest.raises(lt.ConfigError, match=r"what a method trains, got classifier.*train_head"):
-        lt.train(base, methods=["lora"], freeze="classifier")
-    assert not Path(base["output"]).exists()
-    methods = [lt.LoRA(rank=2, train_head=False)]
-    lt.train(base, methods=methods, freeze="*", max_steps=2)

@@ -75,6 +75,7 @@ def measure_step(
     from leantune.measure.still_held import find_still_held, sampled_linears
     from leantune.training.recipe import BASELINE
     from leantune.training.trainers import autocast
+    from leantune.training.weights import train_factors_in_full
 
     model, (batch,) = load_step(recipe)
     held: list[StillHeld] = []
@@ -82,6 +83,7 @@ def measure_step(
         ledgers = {BASELINE: ledger(model, batch)}
         if recipe.methods:
             session = leantune.apply(model, *recipe.methods, seed=recipe.seed)
+            train_factors_in_full(model)
             if any(c.needs_sample_ids for c in session.conversions):
                 number_samples([batch])
             session.calibrate([batch])
@@ -101,8 +103,9 @@ def load_step(recipe: "MeasureRecipe", num_batches: int = 1) -> tuple[Any, list[
     """
     from leantune.ops.backend import own_device
     from leantune.training.data import check_ids, get_task, load_task, tokenize
-    from leantune.training.models import freeze, load_model, load_tokenizer
+    from leantune.training.models import load_model, load_tokenizer
     from leantune.training.trainers import checkpoint_blocks, collator
+    from leantune.training.weights import freeze, quantise
 
     task = get_task(recipe.task)
     tokenizer = load_tokenizer(recipe.model, trust_remote_code=recipe.trust_remote_code)
@@ -118,10 +121,12 @@ def load_step(recipe: "MeasureRecipe", num_batches: int = 1) -> tuple[Any, list[
         tokens = tokenize(data, tokenizer, recipe.max_length)
     if task.kind != "classification":
         labels = None
-    same = ("max_length", "seed", "trust_remote_code")
+    same = ("max_length", "seed", "dtype", "trust_remote_code")
     how = {option: getattr(recipe, option) for option in same}
     model = load_model(recipe.model, task, labels, tokenizer, **how)
     freeze(model, recipe.freeze)
+    if recipe.quantize:
+        quantise(model, recipe.quantize)
     if tokens is None:
         seeds = range(recipe.seed, recipe.seed + num_batches)
         batches = [

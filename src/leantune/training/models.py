@@ -1,6 +1,5 @@
 """From a name to a model with the task's head and its tokenizer; from a session to a checkpoint."""
 
-import difflib
 import hashlib
 import importlib.util
 import os
@@ -10,15 +9,14 @@ from typing import Any
 
 import torch
 import transformers
+from transformers.utils import CONFIG_NAME
 
-from leantune.core.adapters import original_name
 from leantune.core.apply import load
 from leantune.core.disk import read_json
 from leantune.core.files import STATE_FILE
 from leantune.core.manifest import atomic_folder, check_replaceable
 from leantune.core.recipe import RECIPE_FILE, Recipe
-from leantune.core.sites import matches_name, path_of
-from leantune.errors import ConfigError, SiteError, shown
+from leantune.errors import ConfigError, shown
 from leantune.training.data import Task
 from leantune.training.recipe import RunRecipe
 from leantune.training.smollm import demo_llm_path
@@ -32,6 +30,7 @@ _MOST = {
     "num_attention_heads": 10**4,
 }
 """The largest sizes that a config.json is believed."""
+_DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 MODEL_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 
@@ -69,9 +68,10 @@ def load_model(
     *,
     max_length: int = 0,
     seed: int = 0,
+    dtype: str = "float32",
     trust_remote_code: bool = False,
 ) -> Any:
-    """Load a pre-trained model with the task's head, in float32 on the CPU.
+    """Load a pre-trained model with the task's head, on the CPU.
 
     Args:
         labels: of the classes; None unless classification.
@@ -79,13 +79,14 @@ def load_model(
         max_length: tokens that the model must be able to read.
         seed: of the weights that are not in the file, such as a new head's; the caller's random
             streams do not move.
+        dtype: of the weights, ``float32`` or ``bf16``.
         trust_remote_code: whether code that comes with the model may run.
 
     Raises:
         ConfigError: no such model, a damaged one, one that lacks weights of its body, or one that
             does not fit the task or the tokenizer.
     """
-    options: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": trust_remote_code}
+    options: dict[str, Any] = {"dtype": _DTYPES[dtype], "trust_remote_code": trust_remote_code}
     # A loss is read by its name, whatever the configuration says of tuples.
     options["return_dict"] = True
     kind: Any = transformers.AutoModelForSequenceClassification
@@ -120,61 +121,6 @@ def load_model(
     if getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     return model
-
-
-def freeze(model: torch.nn.Module, patterns: Sequence[str]) -> set[str]:
-    """Freeze the parameters that patterns fit, by their names or by those of modules around them.
-
-    Args:
-        model: what it freezes of a tied weight, it freezes for all its users.
-        patterns: in the syntax of ``sites``, without roles and parts.
-
-    Returns:
-        The names of what is frozen now.
-
-    Raises:
-        SiteError: a pattern fits nothing; names the nearest.
-    """
-    named = list(model.named_parameters(remove_duplicate=False))
-    frozen: set[str] = set()
-    for pattern in patterns:
-        who = "RunRecipe: freeze"
-        found = [
-            (name, parameter)
-            for name, parameter in named
-            if any(matches_name(path, pattern, who) for path in path_of(name))
-        ]
-        if not found:
-            names = sorted({path for name, _ in named for path in path_of(name)})
-            ends = {path.rpartition(".")[2]: path for path in names}
-            near = difflib.get_close_matches(pattern, [*names, *ends], n=3, cutoff=0.4)
-            raise SiteError(
-                f"{who} must fit at least one module or parameter, got {pattern!r}, which fits "
-                f"none; near it: {', '.join(ends.get(name, name) for name in near) or 'none'}"
-            )
-        for name, parameter in found:
-            parameter.requires_grad_(False)
-            frozen.add(name)
-    return frozen
-
-
-def check_frozen(model: torch.nn.Module, frozen: set[str]) -> None:
-    """Check that something trains when the methods are applied, and that nothing frozen does.
-
-    Raises:
-        ConfigError: it does not, or a method trains a copy of it.
-    """
-    trained = {original_name(name) for name, p in model.named_parameters() if p.requires_grad}
-    if not trained:
-        raise ConfigError(
-            "RunRecipe: freeze must leave something to train, got patterns that fit everything; "
-            "leave one out, or add a method that trains something else, such as lora"
-        )
-    if lost := sorted(trained & frozen):
-        raise ConfigError(
-            f"RunRecipe: freeze must leave out what a method trains, got {lost[0]}; leave it out, "
-            "or set LoRA's train_head: false"
-        )
 
 
 def build_model(name: str) -> Any:
@@ -244,6 +190,8 @@ def merge_checkpoint(
 ) -> list[str]:
     """Write a checkpoint that loads without leantune: the base model with what was trained.
 
+    What was trained beside a quantised base is folded into that base as it was before.
+
     Args:
         source: a run folder, or a folder that ``session.save`` wrote.
         output: the new checkpoint; replaced as a whole once everything is written.
@@ -272,29 +220,41 @@ def merge_checkpoint(
             f"{str(source)!r} without {STATE_FILE}; a run without methods has its plain checkpoint "
             "in model/ already"
         )
-    trained = run / "model" if (run / "model" / "config.json").is_file() else None
+    written = (run / name for name in ("model", "adapter"))
+    trained = next((folder for folder in written if (folder / CONFIG_NAME).is_file()), None)
+    recipe = None if trained is None else RunRecipe.from_dict(read_json(run / RECIPE_FILE))
     is_trusted = False
     if model is None:
-        if trained is None:
+        if recipe is None:
             raise ConfigError(
                 f"merge: model must be given for {str(source)!r}, which lies in no run folder, got "
                 "none; name the base that the session was applied to"
             )
-        recipe = RunRecipe.from_dict(read_json(run / RECIPE_FILE))
         model, is_trusted = recipe.model, recipe.trust_remote_code
     _check_apart(output, source, session_folder, Path(model).expanduser())
     trust = {"trust_remote_code": is_trusted}
     place = model if trained is None else str(trained)
-    network = _load_base(model, place, session_folder, trust)
-    session = load(network, session_folder)
-    session.merge()
+    dtype = "float32" if recipe is None else recipe.dtype
+    network = _load_base(model, place, session_folder, dtype, trust)
+    if recipe is not None and recipe.quantize:
+        from peft import PeftModel
+
+        # Onto the base in full: in few bits much of what was trained would be rounded away.
+        network = PeftModel.from_pretrained(network, run / "adapter").merge_and_unload()
+        methods = recipe.methods
+    else:
+        session = load(network, session_folder)
+        session.merge()
+        methods = session.methods
     with atomic_folder(output, "model") as fresh:
         network.save_pretrained(fresh)
         load_tokenizer(model, **trust).save_pretrained(fresh)
-    return [method.method for method in session.methods]
+    return [method.method for method in methods]
 
 
-def _load_base(name: str, place: str, session_folder: Path, trust: dict[str, bool]) -> Any:
+def _load_base(
+    name: str, place: str, session_folder: Path, dtype: str, trust: dict[str, bool]
+) -> Any:
     """Load the model that a session was applied to, in the class that ``place`` names.
 
     Raises:
@@ -311,7 +271,7 @@ def _load_base(name: str, place: str, session_folder: Path, trust: dict[str, boo
     with torch.random.fork_rng(devices=[]):
         # Weights that are not in the base's file are those that the run began with.
         torch.manual_seed(Recipe.from_dict(read_json(session_folder / RECIPE_FILE)).seed)
-        return _load(kind, name, architecture, config=config, dtype=torch.float32, **trust)
+        return _load(kind, name, architecture, config=config, dtype=_DTYPES[dtype], **trust)
 
 
 def _check_apart(output: Path, *sources: Path) -> None:

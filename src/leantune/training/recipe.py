@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
+from leantune.core import registry
 from leantune.core.config import MethodConfig, option
 from leantune.core.recipe import RECIPE_FILE, Recipe, method_configs
 from leantune.errors import ConfigError, shown
@@ -37,7 +38,15 @@ class MeasureRecipe(Recipe):
     batch_size: int = _count(32, help="samples in a training batch")
     max_length: int = option(128, ge=2, le=10**9, help="most tokens of a sample")
     precision: Literal["float32", "bf16", "fp16"] = option(
-        "float32", help="dtype of the products; weights stay in float32"
+        "float32", help="dtype of the products, by autocast"
+    )
+    dtype: Literal["float32", "bf16"] = option(
+        "float32", help="dtype of the weights, trained or not; LoRA's factors are in float32"
+    )
+    quantize: Literal["int8", "int4", "nf4"] | None = option(
+        None,
+        help="bits of the frozen weights beside LoRA: torchao's int8 or int4 (which also takes a "
+        "byte each), or bitsandbytes' nf4",
     )
     freeze: tuple[str, ...] = option(
         (), help="not trained: glob patterns or 're:' regular expressions on modules or parameters"
@@ -150,6 +159,22 @@ class RunRecipe(MeasureRecipe):
             raise ConfigError(
                 f"RunRecipe: packing must be False for task {self.task}, got True; it is for "
                 "tasks causal_lm and chat"
+            )
+        if self.dtype == "bf16" and self.precision == "fp16":
+            raise ConfigError(
+                "RunRecipe: precision must be 'float32' or 'bf16' where dtype is 'bf16', got "
+                "'fp16', whose loss scale takes no gradients in bfloat16; change one of them"
+            )
+        plain = [
+            name
+            for name, methods in self.variants().items()
+            if not any(registry.get(method.method).suits_quantised for method in methods)
+        ]
+        if self.quantize and plain:
+            raise ConfigError(
+                f"RunRecipe: quantize must be None where the weights themselves train, got "
+                f"{self.quantize!r} for {', '.join(plain)}; add lora to the methods, and to each "
+                "of compare"
             )
         if self.resume and self.overwrite:
             raise ConfigError(

@@ -45,7 +45,7 @@ from leantune.training.data import check_ids, get_task, load_task, tokenize
 from leantune.training.folder import RunLock, check_folder, check_space, make_folder
 from leantune.training.interrupt import handled_by
 from leantune.training.metrics import floor_score
-from leantune.training.models import check_frozen, freeze, load_model, load_tokenizer
+from leantune.training.models import load_model, load_tokenizer
 from leantune.training.packing import check_segments
 from leantune.training.progress import ProgressLines, has_screen, say, scores
 from leantune.training.recipe import RunRecipe
@@ -59,6 +59,7 @@ from leantune.training.trainers import (
     make_trainer,
     training_arguments,
 )
+from leantune.training.weights import check_frozen, freeze, quantise, train_factors_in_full
 
 MEASURED_ROUNDS = 5
 
@@ -135,11 +136,13 @@ class _Experiment:
         """Load the model anew, apply the variant's methods, and make its trainer."""
         recipe, methods = self.recipe, self.variants[name]
         labels = getattr(self.data["train"].features.get("label"), "names", None)
-        same = ("max_length", "seed", "trust_remote_code")
+        same = ("max_length", "seed", "dtype", "trust_remote_code")
         how = {option: getattr(recipe, option) for option in same}
         model = load_model(recipe.model, self.task, labels, self.tokenizer, **how)
         check_ids(self.rows, self.tokenizer, model)
         frozen = freeze(model, recipe.freeze)
+        if recipe.quantize:
+            quantise(model, recipe.quantize)
         if recipe.packing:
             check_segments(model, recipe.model)
         # The trainer switches it off; the saved model should generate as the loaded one did.
@@ -149,6 +152,7 @@ class _Experiment:
             # On the device first: the session's counters live where the weights are.
             model.to(own_device())
             session = apply(model, *methods, seed=recipe.seed)
+            train_factors_in_full(model)
         check_frozen(model, frozen)
         callbacks = [*([TrainerCallback(session)] if session else []), *self.callbacks]
         trainer = make_trainer(
@@ -269,12 +273,14 @@ class _Experiment:
             model.config.use_cache = self.use_cache
         if session is not None:
             session.save(output / "session")
-            if not session.can_merge:
-                # No plain model computes the same: `leantune.load` puts the session onto the base.
-                return
             if hasattr(model, "peft_config") and writes_plain(session.conversions):
                 with atomic_folder(output / "adapter", "adapter") as fresh:
                     model.save_pretrained(fresh)
+                    model.config.save_pretrained(fresh)
+                    self.tokenizer.save_pretrained(fresh)
+            if not session.can_merge:
+                # No plain model computes the same: the session, or the adapter, goes onto the base.
+                return
             session.merge()
         with atomic_folder(output / "model", "model") as fresh:
             model.save_pretrained(fresh)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from leantune.core.linear import has_entries
 from leantune.errors import ConfigError
 from leantune.training.interrupt import Interrupted, handled_by
 from leantune.training.progress import scores
@@ -116,7 +117,8 @@ class StopOnNonFinite(TrainerCallback):
 
 
 def _is_finite(model: nn.Module) -> bool:
-    return all(bool(p.detach().isfinite().all()) for p in model.parameters())
+    # Weights in few bits are whole numbers, and do not change.
+    return all(bool(p.detach().isfinite().all()) for p in model.parameters() if has_entries(p))
 
 
 def _diverged(args: Any, what: str, step: int) -> ConfigError:
