@@ -5,9 +5,12 @@ from typing import Any
 
 import pytest
 from integration.tiny import Interrupt, same, saved_weights
+from safetensors.torch import load_file
 
 import leantune as lt
 from leantune.cli.recipe import build_recipe
+from leantune.core.files import STATE_FILE
+from leantune.integrations.trainer import SESSION_FILE
 from leantune.training.recipe import RunRecipe
 from leantune.training.trainers import check_trainer, training_arguments
 
@@ -38,7 +41,7 @@ def test_a_slip_in_what_the_trainer_is_given_names_itself(
     task: str, trainer: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(lt.ConfigError, match=f"RunRecipe: trainer.*{message}"):
-        check_trainer(RunRecipe(**OPTIONS | {"task": task}, trainer=trainer))
+        check_trainer(RunRecipe(**{**OPTIONS, "task": task}, trainer=trainer))
 
 
 def test_what_the_trainer_is_given_arrives(tmp_path: Path) -> None:
@@ -80,3 +83,50 @@ def test_another_optimiser_is_measured_trained_and_resumed_to_the_bit(
     assert same(saved_weights(base["output"]), saved_weights(base["output"] + "-whole"))
     found = whole.runs[0].ledger
     assert 0 < found["optimizer"] < found["gradients"]  # AdamW's state is twice as large.
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+@pytest.mark.parametrize("methods", [[], [lt.LoRA(rank=2), lt.WTACRS(min_rows=2)], ["sparse_grad"]])
+def test_early_stopping_keeps_the_best_weights_and_survives_a_resumption(
+    base: dict[str, Any], methods: list[Any], tmp_path: Path
+) -> None:
+    base |= {"methods": methods, "early_stopping_patience": 3, "eval_steps": 2, "max_steps": 40}
+    base |= {"learning_rate": 3e-2, "warmup_ratio": 0.0, "schedule": "constant"}
+    whole = lt.train(base, output=tmp_path / "whole").runs[0]
+    assert whole.best_step is not None
+    assert whole.num_steps == whole.best_step + 6 < 40
+    assert whole.metrics == dict(whole.evaluations)[whole.best_step]
+    assert whole.metrics["accuracy"] == max(m["accuracy"] for _, m in whole.evaluations)
+    kept = {path.name for path in (tmp_path / "whole" / "checkpoints").glob("checkpoint-*")}
+    steps = (whole.best_step, whole.num_steps - 2, whole.num_steps)
+    assert kept == {f"checkpoint-{step}" for step in steps}
+    best = tmp_path / "whole" / "checkpoints" / f"checkpoint-{whole.best_step}"
+    if methods:
+        state = load_file(tmp_path / "whole" / "session" / STATE_FILE)
+        assert same(state, load_file(best / SESSION_FILE))
+    else:
+        assert same(saved_weights(tmp_path / "whole"), load_file(best / "model.safetensors"))
+
+    with pytest.raises(KeyboardInterrupt):
+        lt.train(base, callbacks=[Interrupt(whole.best_step + 3, whole.name)])
+    moved = tmp_path / "moved"
+    (tmp_path / "run").rename(moved)
+    again = lt.train(base, output=moved, resume=True).runs[0]
+    assert (again.best_step, again.num_steps) == (whole.best_step, whole.num_steps)
+    assert again.evaluations == whole.evaluations and again.metrics == whole.metrics
+    assert same(saved_weights(moved), saved_weights(tmp_path / "whole"))
+    # A crash after the last step: what is left of the way is gone again.
+    (moved / "metrics.json").unlink()
+    again = lt.train(base, output=moved, resume=True).runs[0]
+    assert (again.best_step, again.num_steps) == (whole.best_step, whole.num_steps)
+    assert same(saved_weights(moved), saved_weights(tmp_path / "whole"))
+
+
+def test_each_evaluation_has_its_checkpoint_where_the_best_is_kept() -> None:
+    options = {**OPTIONS, "early_stopping_patience": 1, "eval_steps": 4}
+    with pytest.raises(lt.ConfigError, match="save_steps must be as eval_steps where early"):
+        RunRecipe(**options, save_steps=8)
+    for task, metric, greater in (("text", "accuracy", True), ("chat", "loss", False)):
+        arguments = training_arguments(RunRecipe(**{**options, "task": task}), "", Path("o"))
+        assert (arguments.metric_for_best_model, arguments.greater_is_better) == (metric, greater)
+        assert arguments.save_steps == arguments.eval_steps == 4

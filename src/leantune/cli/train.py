@@ -95,7 +95,7 @@ def _print_results(result: Any, folder: Path, report: Path) -> None:
     console = out()
     if floor := floor_line(result):
         console.print(escape(floor), soft_wrap=True)
-    # Without a dense equivalent there is no plain model; an adapter or the session goes onto the base.
+    # Without a dense equivalent there is no plain model; something goes onto the base.
     kept = next(name for name in ("model", "adapter", "session") if (folder / name).is_dir())
     console.print(f"{kept:7} {escape(str(folder / kept))}", soft_wrap=True)
     console.print(f"report  {escape(str(report))}", soft_wrap=True)

@@ -140,8 +140,13 @@ class TrainerCallback(transformers.TrainerCallback):
         if args.should_save and not writes_plain(self.session.conversions):
             _let_no_plain_model_load(folder)
 
-    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self._drop_hook()
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            # The trainer has put back its weights, to which another state of the session belongs.
+            self._load(args, Path(state.best_model_checkpoint))
 
     def _check(self, args: TrainingArguments, model: nn.Module | None) -> None:
         check_open(self.session, "TrainerCallback")
@@ -181,6 +186,9 @@ class TrainerCallback(transformers.TrainerCallback):
         else:
             assert args.output_dir is not None
             folder = _checkpoint(args.output_dir, state.global_step)
+        self._load(args, folder)
+
+    def _load(self, args: TrainingArguments, folder: Path) -> None:
         path = folder / _file_name(args)
         if not path.is_file():
             raise ConfigError(

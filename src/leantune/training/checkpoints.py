@@ -16,6 +16,7 @@ from leantune.training.progress import say
 from leantune.training.recipe import RunRecipe
 
 RESULT_FILE = "result.json"
+STATE_FILE = "trainer_state.json"
 CHECKPOINT = "checkpoint"
 KEPT_CHECKPOINTS = 2
 """The one before serves where the last is damaged."""
@@ -88,7 +89,10 @@ def _seal(folder: Path, last: int) -> None:
     write_manifest(found[last], CHECKPOINT)
     # Those of later steps are of the way that this run has left.
     whole = [s for s, path in found.items() if s <= last and (path / MANIFEST_FILE).is_file()]
-    for step in found.keys() - set(whole[:KEPT_CHECKPOINTS]):
+    kept = whole[:KEPT_CHECKPOINTS]
+    # And the best ones up to each of them.
+    kept += [read_json(found[step] / STATE_FILE).get("best_global_step") for step in kept]
+    for step in found.keys() - set(kept):
         if _find_stranger(found[step], f"{found[step].name}/") is None:
             shutil.rmtree(found[step], ignore_errors=True)
 
@@ -158,6 +162,10 @@ def _find_start(folder: Path, wanted: str | None) -> Path | None:
 
 
 def _has_ended(checkpoint: Path) -> bool:
-    # From there the trainer would run one more step.
-    state = read_json(checkpoint / "trainer_state.json")
+    # From there the trainer would run one more step, or until one more evaluation.
+    state = read_json(checkpoint / STATE_FILE)
+    if stopping := state["stateful_callbacks"].get("EarlyStoppingCallback"):
+        count = stopping["attributes"]["early_stopping_patience_counter"]
+        if count >= stopping["args"]["early_stopping_patience"]:
+            return True
     return state["global_step"] >= state["max_steps"]

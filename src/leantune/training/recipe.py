@@ -125,6 +125,9 @@ class RunRecipe(MeasureRecipe):
     )
     eval_steps: int | None = _count(None, help="steps between evaluations; None: each epoch")
     save_steps: int | None = _count(None, help="steps between checkpoints; None: each epoch")
+    early_stopping_patience: int | None = _count(
+        None, help="end after as many evaluations without a better one, and keep the best weights"
+    )
     packing: bool = option(
         False, help="causal_lm and chat: short rows side by side, none of which sees another"
     )
@@ -154,6 +157,11 @@ class RunRecipe(MeasureRecipe):
             raise ConfigError(
                 f"RunRecipe: score_answers must be False for task {self.task}, got True; it is for "
                 "task chat, others have metrics of their own"
+            )
+        if self.early_stopping_patience and self.save_steps not in (None, self.eval_steps):
+            raise ConfigError(
+                "RunRecipe: save_steps must be as eval_steps where early_stopping_patience is set, "
+                f"got {self.save_steps}; leave it out: each evaluation has its checkpoint"
             )
         if self.packing and self.task not in ("causal_lm", "chat"):
             raise ConfigError(

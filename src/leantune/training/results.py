@@ -31,6 +31,7 @@ class VariantResult:
         train_loss: (step, mean loss since the last entry).
         evaluations: (step, metrics).
         num_steps: optimiser steps.
+        best_step: the one whose weights and ``metrics`` were kept; None is the last.
         train_seconds: of the training with its evaluations; of a resumed run, the last part's.
         peak_bytes: peak of the CUDA allocator in training; None on the CPU.
     """
@@ -46,6 +47,7 @@ class VariantResult:
     train_loss: list[list[float]] = field(default_factory=list)
     evaluations: list[list[Any]] = field(default_factory=list)
     num_steps: int = 0
+    best_step: int | None = None
     train_seconds: float = 0.0
     peak_bytes: int | None = None
 

@@ -155,13 +155,15 @@ class _Experiment:
             train_factors_in_full(model)
         check_frozen(model, frozen)
         callbacks = [*([TrainerCallback(session)] if session else []), *self.callbacks]
+        patience = recipe.early_stopping_patience
+        stoppers = [transformers.EarlyStoppingCallback(patience)] if patience else []
         trainer = make_trainer(
             self.task,
             model,
             training_arguments(recipe, name, folder),
             self.rows,
             self.tokenizer,
-            callbacks + self.scorers,
+            callbacks + self.scorers + stoppers,
             needs_ids=session is not None and any(c.needs_sample_ids for c in session.conversions),
         )
         if not has_screen():
@@ -247,13 +249,17 @@ class _Experiment:
         if on_gpu(own_device()):
             peak = torch.cuda.max_memory_allocated()
         step = trainer.state.global_step
-        if not any(e["step"] == step and "eval_loss" in e for e in trainer.state.log_history):
+        # With early stopping the trainer has put the best weights back.
+        best = trainer.state.best_global_step
+        kept_step = best or step
+        if not any(e["step"] == kept_step and "eval_loss" in e for e in trainer.state.log_history):
             trainer.evaluate()
         history = trainer.state.log_history
         evaluations = {e["step"]: self._metrics(e) for e in history if "eval_loss" in e}
         result = replace(
             draft,
-            metrics=evaluations[step],
+            metrics=evaluations[kept_step],
+            best_step=best,
             train_loss=[[e["step"], e["loss"]] for e in history if "loss" in e],
             evaluations=[[at, metrics] for at, metrics in sorted(evaluations.items())],
             num_steps=step,

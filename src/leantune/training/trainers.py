@@ -133,6 +133,7 @@ def checkpoint_blocks(model: Any) -> None:
     (newer or model.gradient_checkpointing_enable)()
 
 
+_RESTORE = "restore_callback_states_from_checkpoint"
 _DECIDED = {
     "output": "output_dir run_name push_to_hub",
     "epochs": "num_train_epochs",
@@ -144,7 +145,8 @@ _DECIDED = {
     "seed": "data_seed full_determinism",
     "eval_steps": "eval_strategy eval_delay eval_on_start",
     "save_steps": "save_strategy save_total_limit save_only_model",
-    "resume": "resume_from_checkpoint ignore_data_skip restore_callback_states_from_checkpoint",
+    "early_stopping_patience": "load_best_model_at_end metric_for_best_model greater_is_better",
+    "resume": f"resume_from_checkpoint ignore_data_skip {_RESTORE}",
     "data": "dataset_text_field dataset_kwargs dataset_num_proc truncation_mode shuffle_dataset "
     "completion_only_loss assistant_only_loss",
     "packing": "packing_strategy padding_free eval_packing",
@@ -152,7 +154,7 @@ _DECIDED = {
     # The rest is none's: the loss is the model's own, each row is evaluated, and batches are whole.
     "": "label_names label_smoothing_factor remove_unused_columns use_cpu do_train do_eval "
     "do_predict prediction_loss_only batch_eval_metrics eval_do_concat_batches include_for_metrics "
-    "load_best_model_at_end metric_for_best_model greater_is_better logging_nan_inf_filter",
+    "logging_nan_inf_filter",
 }
 """Option of a recipe -> the arguments of a trainer that it decides under another name."""
 
@@ -240,7 +242,15 @@ def training_arguments(
     constant = "constant_with_warmup" if recipe.warmup_ratio else "constant"
     checkpointing = newer if newer in fields else "gradient_checkpointing"
     options[checkpointing] = recipe.gradient_checkpointing
-    for kind, steps in (("eval", recipe.eval_steps), ("save", recipe.save_steps)):
+    save_steps = recipe.save_steps
+    task = get_task(recipe.task)
+    if recipe.early_stopping_patience:
+        save_steps = recipe.eval_steps
+        # A perplexity is made of the loss later; the callback's count lies in the checkpoint.
+        metric = "loss" if task.is_language_model else task.main_metric
+        options |= {"metric_for_best_model": metric, "greater_is_better": metric != "loss"}
+        options |= dict.fromkeys(("load_best_model_at_end", _RESTORE), True)
+    for kind, steps in (("eval", recipe.eval_steps), ("save", save_steps)):
         options[f"{kind}_strategy"] = "steps" if steps else "epoch"
         options[f"{kind}_steps"] = steps or 500
     same = ("gradient_accumulation_steps", "learning_rate", "weight_decay", "max_grad_norm", "seed")
