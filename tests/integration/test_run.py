@@ -237,7 +237,7 @@ def test_one_process_says_what_is_passed_over(
     (Path(run["output"]) / "checkpoints" / "checkpoint-6" / "optimizer.pt").unlink()
     for number, num_lines in (("0", 1), ("1", 0)):
         monkeypatch.setenv("RANK", number)
-        assert find_starts(recipe)["wta_crs"].name == "checkpoint-4"
+        assert find_starts(recipe, {})["wta_crs"].name == "checkpoint-4"
         assert capsys.readouterr().err.count("passed over") == num_lines
 
 

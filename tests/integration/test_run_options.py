@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from integration.tiny import Interrupt, same, saved_weights
+from integration.tiny import Interrupt, Steps, same, saved_weights
 from safetensors.torch import load_file
 
 import leantune as lt
@@ -57,9 +57,10 @@ def test_what_the_trainer_is_given_arrives(tmp_path: Path) -> None:
     assert training_arguments(other, "", tmp_path).lr_scheduler_type == "polynomial"
     with pytest.raises(lt.ConfigError, match="set the recipe's schedule"):
         check_trainer(RunRecipe(**OPTIONS, schedule="cosine", trainer=other.trainer))
+    wrong: Any
     for wrong in ("adafactor", ["optim"], {1: 2}, {"optim": object()}):
         with pytest.raises(lt.ConfigError, match="trainer must be a mapping of names to plain"):
-            RunRecipe(**OPTIONS, trainer=wrong)  # type: ignore[arg-type]
+            RunRecipe(**OPTIONS, trainer=wrong)
 
 
 def test_the_command_line_sets_one_or_all(tmp_path: Path) -> None:
@@ -95,7 +96,7 @@ def test_early_stopping_keeps_the_best_weights_and_survives_a_resumption(
     whole = lt.train(base, output=tmp_path / "whole").runs[0]
     assert whole.best_step is not None
     assert whole.num_steps == whole.best_step + 6 < 40
-    assert whole.metrics == dict(whole.evaluations)[whole.best_step]
+    assert whole.metrics == next(m for at, m in whole.evaluations if at == whole.best_step)
     assert whole.metrics["accuracy"] == max(m["accuracy"] for _, m in whole.evaluations)
     kept = {path.name for path in (tmp_path / "whole" / "checkpoints").glob("checkpoint-*")}
     steps = (whole.best_step, whole.num_steps - 2, whole.num_steps)
@@ -130,3 +131,32 @@ def test_each_evaluation_has_its_checkpoint_where_the_best_is_kept() -> None:
         arguments = training_arguments(RunRecipe(**{**options, "task": task}), "", Path("o"))
         assert (arguments.metric_for_best_model, arguments.greater_is_better) == (metric, greater)
         assert arguments.save_steps == arguments.eval_steps == 4
+
+
+@pytest.mark.parametrize("length", ["epochs", "max_steps"])
+def test_an_ended_run_goes_on_for_longer(base: dict[str, Any], tmp_path: Path, length: str) -> None:
+    """Where the schedule does not depend on the length the weights are those of one long run."""
+    short, long = (2, 3) if length == "epochs" else (5, 10)
+    longer: Any = {length: long}
+    base |= {"schedule": "constant", "warmup_ratio": 0.0, "compare": ["baseline"], length: short}
+    lt.train(base, output=tmp_path / "long", **longer)
+    output = Path(base["output"])
+    before = lt.train(base)
+    weights = saved_weights(output)
+    with pytest.raises(lt.ConfigError, match=rf"{length} must be {short}.* to resume the run"):
+        lt.train(base, resume=True, **dict(longer, **{length: 1}))
+    # Cut off when the first variant is through; the old result is there until the new one is.
+    first = Interrupt(before.runs[-1].num_steps + 2)
+    with pytest.raises(KeyboardInterrupt):
+        lt.train(base, resume=True, callbacks=[first], **longer)
+    assert lt.train(base, resume=True) == before and same(saved_weights(output), weights)
+    seen = Steps()
+    after = lt.train(base, resume=True, callbacks=[seen], **longer)
+    last = after.runs[-1].num_steps
+    assert seen.steps == [("wta_crs", n) for n in range(before.runs[-1].num_steps + 3, last + 1)]
+    assert same(saved_weights(output), saved_weights(tmp_path / "long"))
+    assert [run.num_steps for run in after.runs] == [last, last]
+    assert RunRecipe.read(output / "recipe.json", {}) == RunRecipe(**{**base, **longer})
+    again = Steps()
+    assert lt.train(output / "recipe.json", resume=True, callbacks=[again]) == after
+    assert not again.steps

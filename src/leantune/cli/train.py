@@ -70,7 +70,7 @@ def train(
                 result = train_recipe(recipe)
         except KeyboardInterrupt as stop:
             if is_first_process():
-                err().print(_interrupted(folder), soft_wrap=True)
+                err().print(_interrupted(folder, recipe), soft_wrap=True)
             raise typer.Exit(exit_code(stop)) from None
         if not is_first_process():
             return
@@ -105,15 +105,20 @@ def _cell(text: str, note: str) -> str:
     return escape(text) + (f"\n[dim]{escape(note)}[/]" if note else "")
 
 
-def _interrupted(folder: Path) -> str:
+def _interrupted(folder: Path, recipe: Any) -> str:
     """Say which checkpoint an interrupted run has kept and how to go on from it."""
     from leantune.core.manifest import MANIFEST_FILE
+    from leantune.training.results import METRICS_FILE
 
     kept = [path.parent for path in folder.glob(f"checkpoints*/checkpoint-*/{MANIFEST_FILE}")]
     if not kept:
         return "[yellow]interrupted[/] before the first checkpoint; nothing was kept"
     last = max(kept, key=lambda path: (path.stat().st_mtime, int(path.name.partition("-")[2])))
     command = f"leantune train {shlex.quote(str(folder / 'recipe.json'))} resume=true"
+    if (folder / METRICS_FILE).is_file():
+        # The folder's recipe is still that of the shorter run.
+        name = "max_steps" if recipe.max_steps else "epochs"
+        command += f" {name}={getattr(recipe, name)}"
     return (
         f"[yellow]interrupted[/] checkpoint kept: {escape(str(last))}; resume with: "
         f"{escape(command)}"

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from leantune.core.manifest import MANIFEST_FILE, find_damage, write_manifest
 from leantune.errors import ConfigError
 from leantune.training.progress import say
 from leantune.training.recipe import RunRecipe
+from leantune.training.results import VariantResult
 
 RESULT_FILE = "result.json"
 STATE_FILE = "trainer_state.json"
@@ -104,10 +106,20 @@ def _checkpoints(folder: Path) -> dict[int, Path]:
     return dict(sorted(found.items(), reverse=True))
 
 
-def find_starts(recipe: RunRecipe) -> dict[str, Path]:
+def read_result(folder: Path, past: int) -> VariantResult | None:
+    """Return the result that lies in a variant's folder, if it is of more steps than ``past``."""
+    path = folder / RESULT_FILE
+    result = VariantResult.read(path) if path.is_file() else None
+    return result if result is not None and result.num_steps > past else None
+
+
+def find_starts(recipe: RunRecipe, past: Mapping[str, int]) -> dict[str, Path]:
     """Return the checkpoint that each variant of an unfinished run goes on from.
 
     What is passed over, and why, is said on stderr.
+
+    Args:
+        past: variant -> steps of a shorter run that has ended, where this one asks for more.
 
     Returns:
         Variant -> checkpoint; a variant that has ended, or starts anew, is not there.
@@ -120,16 +132,16 @@ def find_starts(recipe: RunRecipe) -> dict[str, Path]:
     folders = variant_folders(recipe)
     *_, own = folders
     for name, folder in folders.items():
-        if name != own and (folder / RESULT_FILE).is_file():
+        if name != own and read_result(folder, past.get(name, 0)) is not None:
             continue
-        start = _find_start(folder, wanted)
+        start = _find_start(folder, wanted, past.get(name, 0))
         wanted = None
         if start is not None:
             starts[name] = start
     return starts
 
 
-def _find_start(folder: Path, wanted: str | None) -> Path | None:
+def _find_start(folder: Path, wanted: str | None, past: int) -> Path | None:
     found = list(_checkpoints(folder).values())
     if wanted is not None:
         if all(path.name != wanted for path in found):
@@ -143,7 +155,7 @@ def _find_start(folder: Path, wanted: str | None) -> Path | None:
     start, is_damaged = None, False
     for path in found:
         damage = find_damage(path, CHECKPOINT)
-        if damage is None and not _has_ended(path):
+        if damage is None and not _has_ended(path, past):
             start = path
             break
         passed_over.append(f"{path.name}: {damage or 'its training has ended'}")
@@ -161,11 +173,11 @@ def _find_start(folder: Path, wanted: str | None) -> Path | None:
     return start
 
 
-def _has_ended(checkpoint: Path) -> bool:
+def _has_ended(checkpoint: Path, past: int) -> bool:
     # From there the trainer would run one more step, or until one more evaluation.
     state = read_json(checkpoint / STATE_FILE)
     if stopping := state["stateful_callbacks"].get("EarlyStoppingCallback"):
         count = stopping["attributes"]["early_stopping_patience_counter"]
         if count >= stopping["args"]["early_stopping_patience"]:
             return True
-    return state["global_step"] >= state["max_steps"]
+    return past < state["max_steps"] <= state["global_step"]

@@ -92,10 +92,11 @@ def check_folder(recipe: RunRecipe) -> None:
                 "that run"
             )
     if recipe.resume or not _is_new(output):
-        found = _recipe_there(recipe)
+        found = recipe_there(recipe)
         if recipe.resume:
-            _check_same(found, recipe)
-            if (output / METRICS_FILE).is_file():
+            is_longer = goes_further(found, recipe)
+            _check_same(found, recipe, ("epochs", "max_steps") if is_longer else ())
+            if (output / METRICS_FILE).is_file() and not is_longer:
                 _refuse_start(recipe)
                 return
         check_writable(output)
@@ -113,8 +114,12 @@ def _is_new(output: Path) -> bool:
     return all(path.name == LOCK_FILE for path in output.iterdir())
 
 
-def _recipe_there(recipe: RunRecipe) -> RunRecipe:
-    """Return the recipe of the run that lies in the output folder."""
+def recipe_there(recipe: RunRecipe) -> RunRecipe:
+    """Return the recipe of the run that lies in the output folder.
+
+    Raises:
+        ConfigError: there is none.
+    """
     path = Path(recipe.output) / RECIPE_FILE
     try:
         return RunRecipe.from_dict(read_json(path))
@@ -126,9 +131,18 @@ def _recipe_there(recipe: RunRecipe) -> RunRecipe:
         ) from error
 
 
-def _check_same(found: RunRecipe, recipe: RunRecipe) -> None:
+def goes_further(found: RunRecipe, recipe: RunRecipe) -> bool:
+    """Return whether a recipe asks for more of a run that has ended with the recipe ``found``."""
+    if not (Path(recipe.output) / METRICS_FILE).is_file():
+        return False
+    if found.max_steps is not None:
+        return recipe.max_steps is not None and recipe.max_steps > found.max_steps
+    return recipe.max_steps is None and recipe.epochs > found.epochs
+
+
+def _check_same(found: RunRecipe, recipe: RunRecipe, lengths: tuple[str, ...]) -> None:
     there, wanted = found.to_dict(), recipe.to_dict()
-    for key in wanted.keys() - {"output"}:
+    for key in wanted.keys() - {"output", *lengths}:
         if there[key] != wanted[key]:
             raise ConfigError(
                 f"RunRecipe: {key} must be {there[key]!r} to resume the run in {recipe.output}, "
@@ -161,17 +175,23 @@ def make_folder(recipe: RunRecipe, lock: RunLock) -> None:
     try:
         if not _is_new(output):
             # The old recipe stays until the new one takes its place.
-            folders = [*variant_folders(_recipe_there(recipe)).values()]
+            folders = [*variant_folders(recipe_there(recipe)).values()]
             folders += [*variant_folders(recipe).values(), *(output / name for name in _FOLDERS)]
             for name in (METRICS_FILE, "report.html"):
                 (output / name).unlink(missing_ok=True)
             for folder in folders:
                 shutil.rmtree(folder, ignore_errors=True)
-        write_atomic(output / RECIPE_FILE, json.dumps(recipe.to_dict(), indent=2) + "\n")
+        write_recipe(recipe)
     except WriteError:
         if is_new:
             shutil.rmtree(output, ignore_errors=True)
         raise
+
+
+def write_recipe(recipe: RunRecipe) -> None:
+    """Write a run's recipe into its folder."""
+    path = Path(recipe.output) / RECIPE_FILE
+    write_atomic(path, json.dumps(recipe.to_dict(), indent=2) + "\n")
 
 
 def check_space(recipe: RunRecipe, num_bytes: int) -> None:

@@ -39,10 +39,19 @@ from leantune.training.checkpoints import (
     RESULT_FILE,
     SealCheckpoints,
     find_starts,
+    read_result,
     variant_folders,
 )
 from leantune.training.data import check_ids, get_task, load_task, tokenize
-from leantune.training.folder import RunLock, check_folder, check_space, make_folder
+from leantune.training.folder import (
+    RunLock,
+    check_folder,
+    check_space,
+    goes_further,
+    make_folder,
+    recipe_there,
+    write_recipe,
+)
 from leantune.training.interrupt import handled_by
 from leantune.training.metrics import floor_score
 from leantune.training.models import load_model, load_tokenizer
@@ -71,7 +80,8 @@ def train(
 
     Everything that can be wrong with the input is found before the folder is touched. On Ctrl-C,
     SIGTERM and SIGHUP the step in progress is finished and a checkpoint kept; ``resume=True`` then
-    goes on from the last whole checkpoint and ends with the weights of an uninterrupted run.
+    goes on from the last whole checkpoint and ends with the weights of an uninterrupted run. With
+    more epochs (or steps) a run that has ended goes on as well; its result stays until then.
 
     Args:
         recipe: path of a YAML or JSON file, a mapping, or a ``RunRecipe``.
@@ -93,19 +103,28 @@ def train(
             check_trainer(recipe)
         if (output / RECIPE_FILE).is_file():
             lock.take()
+        past: dict[str, int] = {}
         if recipe.resume and (output / METRICS_FILE).is_file():
-            return RunResult.read(output)
-        starts = find_starts(recipe) if recipe.resume else {}
+            ended = RunResult.read(output)
+            if not goes_further(recipe_there(recipe), recipe):
+                return ended
+            past = {run.name: run.num_steps for run in ended.runs}
+        starts = find_starts(recipe, past) if recipe.resume else {}
         experiment = _Experiment(recipe, callbacks)
         drafts = experiment.measure()
         check_space(recipe, max(d.ledger["gradients"] + d.ledger["optimizer"] for d in drafts))
         # Making the first trainer was the meeting point: every process has checked the folder now.
         if not recipe.resume and is_first_process():
             make_folder(recipe, lock)
-        runs = tuple(experiment.train(draft, starts.get(draft.name)) for draft in drafts)
+        runs = tuple(
+            experiment.train(draft, starts.get(draft.name), past.get(draft.name, 0))
+            for draft in drafts
+        )
         result = experiment.result(runs)
         if is_first_process():
             write_atomic(output / METRICS_FILE, json.dumps(result.to_dict(), indent=1) + "\n")
+            if past:
+                write_recipe(recipe)
         return result
 
 
@@ -226,13 +245,15 @@ class _Experiment:
         with autocast(self.recipe.precision):
             return step, ledger(model, batch, optimizer=optimizer).to_dict()
 
-    def train(self, draft: VariantResult, start_from: Path | None) -> VariantResult:
-        """Train one variant, or go on with it; of the last one the model is kept."""
+    def train(self, draft: VariantResult, start_from: Path | None, past: int) -> VariantResult:
+        """Train one variant, or go on with it; of the last one the model is kept.
+
+        One whose result is there is not trained again, unless it has only the ``past`` steps.
+        """
         recipe, folder = self.recipe, variant_folders(self.recipe)[draft.name]
         is_last = draft.name == list(self.variants)[-1]
-        kept = folder / RESULT_FILE
-        if recipe.resume and not is_last and kept.is_file():
-            return VariantResult.read(kept)
+        if recipe.resume and not is_last and (found := read_result(folder, past)) is not None:
+            return found
         trainer, session = self.build(draft.name, folder)
         stop = StopOnInterrupt()
         for last in (stop, StopOnNonFinite(), SealCheckpoints()):
@@ -268,7 +289,7 @@ class _Experiment:
         )
         if not is_first_process():
             return result
-        write_atomic(kept, json.dumps(vars(result)) + "\n")
+        write_atomic(folder / RESULT_FILE, json.dumps(vars(result)) + "\n")
         if is_last:
             say(f"writing {recipe.output}")
             self._save(trainer.model, session, Path(recipe.output))
