@@ -1,13 +1,16 @@
 """What a recipe hands to transformers and asks of the weights, from its options to the folder."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from integration.tiny import Interrupt, Steps, same, saved_weights
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 import leantune as lt
+from leantune.cli.app import app
 from leantune.cli.recipe import build_recipe
 from leantune.core.files import STATE_FILE
 from leantune.integrations.trainer import SESSION_FILE
@@ -160,3 +163,28 @@ def test_an_ended_run_goes_on_for_longer(base: dict[str, Any], tmp_path: Path, l
     again = Steps()
     assert lt.train(output / "recipe.json", resume=True, callbacks=[again]) == after
     assert not again.steps
+
+
+def test_a_dry_run_checks_and_measures_and_writes_nothing(
+    base: dict[str, Any], tmp_path: Path
+) -> None:
+    command = ["train", str(tmp_path / "r.yaml"), "--dry-run"]
+    file = tmp_path / "r.yaml"
+    file.write_text(json.dumps(RunRecipe(**base, compare=["baseline"]).to_dict()))
+    before = sorted(tmp_path.rglob("*"))
+    shown = CliRunner().invoke(app, command).stdout
+    for words in ("held in all", "step time", "wta_crs", "baseline", "nothing was trained"):
+        assert words in shown
+    found = json.loads(CliRunner().invoke(app, [*command, "--json"]).stdout)
+    for run in found["runs"]:
+        assert run["metrics"] == {} and run["ledger"]["held in all"] > 0
+        assert run["train_seconds"] == pytest.approx(10 * run["step_ms"] / 1000)
+    assert "report" not in found and sorted(tmp_path.rglob("*")) == before
+    # What is wrong shows; a run that is there is not touched.
+    for options in ({"max_length": 33}, {"trainer": {"optm": "x"}}, {"freeze": ["none"]}):
+        with pytest.raises(lt.LeantuneError):
+            lt.train(base, dry_run=True, **options)
+    lt.train(base, epochs=1)
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    lt.train(base, epochs=1, overwrite=True, dry_run=True)
+    assert times == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}

@@ -37,6 +37,12 @@ def train(
     arguments: ArgumentsOption = None,
     method: MethodOption = None,
     resume_from: ResumeOption = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="check and measure everything, print the table, and write nothing"
+        ),
+    ] = False,
     json: JsonFlag = False,
     debug: DebugFlag = False,
 ) -> None:
@@ -67,26 +73,28 @@ def train(
         try:
             # Stdout belongs to the result: what the libraries print goes elsewhere.
             with contextlib.redirect_stdout(sys.stderr):
-                result = train_recipe(recipe)
+                result = train_recipe(recipe, dry_run=dry_run)
         except KeyboardInterrupt as stop:
             if is_first_process():
                 err().print(_interrupted(folder, recipe), soft_wrap=True)
             raise typer.Exit(exit_code(stop)) from None
         if not is_first_process():
             return
-        from leantune.report.page import write_report
+        written: dict[str, Path] = {}
+        if not dry_run:
+            from leantune.report.page import write_report
 
-        report = write_report(folder)
+            written = {"output": folder, "report": write_report(folder)}
         if json:
-            document = {**result.to_dict(), "output": str(folder), "report": str(report)}
+            document = {**result.to_dict(), **{name: str(path) for name, path in written.items()}}
             # The ledgers' entries, one for each tensor, are in metrics.json.
             runs = [{**vars(run), "ledger": run.held_bytes} for run in result.runs]
             print_json({**document, "runs": runs})
         else:
-            _print_results(result, folder, report)
+            _print_results(result, **written)
 
 
-def _print_results(result: Any, folder: Path, report: Path) -> None:
+def _print_results(result: Any, output: Path | None = None, report: Path | None = None) -> None:
     from leantune.report.page import floor_line, headline
 
     header, rows = headline(result)
@@ -95,9 +103,12 @@ def _print_results(result: Any, folder: Path, report: Path) -> None:
     console = out()
     if floor := floor_line(result):
         console.print(escape(floor), soft_wrap=True)
+    if output is None:
+        console.print("nothing was trained or written; training: the steps alone", soft_wrap=True)
+        return
     # Without a dense equivalent there is no plain model; something goes onto the base.
-    kept = next(name for name in ("model", "adapter", "session") if (folder / name).is_dir())
-    console.print(f"{kept:7} {escape(str(folder / kept))}", soft_wrap=True)
+    kept = next(name for name in ("model", "adapter", "session") if (output / name).is_dir())
+    console.print(f"{kept:7} {escape(str(output / kept))}", soft_wrap=True)
     console.print(f"report  {escape(str(report))}", soft_wrap=True)
 
 

@@ -74,7 +74,11 @@ MEASURED_ROUNDS = 5
 
 
 def train(
-    recipe: Any, *, callbacks: Sequence[transformers.TrainerCallback] = (), **overrides: Any
+    recipe: Any,
+    *,
+    callbacks: Sequence[transformers.TrainerCallback] = (),
+    dry_run: bool = False,
+    **overrides: Any,
 ) -> RunResult:
     """Train what a recipe says with an unmodified ``transformers.Trainer``, and write its folder.
 
@@ -86,6 +90,8 @@ def train(
     Args:
         recipe: path of a YAML or JSON file, a mapping, or a ``RunRecipe``.
         callbacks: go to the trainer of every variant; ``args.run_name`` tells which one.
+        dry_run: check and measure everything, train and write nothing. The result has no metrics,
+            and for ``train_seconds`` a forecast: the measured time of a step for each batch.
         overrides: options that win over the recipe's.
 
     Raises:
@@ -101,7 +107,7 @@ def train(
         _check_device(recipe.precision)
         if recipe.trainer:
             check_trainer(recipe)
-        if (output / RECIPE_FILE).is_file():
+        if (output / RECIPE_FILE).is_file() and not dry_run:
             lock.take()
         past: dict[str, int] = {}
         if recipe.resume and (output / METRICS_FILE).is_file():
@@ -113,6 +119,8 @@ def train(
         experiment = _Experiment(recipe, callbacks)
         drafts = experiment.measure()
         check_space(recipe, max(d.ledger["gradients"] + d.ledger["optimizer"] for d in drafts))
+        if dry_run:
+            return experiment.result(tuple(map(experiment.forecast, drafts)))
         # Making the first trainer was the meeting point: every process has checked the folder now.
         if not recipe.resume and is_first_process():
             make_folder(recipe, lock)
@@ -244,6 +252,14 @@ class _Experiment:
         optimizer = trainer.create_optimizer() if "optim" in self.recipe.trainer else None
         with autocast(self.recipe.precision):
             return step, ledger(model, batch, optimizer=optimizer).to_dict()
+
+    def forecast(self, draft: VariantResult) -> VariantResult:
+        """Say how long a variant's steps would take, without evaluations."""
+        recipe = self.recipe
+        num_batches = recipe.epochs * math.ceil(len(self.rows["train"]) / recipe.batch_size)
+        if recipe.max_steps:
+            num_batches = recipe.max_steps * recipe.gradient_accumulation_steps
+        return replace(draft, train_seconds=num_batches * draft.step_ms / 1000)
 
     def train(self, draft: VariantResult, start_from: Path | None, past: int) -> VariantResult:
         """Train one variant, or go on with it; of the last one the model is kept.
