@@ -36,7 +36,7 @@ class TrainerCallback(transformers.TrainerCallback):
     the bit: the session's state lies in each checkpoint as ``leantune_session.safetensors``. An
     optimiser step counts as one step; each micro-batch is a forward and draws by itself. Auxiliary
     losses are added to the loss that the model returns, or that TRL's ``SFTTrainer`` makes of what
-    it returns.
+    it returns; under its ``DPOTrainer`` their gradient is, and the logged loss is without them.
 
     Methods that ask for calibration see a few batches, evenly spread over the training set, before
     step 1; a resumed run takes what they found from the checkpoint.
@@ -65,7 +65,7 @@ class TrainerCallback(transformers.TrainerCallback):
         self._hook: Any = None
         self._num_micro_batches = 1
         self._is_loss_unused = False
-        self._is_summed = False
+        self._is_summed = self._is_dpo = False
 
     # The trainer passes much more by keyword; what is not named here is not needed.
     def on_train_begin(
@@ -91,8 +91,10 @@ class TrainerCallback(transformers.TrainerCallback):
         assert args.output_dir is not None
         allow_checkpoints(self.session.model, str(_checkpoint(args.output_dir, "").resolve()))
         self._drop_hook()
-        is_sft = any(kind.__name__ == "SFTConfig" for kind in type(args).__mro__)
-        self._is_summed = is_sft and getattr(args, "loss_type", "nll") == "nll"
+        kinds = {kind.__name__ for kind in type(args).__mro__}
+        # How float16 scales a loss, the term cannot know.
+        self._is_dpo = "DPOConfig" in kinds and not args.fp16
+        self._is_summed = "SFTConfig" in kinds and getattr(args, "loss_type", "nll") == "nll"
         self._hook = self.session.model.register_forward_hook(self._add_loss, with_kwargs=True)
 
     def on_step_begin(
@@ -213,6 +215,12 @@ class TrainerCallback(transformers.TrainerCallback):
         extra = self.session.auxiliary_loss()
         if not extra.requires_grad:
             return None
+        if self._is_dpo:
+            name = "log_probs" if kwargs.get("fused_lm_head") else "logits"
+            # The trainer divides its loss by the micro-batches, whatever it makes of these.
+            self._expect_gradient(extra)
+            output[name] = _WithLoss.apply(output[name], extra / self._num_micro_batches)
+            return output
         if kwargs.get("fused_lm_head"):
             return self._add_to_log_probs(extra, output)
         loss = output.get("loss") if isinstance(output, Mapping) else output[0]
@@ -260,13 +268,26 @@ class TrainerCallback(transformers.TrainerCallback):
             self._hook = None
 
 
+class _WithLoss(torch.autograd.Function):
+    """Tensors that a loss is made of bring a further term's gradient along."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, term: Tensor) -> Tensor:
+        ctx.like = term.detach()
+        return scores.view_as(scores)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor):  # type: ignore[override]
+        return grad_output, torch.ones_like(ctx.like)
+
+
 def _unused_loss(session: Session) -> UnsupportedError:
     names = ", ".join(config.method for config in session.methods)
     return UnsupportedError(
         "TrainerCallback: loss must be the one that the model returns, since an auxiliary loss of "
         f"{names} is added to it, got a trainer that computes its own; leave out "
-        "label_smoothing_factor, compute_loss_func and loss_type, or add session.auxiliary_loss() "
-        "there"
+        "label_smoothing_factor, compute_loss_func, loss_type and under DPOTrainer fp16, or add "
+        "session.auxiliary_loss() there"
     )
 
 

@@ -33,50 +33,53 @@ def check_chats(columns: Columns, place: str) -> datasets.Dataset:
             f"chat, got {', '.join(columns)}; rename the columns in the file"
         )
     is_text = names != _FORMS[0] and isinstance(columns["prompt"][0], str)
-    read = _check_text if is_text else _check_messages
+    read = check_text if is_text else check_messages
     rows: dict[str, list[Any]] = {name: [] for name in names}
     for number, values in enumerate(zip(*(columns[name] for name in names), strict=True), 1):
         for name, value in zip(names, values, strict=True):
             rows[name].append(read(f"{place} row {number}", name, value))
-        _check_answer(f"{place} row {number}", names, [rows[name][-1] for name in names])
+        check_answer(f"{place} row {number}", names, [rows[name][-1] for name in names])
     return datasets.Dataset.from_dict(rows)
 
 
-def _check_text(where: str, name: str, value: Any) -> str:
+def check_text(where: str, name: str, value: Any) -> str:
+    """Return a text, or refuse what is none."""
     if as_text(value) is None:
-        _refuse(where, name, "text, as the first prompt is", value)
+        refuse(where, name, "text, as the first prompt is", value)
     return value
 
 
-def _check_messages(where: str, name: str, value: Any) -> list[dict[str, str]]:
+def check_messages(where: str, name: str, value: Any) -> list[dict[str, str]]:
+    """Return a chat of known roles, or refuse what is none."""
     if not isinstance(value, list) or not value:
-        _refuse(where, name, "a list of messages that is not empty", value)
+        refuse(where, name, "a list of messages that is not empty", value)
     for number, message in enumerate(value, 1):
         is_mapping = isinstance(message, Mapping)
         given = {k: v for k, v in message.items() if v is not None} if is_mapping else {}
         if given.keys() != {"role", "content"}:
-            _refuse(where, f"{name}[{number}]", "a mapping with role and content alone", message)
+            refuse(where, f"{name}[{number}]", "a mapping with role and content alone", message)
         if given["role"] not in ROLES:
-            _refuse(where, f"{name}[{number}] role", f"one of {', '.join(ROLES)}", given["role"])
+            refuse(where, f"{name}[{number}] role", f"one of {', '.join(ROLES)}", given["role"])
         if as_text(given["content"]) is None:
-            _refuse(where, f"{name}[{number}] content", "text", given["content"])
+            refuse(where, f"{name}[{number}] content", "text", given["content"])
     return [{key: message[key] for key in ("role", "content")} for message in value]
 
 
-def _check_answer(where: str, names: Sequence[str], values: Sequence[Any]) -> None:
+def check_answer(where: str, names: Sequence[str], values: Sequence[Any]) -> None:
     """Check that a row ends with an answer to something."""
     last = values[-1]
     if isinstance(last, list):
         if len(last) + len(values) < 3:
-            _refuse(where, names[-1], "a question and an answer", last)
+            refuse(where, names[-1], "a question and an answer", last)
         if last[-1]["role"] != "assistant":
-            _refuse(where, names[-1], "messages that end with the assistant's answer", last[-1])
+            refuse(where, names[-1], "messages that end with the assistant's answer", last[-1])
         last = last[-1]["content"]
     if not last.strip():
-        _refuse(where, names[-1], "an answer that is not blank", last)
+        refuse(where, names[-1], "an answer that is not blank", last)
 
 
-def _refuse(where: str, name: str, rule: str, value: Any) -> NoReturn:
+def refuse(where: str, name: str, rule: str, value: Any) -> NoReturn:
+    """Raise a ConfigError that names the row, what it must hold and what it holds."""
     raise ConfigError(
         f"load_task: {where}: {name} must be {rule}, got {shown(value)}; correct or remove the row"
     )
@@ -151,28 +154,50 @@ def cut_chats(
 ) -> dict[str, list[list[int]]]:
     """Cut rows at ``max_length`` tokens, and leave out those that lose all of their answer.
 
-    How many there are of both is said on stderr.
-
     Returns:
         ``input_ids`` and ``labels``.
 
     Raises:
         ConfigError: no row is left.
     """
-    cut = [(ids[:max_length], labels[:max_length]) for ids, labels in encoded]
+    kept = [encoded[at] for at in answered(split, [[row] for row in encoded], max_length)]
+    ids, labels = zip(*kept, strict=True)
+    return {
+        "input_ids": [row[:max_length] for row in ids],
+        "labels": [row[:max_length] for row in labels],
+    }
+
+
+def answered(
+    split: str, rows: Sequence[Sequence[tuple[list[int], list[int]]]], max_length: int
+) -> list[int]:
+    """Return the numbers of the rows whose every answer begins within ``max_length`` tokens.
+
+    How many rows are longer, and how many are left out, is said on stderr.
+
+    Args:
+        rows: for each its sequences, with the token ids and labels of each.
+
+    Raises:
+        ConfigError: no row is left.
+    """
     # The first token is predicted from nothing.
-    kept = [(ids, labels) for ids, labels in cut if any(i != IGNORED for i in labels[1:])]
-    num_long = sum(len(ids) > max_length for ids, _ in encoded)
-    longest = max(len(ids) for ids, _ in encoded)
+    kept = [
+        at
+        for at, row in enumerate(rows)
+        if all(any(i != IGNORED for i in labels[1:max_length]) for _, labels in row)
+    ]
+    lengths = [max(len(ids) for ids, _ in row) for row in rows]
     if not kept:
         raise ConfigError(
             f"tokenize: max_length must leave a part of an answer, got {max_length} for {split} "
-            f"rows of up to {longest} tokens; raise it or shorten the questions"
+            f"rows of up to {max(lengths)} tokens; raise it or shorten the questions"
         )
-    if num_long or len(kept) < len(encoded):
+    num_long = sum(length > max_length for length in lengths)
+    if num_long or len(kept) < len(rows):
         say(
-            f"{split}: {num_long} of {len(encoded)} rows are longer than max_length = {max_length} "
-            f"(up to {longest} tokens) and are cut there; {len(encoded) - len(kept)} lose their "
+            f"{split}: {num_long} of {len(rows)} rows are longer than max_length = {max_length} "
+            f"(up to {max(lengths)} tokens) and are cut there; {len(rows) - len(kept)} lose their "
             "whole answer and are left out"
         )
-    return {"input_ids": [ids for ids, _ in kept], "labels": [labels for _, labels in kept]}
+    return kept

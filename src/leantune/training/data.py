@@ -12,6 +12,7 @@ import datasets
 from leantune.errors import ConfigError, shown
 from leantune.training.chat import check_chats, cut_chats, encode_chats
 from leantune.training.packing import pack
+from leantune.training.preference import check_pairs, cut_pairs
 from leantune.training.progress import say
 from leantune.training.tables import (
     Columns,
@@ -42,7 +43,9 @@ class Task:
     """
 
     name: str
-    kind: Literal["classification", "regression", "causal_lm", "chat"] = "classification"
+    kind: Literal["classification", "regression", "causal_lm", "chat", "preference"] = (
+        "classification"
+    )
     columns: tuple[tuple[str, ...], ...] = (_PAIR, _PAIR[:1])
     label_names: tuple[str, ...] | None = None
     metrics: tuple[str, ...] = ("accuracy",)
@@ -56,7 +59,7 @@ class Task:
     @property
     def is_language_model(self) -> bool:
         """Whether tokens are predicted, from left to right."""
-        return self.kind in ("causal_lm", "chat")
+        return self.kind in ("causal_lm", "chat", "preference")
 
 
 def _glue(name: str, labels: str, columns: str, *metrics: str, **options: Any) -> Task:
@@ -85,6 +88,7 @@ TASKS: Mapping[str, Task] = {
         Task("regression", "regression", metrics=_SCORES),
         Task("causal_lm", "causal_lm", (("text",),), metrics=("perplexity",)),
         Task("chat", "chat", (), metrics=("perplexity",)),
+        Task("preference", "preference", (), metrics=("rewards/accuracies",)),
     )
 }
 
@@ -123,7 +127,8 @@ def load_task(
     Returns:
         ``train`` and ``validation`` with ``sentence1``, perhaps ``sentence2``, and ``label`` (a
         ``ClassLabel``, or a float64 score); for ``causal_lm`` with ``text``, a line in each row;
-        for ``chat`` with ``messages``, or with ``prompt`` and ``completion``.
+        for ``chat`` with ``messages``, or with ``prompt`` and ``completion``; for ``preference``
+        with ``prompt``, ``chosen`` and ``rejected``.
 
     Raises:
         ConfigError: a file is missing or damaged, or a column, a text or a label is not acceptable.
@@ -134,8 +139,8 @@ def load_task(
     for split, (columns, place) in _read_splits(task, str(source)).items():
         if task.kind == "causal_lm":
             rows = _check_texts(columns, place)
-        elif task.kind == "chat":
-            rows = check_chats(columns, place)
+        elif task.kind in ("chat", "preference"):
+            rows = (check_chats if task.kind == "chat" else check_pairs)(columns, place)
         else:
             names = names or _class_names(task, columns, place)
             rows = _check_rows(task, columns, place, names)
@@ -166,7 +171,8 @@ def tokenize(
 
     Returns:
         What the tokenizer gives, and ``labels``: class ids, float32 scores, or the ``input_ids`` of
-        a block or an answer (a causal model shifts them itself).
+        a block or an answer (a causal model shifts them itself). Of a pair of answers the row as it
+        is, with ``input_ids`` and without labels: TRL tokenises it.
 
     Raises:
         ConfigError: ``max_length`` does not fit the tokenizer, a text gives no block, or a chat's
@@ -216,6 +222,9 @@ def _rows_or_packs(
     """Encode chats, or texts to be packed, row by row."""
     found = datasets.DatasetDict()
     for split, rows in data.items():
+        if "chosen" in rows.features:
+            found[split] = cut_pairs(str(split), rows, tokenizer, max_length)
+            continue
         is_text = "text" in rows.features
         if is_text:
             cut = _segments(rows["text"], tokenizer)

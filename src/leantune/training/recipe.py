@@ -16,7 +16,7 @@ from leantune.errors import ConfigError, shown
 from leantune.training.parse import parse_json, parse_yaml
 
 _MODELS = "a folder, a name on the hub, 'demo' or 'demo-llm'"
-_TASKS = "a GLUE task, 'text', 'regression', 'causal_lm' or 'chat'"
+_TASKS = "a GLUE task, 'text', 'regression', 'causal_lm', 'chat' or 'preference'"
 BASELINE = "baseline"
 """Names the plain model: in ``compare``, and among the variants of a run."""
 _MOST_CHARACTERS = 10**6

@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -159,7 +160,9 @@ class _Experiment:
         if recipe.score_answers:
             self.scorers.append(ScoreAnswers(self.data, self.tokenizer, recipe.max_length))
 
-    def build(self, name: str, folder: Path) -> tuple[transformers.Trainer, Session | None]:
+    def build(
+        self, name: str, folder: Path, rows: Any
+    ) -> tuple[transformers.Trainer, Session | None]:
         """Load the model anew, apply the variant's methods, and make its trainer."""
         recipe, methods = self.recipe, self.variants[name]
         labels = getattr(self.data["train"].features.get("label"), "names", None)
@@ -174,6 +177,10 @@ class _Experiment:
             check_segments(model, recipe.model)
         # The trainer switches it off; the saved model should generate as the loaded one did.
         self.use_cache = getattr(model.config, "use_cache", None)
+        reference = None
+        if self.task.kind == "preference":
+            # It shares the weights, which are the loaded ones until training begins.
+            reference = deepcopy(model, {id(p): p for p in model.parameters()})
         session = None
         if methods:
             # On the device first: the session's counters live where the weights are.
@@ -188,10 +195,11 @@ class _Experiment:
             self.task,
             model,
             training_arguments(recipe, name, folder),
-            self.rows,
+            rows,
             self.tokenizer,
             callbacks + self.scorers + stoppers,
             needs_ids=session is not None and any(c.needs_sample_ids for c in session.conversions),
+            reference=reference,
         )
         if not has_screen():
             trainer.remove_callback(transformers.PrinterCallback)
@@ -230,9 +238,13 @@ class _Experiment:
 
     def _first_step(self, name: str) -> tuple[Callable[[], None], dict[str, Any]]:
         """Return the step that training of the same seed begins with, and its ledger."""
+        rows = self.rows
+        if self.task.kind == "preference":
+            # The reference would say first what it gives every row.
+            rows = {split: part.take(self.recipe.batch_size) for split, part in rows.items()}
         # A trainer makes its folder at once; the run's own is not to be touched yet.
         with tempfile.TemporaryDirectory() as folder:
-            trainer, session = self.build(name, Path(folder))
+            trainer, session = self.build(name, Path(folder), rows)
         batch, model = first_inputs(trainer), trainer.model
         assert model is not None
         if session is not None:
@@ -270,7 +282,7 @@ class _Experiment:
         is_last = draft.name == list(self.variants)[-1]
         if recipe.resume and not is_last and (found := read_result(folder, past)) is not None:
             return found
-        trainer, session = self.build(draft.name, folder)
+        trainer, session = self.build(draft.name, folder, self.rows)
         stop = StopOnInterrupt()
         for last in (stop, StopOnNonFinite(), SealCheckpoints()):
             trainer.add_callback(last)
@@ -331,7 +343,7 @@ class _Experiment:
 
     def _metrics(self, entry: Mapping[str, Any]) -> dict[str, float]:
         found = scores(entry)
-        if self.task.is_language_model:
+        if self.task.main_metric == "perplexity":
             # Above e^700 the perplexity is no float any more.
             found["perplexity"] = math.exp(min(found["loss"], 700.0))
         if self.task.kind == "causal_lm":

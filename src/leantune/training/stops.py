@@ -106,7 +106,9 @@ class StopOnNonFinite(TrainerCallback):
     def _note(self, module: nn.Module, arguments: Any, output: Any) -> None:
         if not module.training:
             return
-        is_good, first = output.loss.detach().isfinite(), self._first_bad
+        # TRL 1.0 makes the loss of pairs of logits alone.
+        seen = output.logits.sum() if output.loss is None else output.loss
+        is_good, first = seen.detach().isfinite(), self._first_bad
         self._first_bad = torch.where(is_good | (first > 0), first, self._step)
 
     def _check(self, args: Any, state: Any, model: Any) -> None:

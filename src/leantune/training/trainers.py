@@ -1,10 +1,10 @@
-"""The unmodified trainer of a run, transformers' or for chats TRL's, and what it is given."""
+"""The unmodified trainer of a run, transformers' or TRL's, and what it is given."""
 
 import dataclasses
 import difflib
 import tempfile
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from leantune.errors import ConfigError, shown
 from leantune.ops.backend import on_gpu, own_device
 from leantune.training.data import Task, get_task
 from leantune.training.metrics import metrics_of_logits
+from leantune.training.preference import make_pairs_trainer
 from leantune.training.progress import has_screen
 from leantune.training.recipe import RunRecipe
 
@@ -27,11 +28,12 @@ def make_trainer(
     task: Task,
     model: Any,
     args: transformers.TrainingArguments,
-    rows: datasets.DatasetDict,
+    rows: Mapping[str, datasets.Dataset],
     tokenizer: Any,
     callbacks: Sequence[transformers.TrainerCallback],
     *,
     needs_ids: bool,
+    reference: Any = None,
 ) -> transformers.Trainer:
     """Make the trainer of one variant.
 
@@ -39,13 +41,15 @@ def make_trainer(
         args: what ``training_arguments`` returned.
         rows: tokens of both splits.
         needs_ids: whether a method must know which sample is which.
+        reference: of preferences: the plain model.
 
     Raises:
-        ConfigError: it must, and the rows are packed, so that none is a sample.
+        ConfigError: it must, and the rows are packed or pairs, so that none is a sample.
     """
-    if needs_ids and getattr(args, "packing", False):
+    if needs_ids and (task.kind == "preference" or getattr(args, "packing", False)):
+        what = "task must be another" if task.kind == "preference" else "packing must be False"
         raise ConfigError(
-            "RunRecipe: packing must be False where a method needs to know each sample, got True; "
+            f"RunRecipe: {what} where a method needs to know each sample, got a row of several; "
             "leave it out, or norms='cache'"
         )
     train_rows = rows["train"]
@@ -57,6 +61,8 @@ def make_trainer(
         "eval_dataset": rows["validation"],
         "callbacks": [*callbacks],
     }
+    if task.kind == "preference":
+        return make_pairs_trainer(model, reference, processing_class=tokenizer, **same)
     if type(args) is not transformers.TrainingArguments:
         from trl.trainer.sft_trainer import SFTTrainer
 
@@ -117,6 +123,8 @@ def first_inputs(trainer: transformers.Trainer) -> dict[str, Any]:
     with suppress(_SeenError):
         trainer.compute_loss(model, dict(next(iter(trainer.get_train_dataloader()))))
     hook.remove()
+    # TRL 1.0 gives none with pairs.
+    seen.setdefault("labels", seen["input_ids"])
     return seen
 
 
@@ -151,6 +159,7 @@ _DECIDED = {
     "completion_only_loss assistant_only_loss",
     "packing": "packing_strategy padding_free eval_packing",
     "model": "model_init_kwargs chat_template_path eos_token pad_token",
+    "task": "precompute_ref_log_probs precompute_ref_batch_size sync_ref_model",
     # The rest is none's: the loss is the model's own, each row is evaluated, and batches are whole.
     "": "label_names label_smoothing_factor remove_unused_columns use_cpu do_train do_eval "
     "do_predict prediction_loss_only batch_eval_metrics eval_do_concat_batches include_for_metrics "
@@ -223,14 +232,21 @@ def _given_arguments(recipe: RunRecipe, kind: Any) -> dict[str, Any]:
 def training_arguments(
     recipe: RunRecipe, name: str, folder: Path
 ) -> transformers.TrainingArguments:
-    """Return a recipe's options in the words of transformers, or of TRL for a chat.
+    """Return a recipe's options in the words of transformers, or of TRL for chats and pairs.
 
     Raises:
         ConfigError: ``trainer`` has a name that is not acceptable, or a value of another type.
     """
     arguments: Any = transformers.TrainingArguments
     options: dict[str, Any] = {}
-    if recipe.packing or get_task(recipe.task).kind == "chat":
+    task = get_task(recipe.task)
+    if task.kind == "preference":
+        from trl.trainer.dpo_config import DPOConfig
+
+        arguments = DPOConfig
+        options = {"max_length": recipe.max_length, "precompute_ref_log_probs": True}
+        options["precompute_ref_batch_size"] = recipe.eval_batch_size
+    elif recipe.packing or task.kind == "chat":
         from trl.trainer.sft_config import SFTConfig
 
         arguments = SFTConfig
@@ -243,16 +259,15 @@ def training_arguments(
     checkpointing = newer if newer in fields else "gradient_checkpointing"
     options[checkpointing] = recipe.gradient_checkpointing
     save_steps = recipe.save_steps
-    task = get_task(recipe.task)
     if recipe.early_stopping_patience:
         save_steps = recipe.eval_steps
         # A perplexity is made of the loss later; the callback's count lies in the checkpoint.
         metric = "loss" if task.is_language_model else task.main_metric
         options |= {"metric_for_best_model": metric, "greater_is_better": metric != "loss"}
         options |= dict.fromkeys(("load_best_model_at_end", _RESTORE), True)
-    for kind, steps in (("eval", recipe.eval_steps), ("save", save_steps)):
-        options[f"{kind}_strategy"] = "steps" if steps else "epoch"
-        options[f"{kind}_steps"] = steps or 500
+    for event, steps in (("eval", recipe.eval_steps), ("save", save_steps)):
+        options[f"{event}_strategy"] = "steps" if steps else "epoch"
+        options[f"{event}_steps"] = steps or 500
     same = ("gradient_accumulation_steps", "learning_rate", "weight_decay", "max_grad_norm", "seed")
     has_gpu = on_gpu(own_device())
     usual = {
