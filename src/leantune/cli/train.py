@@ -22,6 +22,15 @@ from leantune.cli.output import (
 )
 from leantune.training.interrupt import end_process, handled_by
 
+BudgetOption = Annotated[
+    str | None,
+    typer.Option(
+        "--budget",
+        metavar="SIZE",
+        help="memory that a step may take, such as 22GiB: the planner adds what makes it fit",
+        show_default=False,
+    ),
+]
 ResumeOption = Annotated[
     str | None,
     typer.Option(
@@ -36,6 +45,7 @@ ResumeOption = Annotated[
 def train(
     arguments: ArgumentsOption = None,
     method: MethodOption = None,
+    budget: BudgetOption = None,
     resume_from: ResumeOption = None,
     dry_run: Annotated[
         bool,
@@ -57,8 +67,9 @@ def train(
             from leantune.core.extras import require
             from leantune.training.recipe import RunRecipe
 
-        start = [f"resume_from={resume_from}"] if resume_from else []
-        recipe = build_recipe(RunRecipe, [*(arguments or []), *start], method or [])
+        given = {"budget": budget, "resume_from": resume_from}
+        pairs = [f"{name}={value}" for name, value in given.items() if value]
+        recipe = build_recipe(RunRecipe, [*(arguments or []), *pairs], method or [])
         for package in ("matplotlib", "jinja2"):
             require(package, extra="report", who="leantune train")
         folder = Path(recipe.output)

@@ -224,8 +224,9 @@ class _Search:
 def _nothing_fits(search: _Search, smallest: Plan, budget: str | int) -> str:
     weights = smallest.num_bytes["weights"]
     below = f", below its weights' {format_bytes(weights)}"
+    got = budget if isinstance(budget, str) else format_bytes(budget)
     text = (
-        f"plan: budget must be at least {_rounded_up(smallest)} for {search.name}, got {budget}"
+        f"plan: budget must be at least {_rounded_up(smallest)} for {search.name}, got {got}"
         f"{below if weights > search.request.budget else ''}; the smallest is "
         f"{describe(smallest.methods)} on {smallest.batch_size} x {search.request.max_length} "
         "tokens at a time: raise it, or shorten max_length"

@@ -14,6 +14,30 @@ from leantune.errors import ConfigError, shown
 
 _BUDGET = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kKMGT]?)(i?)B\s*")
 _DTYPES = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+BUDGET_RULE = "a size with its unit, or bytes, above 0"
+
+
+def parse_budget(given: Any, who: str) -> int:
+    """Return the bytes of a budget, such as ``"22GiB"``.
+
+    Args:
+        given: a text, or bytes.
+        who: the first word of an error.
+
+    Raises:
+        ConfigError: there is no unit, or nothing above zero.
+    """
+    found = _BUDGET.fullmatch(given) if isinstance(given, str) else None
+    num_bytes = given
+    if found is not None:
+        base = 1024 if found[3] else 1000
+        num_bytes = int(float(found[1]) * base ** " KMGT".index(found[2].upper() or " "))
+    if type(num_bytes) is not int or num_bytes <= 0:
+        raise ConfigError(
+            f"{who}: budget must be {BUDGET_RULE}, got {shown(given)}; for example '22GiB', "
+            "'8 GB' or '500MiB'"
+        )
+    return num_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +48,7 @@ class PlanRequest(Options):
         ConfigError: a bad value; a budget without a unit, or not above zero.
     """
 
-    own_rules: ClassVar[Mapping[str, str]] = {"budget": "a size with its unit, or bytes, above 0"}
+    own_rules: ClassVar[Mapping[str, str]] = {"budget": BUDGET_RULE}
 
     batch_size: int = option(MISSING, ge=1, le=10**9, help="samples of an optimiser step")
     max_length: int = option(MISSING, ge=2, le=10**9, help="tokens of the longest sample")
@@ -38,17 +62,7 @@ class PlanRequest(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        given: Any = self.budget
-        found = _BUDGET.fullmatch(given) if isinstance(given, str) else None
-        if found is not None:
-            base = 1024 if found[3] else 1000
-            given = int(float(found[1]) * base ** " KMGT".index(found[2].upper() or " "))
-        if type(given) is not int or given <= 0:
-            raise ConfigError(
-                f"plan: budget must be {self.own_rules['budget']}, got {shown(self.budget)}; for "
-                "example '22GiB', '8 GB' or '500MiB'"
-            )
-        object.__setattr__(self, "budget", given)
+        object.__setattr__(self, "budget", parse_budget(self.budget, "plan"))
 
     @property
     def dtype(self) -> torch.dtype | None:

@@ -1,8 +1,9 @@
 """A run's folder: what lies in it, and who may write to it.
 
-``recipe.json``, ``metrics.json``, ``model/`` (loads without leantune), ``adapter/`` (with LoRA: a
-plain PEFT one), ``session/`` (the converted model's state), ``checkpoints/``, and
-``checkpoints-NAME/`` of each rival. All but the first two have manifests, each checkpoint its own.
+``recipe.json``, ``plan.json`` (with a budget), ``metrics.json``, ``model/`` (loads without
+leantune), ``adapter/`` (with LoRA: a plain PEFT one), ``session/`` (the converted model's state),
+``checkpoints/``, and ``checkpoints-NAME/`` of each rival. All folders have manifests, each
+checkpoint its own.
 """
 
 import json
@@ -23,6 +24,8 @@ from leantune.training.recipe import RunRecipe
 from leantune.training.results import METRICS_FILE
 
 LOCK_FILE = ".lock"
+PLAN_FILE = "plan.json"
+"""What ``RunResult.plan`` will be, which a resumed run reads."""
 _FOLDERS = ("model", "adapter", SESSION, "plots")
 """Each is named after its kind."""
 
@@ -158,8 +161,8 @@ def _refuse_start(ended: RunRecipe) -> None:
         )
 
 
-def make_folder(recipe: RunRecipe, lock: RunLock) -> None:
-    """Start the run's folder with its recipe; what an overwritten run left is removed.
+def make_folder(recipe: RunRecipe, lock: RunLock, plan: dict[str, Any] | None) -> None:
+    """Start the run's folder with its recipe and plan; what an overwritten run left is removed.
 
     Raises:
         ConfigError: another run has started there meanwhile.
@@ -177,11 +180,13 @@ def make_folder(recipe: RunRecipe, lock: RunLock) -> None:
             # The old recipe stays until the new one takes its place.
             folders = [*variant_folders(recipe_there(recipe)).values()]
             folders += [*variant_folders(recipe).values(), *(output / name for name in _FOLDERS)]
-            for name in (METRICS_FILE, "report.html"):
+            for name in (METRICS_FILE, PLAN_FILE, "report.html"):
                 (output / name).unlink(missing_ok=True)
             for folder in folders:
                 shutil.rmtree(folder, ignore_errors=True)
         write_recipe(recipe)
+        if plan is not None:
+            write_atomic(output / PLAN_FILE, json.dumps(plan, indent=2) + "\n")
     except WriteError:
         if is_new:
             shutil.rmtree(output, ignore_errors=True)

@@ -17,6 +17,7 @@ from leantune.core.files import STATE_FILE
 from leantune.core.manifest import atomic_folder, check_replaceable
 from leantune.core.recipe import RECIPE_FILE, Recipe
 from leantune.errors import ConfigError, shown
+from leantune.integrations.configs import build_on_meta
 from leantune.training.data import Task
 from leantune.training.recipe import RunRecipe
 from leantune.training.smollm import demo_llm_path
@@ -121,6 +122,23 @@ def load_model(
     if getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     return model
+
+
+def model_on_meta(
+    name: str, task: Task, labels: Sequence[str] | None, *, dtype: str, trust_remote_code: bool
+) -> Any:
+    """Build a model with the task's head from its configuration, without numbers or memory.
+
+    Raises:
+        ConfigError: there is no configuration, or the model cannot be built on the meta device.
+    """
+    config = load_config(name, trust_remote_code=trust_remote_code)
+    config.num_labels = len(labels or ("score",))
+    kinds: Any = transformers.AutoModelForSequenceClassification._model_mapping
+    if task.is_language_model:
+        kinds = transformers.AutoModelForCausalLM._model_mapping
+    config.architectures = [getattr(kinds.get(type(config), None), "__name__", "none")]
+    return build_on_meta(config).to(_DTYPES[dtype])
 
 
 def build_model(name: str) -> Any:

@@ -13,6 +13,7 @@ from leantune.core import registry
 from leantune.core.config import MethodConfig, option
 from leantune.core.recipe import RECIPE_FILE, Recipe, method_configs
 from leantune.errors import ConfigError, shown
+from leantune.planner.request import parse_budget
 from leantune.training.parse import parse_json, parse_yaml
 
 _MODELS = "a folder, a name on the hub, 'demo' or 'demo-llm'"
@@ -136,6 +137,9 @@ class RunRecipe(MeasureRecipe):
         help="other arguments of transformers' trainer, or of TRL's, by their own names: optim, "
         "lr_scheduler_type, report_to, ...",
     )
+    budget: str | None = option(
+        None, help="memory that a step may take, such as 22GiB: the planner adds methods"
+    )
     resume: bool = option(False, help="go on from the last whole checkpoint in the run folder")
     resume_from: str | None = option(None, help="go on from this one, such as 'checkpoint-60'")
     overwrite: bool = option(False, help="replace the run that is in the run folder")
@@ -147,7 +151,10 @@ class RunRecipe(MeasureRecipe):
             object.__setattr__(self, "resume", True)
         object.__setattr__(self, "trainer", _plain_mapping(self.trainer))
         super().__post_init__()
-        recipes = [*self.compare, self.methods]
+        if self.budget is not None:
+            parse_budget(self.budget, "RunRecipe")
+        # What a plan makes of the methods is not known yet.
+        recipes = [*self.compare, *([self.methods] if self.budget is None else [])]
         if any(recipe in recipes[:i] for i, recipe in enumerate(recipes)):
             raise ConfigError(
                 "RunRecipe: compare must name recipes other than methods, each once, got "
@@ -183,6 +190,11 @@ class RunRecipe(MeasureRecipe):
                 f"RunRecipe: quantize must be None where the weights themselves train, got "
                 f"{self.quantize!r} for {', '.join(plain)}; add lora to the methods, and to each "
                 "of compare"
+            )
+        if self.budget and self.quantize:
+            raise ConfigError(
+                f"RunRecipe: budget must be None where quantize is given, got {self.budget!r}; the "
+                "planner knows plain weights alone: see what --dry-run measures, and choose"
             )
         if self.resume and self.overwrite:
             raise ConfigError(

@@ -90,6 +90,8 @@ class RunResult:
         device: in words.
         floor: name and main metric of a model that ignores its input; None for language models.
         runs: the recipe's own is the last.
+        plan: of a run with a budget: ``budget``, ``predicted`` and ``measured`` bytes by ledger
+            and ``peak``, whether it was ``replanned``, and ``relative_time``; else None.
     """
 
     versions: dict[str, str]
@@ -102,6 +104,7 @@ class RunResult:
     num_validation: int
     seed: int
     runs: tuple[VariantResult, ...]
+    plan: dict[str, Any] | None = None
 
     @property
     def reference(self) -> VariantResult:
@@ -126,7 +129,7 @@ class RunResult:
             if data["format"] != METRICS_FORMAT or not data["runs"]:
                 raise ValueError(f"format {data['format']} with {len(data['runs'])} runs")
             runs = tuple(_checked(VariantResult, run) for run in data["runs"])
-            names = [spec.name for spec in dataclasses.fields(cls)]
+            names = [spec.name for spec in dataclasses.fields(cls) if spec.name in data]
             return _checked(cls, {**{name: data[name] for name in names}, "runs": runs})
 
 

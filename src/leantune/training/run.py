@@ -24,7 +24,7 @@ import transformers
 
 from leantune._version import __version__
 from leantune.core.apply import apply
-from leantune.core.disk import write_atomic, writing
+from leantune.core.disk import read_json, write_atomic, writing
 from leantune.core.distributed import is_first_process
 from leantune.core.manifest import atomic_folder
 from leantune.core.recipe import RECIPE_FILE
@@ -36,6 +36,7 @@ from leantune.measure.ledger import ledger
 from leantune.measure.peak import compare_steps
 from leantune.ops.backend import on_gpu, own_device
 from leantune.training.answers import ScoreAnswers
+from leantune.training.budget import as_planned, by_length, fit_budget, measure_step
 from leantune.training.checkpoints import (
     RESULT_FILE,
     SealCheckpoints,
@@ -45,6 +46,7 @@ from leantune.training.checkpoints import (
 )
 from leantune.training.data import check_ids, get_task, load_task, tokenize
 from leantune.training.folder import (
+    PLAN_FILE,
     RunLock,
     check_folder,
     check_space,
@@ -55,7 +57,7 @@ from leantune.training.folder import (
 )
 from leantune.training.interrupt import handled_by
 from leantune.training.metrics import floor_score
-from leantune.training.models import load_model, load_tokenizer
+from leantune.training.models import load_model, load_tokenizer, model_on_meta
 from leantune.training.packing import check_segments
 from leantune.training.progress import ProgressLines, has_screen, say, scores
 from leantune.training.recipe import RunRecipe
@@ -104,6 +106,7 @@ def train(
     recipe = RunRecipe.read(recipe, overrides)
     output = Path(recipe.output)
     with handled_by(), RunLock(recipe) as lock:
+        recipe = as_planned(recipe)
         check_folder(recipe)
         _check_device(recipe.precision)
         if recipe.trainer:
@@ -118,13 +121,15 @@ def train(
             past = {run.name: run.num_steps for run in ended.runs}
         starts = find_starts(recipe, past) if recipe.resume else {}
         experiment = _Experiment(recipe, callbacks)
+        if recipe.budget is not None:
+            recipe = experiment.fit()
         drafts = experiment.measure()
         check_space(recipe, max(d.ledger["gradients"] + d.ledger["optimizer"] for d in drafts))
         if dry_run:
             return experiment.result(tuple(map(experiment.forecast, drafts)))
         # Making the first trainer was the meeting point: every process has checked the folder now.
         if not recipe.resume and is_first_process():
-            make_folder(recipe, lock)
+            make_folder(recipe, lock, experiment.plan)
         runs = tuple(
             experiment.train(draft, starts.get(draft.name), past.get(draft.name, 0))
             for draft in drafts
@@ -145,6 +150,7 @@ class _Experiment:
     ) -> None:
         self.recipe, self.callbacks = recipe, callbacks
         self.variants = recipe.variants()
+        self.plan: dict[str, Any] | None = None
         self.task = get_task(recipe.task)
         say(f"reading {recipe.data}")
         self.data = load_task(
@@ -160,15 +166,41 @@ class _Experiment:
         if recipe.score_answers:
             self.scorers.append(ScoreAnswers(self.data, self.tokenizer, recipe.max_length))
 
+    @property
+    def labels(self) -> list[str] | None:
+        """The names of the classes; None without classes."""
+        return getattr(self.data["train"].features.get("label"), "names", None)
+
+    def fit(self) -> RunRecipe:
+        """Let the budget choose how to train, as it did already where the run is resumed."""
+        recipe, kept = self.recipe, Path(self.recipe.output) / PLAN_FILE
+        if recipe.resume:
+            self.plan = read_json(kept) if kept.is_file() else None
+            return recipe
+        how: Any = {"dtype": recipe.dtype, "trust_remote_code": recipe.trust_remote_code}
+        model = model_on_meta(recipe.model, self.task, self.labels, **how)
+        freeze(model, recipe.freeze)
+        if recipe.gradient_checkpointing:
+            checkpoint_blocks(model)
+        rows, longest = by_length(self.rows["train"])
+
+        def try_step(chosen: RunRecipe) -> dict[str, int]:
+            self.recipe, self.variants = chosen, chosen.variants()
+            first = rows.select(range(min(chosen.batch_size, len(rows))))
+            trainer, batch, backward = self._first_step([*self.variants][-1], first)
+            return measure_step(trainer, backward, batch, autocast(recipe.precision))
+
+        chosen, self.plan = fit_budget(recipe, model, longest, try_step)
+        return chosen
+
     def build(
         self, name: str, folder: Path, rows: Any
     ) -> tuple[transformers.Trainer, Session | None]:
         """Load the model anew, apply the variant's methods, and make its trainer."""
         recipe, methods = self.recipe, self.variants[name]
-        labels = getattr(self.data["train"].features.get("label"), "names", None)
         same = ("max_length", "seed", "dtype", "trust_remote_code")
         how = {option: getattr(recipe, option) for option in same}
-        model = load_model(recipe.model, self.task, labels, self.tokenizer, **how)
+        model = load_model(recipe.model, self.task, self.labels, self.tokenizer, **how)
         check_ids(self.rows, self.tokenizer, model)
         frozen = freeze(model, recipe.freeze)
         if recipe.quantize:
@@ -212,13 +244,18 @@ class _Experiment:
         ledgers: dict[str, dict[str, Any]] = {}
         for name in self.variants:
             say(f"measuring {name}: the bytes of a step")
-            steps[name], ledgers[name] = self._first_step(name)
+            trainer, batch, steps[name] = self._first_step(name)
+            # Without a choice the state is AdamW's, which the ledger forecasts by itself.
+            optimizer = trainer.create_optimizer() if "optim" in self.recipe.trainer else None
+            with autocast(self.recipe.precision):
+                ledgers[name] = ledger(trainer.model, batch, optimizer=optimizer).to_dict()
         plain = (name for name, methods in self.variants.items() if not methods)
         reference = next(plain, next(iter(steps)))
         say(f"measuring {', '.join(steps)}: the time of a step, {MEASURED_ROUNDS} rounds")
         stats = compare_steps(steps, reference=reference, rounds=MEASURED_ROUNDS)
         # A trainer is full of cycles; its model would count towards the peak of the training.
         steps.clear()
+        trainer = optimizer = None
         gc.collect()
         is_compared = len(ledgers) > 1
         return [
@@ -236,9 +273,11 @@ class _Experiment:
             for name, found in ledgers.items()
         ]
 
-    def _first_step(self, name: str) -> tuple[Callable[[], None], dict[str, Any]]:
-        """Return the step that training of the same seed begins with, and its ledger."""
-        rows = self.rows
+    def _first_step(
+        self, name: str, train_rows: Any = None
+    ) -> tuple[Any, dict[str, Any], Callable[..., None]]:
+        """Return a trainer, and the batch and step that training of the same seed begins with."""
+        rows = self.rows if train_rows is None else {**self.rows, "train": train_rows}
         if self.task.kind == "preference":
             # The reference would say first what it gives every row.
             rows = {split: part.take(self.recipe.batch_size) for split, part in rows.items()}
@@ -253,17 +292,15 @@ class _Experiment:
         if self.recipe.gradient_checkpointing:
             checkpoint_blocks(model)
 
-        def step() -> None:
+        def step(is_first: bool = True) -> None:
             model.train()
-            model.zero_grad(set_to_none=True)
+            if is_first:
+                model.zero_grad(set_to_none=True)
             with autocast(self.recipe.precision):
                 loss = model(**batch).loss
             (loss if session is None else loss + session.auxiliary_loss()).backward()
 
-        # Without a choice the state is AdamW's, which the ledger forecasts by itself.
-        optimizer = trainer.create_optimizer() if "optim" in self.recipe.trainer else None
-        with autocast(self.recipe.precision):
-            return step, ledger(model, batch, optimizer=optimizer).to_dict()
+        return trainer, batch, step
 
     def forecast(self, draft: VariantResult) -> VariantResult:
         """Say how long a variant's steps would take, without evaluations."""
@@ -379,6 +416,7 @@ class _Experiment:
             num_validation=len(self.rows["validation"]),
             seed=self.recipe.seed,
             runs=runs,
+            plan=self.plan,
         )
 
 
