@@ -185,9 +185,9 @@ def test_a_method_that_finds_no_site_is_said() -> None:
         lt.plan(gpt2(), lt.LoRA(sites=("nowhere",)), **EXACT, budget="1GiB")
 
 
-def test_the_page_runs() -> None:
+@pytest.mark.slow
+def test_the_page_shows_what_it_prints(capsys: pytest.CaptureFixture[str]) -> None:
     page = Path(__file__).parents[2] / "docs" / "will-it-fit.md"
-    (code,) = re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), re.DOTALL)
-    names: dict[str, Any] = {}
-    exec(code.replace("num_hidden_layers=30", "num_hidden_layers=1"), names)
-    assert names["plan"].fits
+    code, printed = re.findall(r"```(?:python|text)\n(.*?)```", page.read_text("utf-8"), re.DOTALL)
+    exec(code, {})
+    assert capsys.readouterr().out.splitlines() == printed.splitlines()
