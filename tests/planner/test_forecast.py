@@ -50,6 +50,18 @@ CASES = [
     ("bart", "LoRA-block"),
     ("vit", "block"),
     ("whisper", "0.1"),
+    # Ten that the planner was not built with: attention in windows and chunks, a state space, a
+    # gated delta rule, one shared layer, fused parts, inputs of each layer, pictures.
+    ("longformer", "plain"),
+    ("longt5", "plain"),
+    ("modernbert", "LoRA-0.1"),
+    ("mamba", "plain"),
+    ("qwen3_5", "plain"),
+    ("albert", "0.1"),
+    ("xlnet", "LoRA-0.1"),
+    ("phi3", "0.1"),
+    ("gemma4", "plain"),
+    ("qwen2_vl", "LoRA-0.1"),
 ]
 
 
