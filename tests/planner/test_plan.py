@@ -185,6 +185,15 @@ def test_a_method_that_finds_no_site_is_said() -> None:
         lt.plan(gpt2(), lt.LoRA(sites=("nowhere",)), **EXACT, budget="1GiB")
 
 
+def test_what_cannot_be_added_is_said_with_the_reason() -> None:
+    """Bloom's MLP is seen in a forward with numbers alone."""
+    bloom = transformers.BloomConfig(vocab_size=64, hidden_size=32, n_layer=1, n_head=2)
+    plan = lt.plan(bloom, batch_size=2, max_length=8, budget="1GiB", min_keep_ratio=1)
+    (why,) = plan.to_dict()["left_out"].values()
+    assert "its mlp must be told from the rest, got BloomBlock" in why
+    assert str(plan).endswith(f"left out: Checkpoint(parts=('mlp',)) ({why})")
+
+
 @pytest.mark.slow
 def test_the_page_shows_what_it_prints(capsys: pytest.CaptureFixture[str]) -> None:
     page = Path(__file__).parents[2] / "docs" / "will-it-fit.md"

@@ -65,5 +65,7 @@ def plan(
             header,
             [(escape(row[0]), *row[1:]) for row in rows],
         )
+        for methods, why in found.left_out.items():
+            out().print(escape(f"left out: {methods} ({why})"), soft_wrap=True)
         out().print("As options of a recipe:")
         print_json(found.recipe())

@@ -42,6 +42,7 @@ class Plan:
             times the sum of their squared contributions; rows drawn by their norms add less.
         fits: whether the peak is within the budget.
         alternatives: other ways, those that fit first, then by time.
+        left_out: what could not be added -> why.
     """
 
     methods: tuple[MethodConfig, ...]
@@ -52,6 +53,7 @@ class Plan:
     gradient: str
     fits: bool
     alternatives: tuple["Plan", ...] = field(default=(), repr=False)
+    left_out: Mapping[str, str] = field(default_factory=dict[str, str], repr=False)
 
     def recipe(self) -> dict[str, Any]:
         """Return the options that ``leantune train`` takes for it, as plain JSON types."""
@@ -64,7 +66,7 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain JSON types; sizes in bytes."""
         others = [other.to_dict() for other in self.alternatives]
-        names = ("num_bytes", "relative_time", "gradient", "fits")
+        names = ("num_bytes", "relative_time", "gradient", "fits", "left_out")
         costs = {name: getattr(self, name) for name in names}
         return {"recipe": self.recipe(), **costs, "alternatives": others}
 
@@ -86,7 +88,8 @@ class Plan:
 
     def __str__(self) -> str:
         header, *rows = self.rows()
-        return table(header, rows)
+        notes = [f"\nleft out: {methods} ({why})" for methods, why in self.left_out.items()]
+        return table(header, rows) + "".join(notes)
 
 
 def describe(methods: Sequence[MethodConfig]) -> str:
@@ -138,19 +141,21 @@ def plan(
     given = method_configs(methods, "plan")
     search, taken = _Search(model, request), _axes(given)
     ways: list[Plan] = []
+    left_out: dict[str, str] = {}
     for added in _ADDED:
         if _keep_ratio(added) < request.min_keep_ratio or not taken.isdisjoint(_axes(added)):
             continue
         try:
             ways.append(search.largest((*given, *added)))
-        except SiteError:
+        except SiteError as error:
             if not added:
-                raise  # else the model has no such part, or nothing to sample
+                raise
+            left_out[describe(added)] = str(error).partition("; ")[0]
     ways.sort(key=lambda way: (not way.fits, way.relative_time))
     if not ways[0].fits:
         smallest = min(ways, key=lambda way: way.num_bytes["peak"])
         raise ConfigError(_nothing_fits(search, smallest, budget))
-    return dataclasses.replace(ways[0], alternatives=tuple(ways[1:]))
+    return dataclasses.replace(ways[0], alternatives=tuple(ways[1:]), left_out=left_out)
 
 
 def _axes(methods: Sequence[MethodConfig]) -> set[str]:
