@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         SPTAttention,
     )
     from leantune.planner.plan import Plan, plan
+    from leantune.training.evaluation import evaluate, predict
     from leantune.training.models import merge_checkpoint
     from leantune.training.run import train
 
@@ -57,17 +58,18 @@ _HOMES = {
         "SparseGrad",
     ),
     "planner.plan": ("Plan", "plan"),
+    "training.evaluation": ("evaluate", "predict"),
     "training.models": ("merge_checkpoint",),
     "training.run": ("train",),
 }
-_NEED_EXTRA = ("integrations.trainer", "training.models", "training.run")
+_NEED_EXTRA = ("integrations.trainer", "training.")
 
 
 def __getattr__(name: str) -> Any:
     home = next((home for home, names in _HOMES.items() if name in names), None)
     if home is None:
         raise AttributeError(f"module 'leantune' has no attribute {name!r}")
-    if home in _NEED_EXTRA:
+    if home.startswith(_NEED_EXTRA):
         from leantune.core.extras import require
 
         for package in ("transformers", "datasets", "accelerate", "sklearn", "scipy"):
@@ -99,6 +101,7 @@ __all__ = [
     "WriteError",
     "__version__",
     "apply",
+    "evaluate",
     "fidelity",
     "find_sites",
     "ledger",
@@ -106,6 +109,7 @@ __all__ = [
     "load",
     "merge_checkpoint",
     "plan",
+    "predict",
     "still_held",
     "train",
 ]

@@ -67,6 +67,7 @@ PUBLIC = {
     "WTACRS",
     "__version__",
     "apply",
+    "evaluate",
     "fidelity",
     "find_sites",
     "ledger",
@@ -74,6 +75,7 @@ PUBLIC = {
     "load",
     "merge_checkpoint",
     "plan",
+    "predict",
     "still_held",
     "train",
 }

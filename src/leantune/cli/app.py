@@ -6,11 +6,13 @@ import typer
 
 from leantune._version import __version__
 from leantune.cli.environment import env
+from leantune.cli.evaluate import evaluate
 from leantune.cli.fidelity import fidelity
 from leantune.cli.measure import measure
 from leantune.cli.merge import merge
 from leantune.cli.methods import methods
 from leantune.cli.plan import plan
+from leantune.cli.predict import predict
 from leantune.cli.sites import sites
 from leantune.cli.train import train
 
@@ -20,7 +22,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_show_locals=False,
 )
-for _command in (train, plan, measure, fidelity, sites, methods, merge, env):
+for _command in (train, evaluate, predict, plan, measure, fidelity, sites, methods, merge, env):
     app.command()(_command)
 
 

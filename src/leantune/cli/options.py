@@ -1,5 +1,6 @@
 """The options that several commands share; nothing here loads a library that takes time."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -8,6 +9,7 @@ JsonFlag = Annotated[
     bool, typer.Option("--json", help="print one JSON document on stdout and nothing else there")
 ]
 DebugFlag = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="the folder of a finished run")]
 ArgumentsOption = Annotated[
     list[str] | None,
     typer.Argument(

@@ -81,15 +81,18 @@ class ScoreAnswers(TrainerCallback):
             pad_sequence([*map(torch.tensor, part)], batch_first=True, padding_value=value)
             for part, value in zip(zip(*encoded, strict=True), (self._pad, IGNORED), strict=True)
         )
-        labels = labels[:, 1:].to(args.device)
+        labels = labels.to(args.device)
         dtype = torch.float16 if args.fp16 else torch.bfloat16
         with torch.autocast(args.device.type, dtype=dtype, enabled=args.fp16 or args.bf16):
             # A causal model's tokens do not see the padding behind them.
-            logits = model(input_ids=ids.to(args.device)).logits[:, :-1]
-        loss = cross_entropy(
-            logits.transpose(1, 2).float(), labels, ignore_index=IGNORED, reduction="none"
-        )
-        return -loss.sum(1).cpu()
+            logits = model(input_ids=ids.to(args.device)).logits
+        return -row_loss(logits, labels).cpu()
+
+
+def row_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return the loss of each row's labels, (rows,) in nats, which each token's logits precede."""
+    found = logits[:, :-1].transpose(1, 2).float()
+    return cross_entropy(found, labels[:, 1:], ignore_index=IGNORED, reduction="none").sum(1)
 
 
 def _answer(row: Any) -> str:

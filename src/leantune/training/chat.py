@@ -42,6 +42,30 @@ def check_chats(columns: Columns, place: str) -> datasets.Dataset:
     return datasets.Dataset.from_dict(rows)
 
 
+def check_prompts(columns: Columns, place: str) -> list[Any]:
+    """Return what each row asks: its prompt, or its messages without an answer at their end.
+
+    Raises:
+        ConfigError: there is no such column, or a row asks nothing; names the first.
+    """
+    name = next((name for name in ("prompt", "messages") if name in columns), None)
+    if name is None:
+        raise ConfigError(
+            f"load_task: {place}: columns must be messages or prompt for task chat, got "
+            f"{', '.join(columns)}; rename the columns in the file"
+        )
+    read = check_text if isinstance(columns[name][0], str) else check_messages
+    prompts: list[Any] = []
+    for number, value in enumerate(columns[name], 1):
+        asked = read(f"{place} row {number}", name, value)
+        if not isinstance(asked, str) and asked[-1]["role"] == "assistant":
+            asked = asked[:-1]
+        if not asked:
+            refuse(f"{place} row {number}", name, "a question", value)
+        prompts.append(asked)
+    return prompts
+
+
 def check_text(where: str, name: str, value: Any) -> str:
     """Return a text, or refuse what is none."""
     if as_text(value) is None:
@@ -100,7 +124,7 @@ def encode_chats(rows: Iterable[Any], tokenizer: Any) -> Iterator[tuple[list[int
         if isinstance(row.get("prompt"), str):
             end = tokenizer.eos_token or ""
             text = row["completion"].removesuffix(end) + end
-            start = tokenizer(row["prompt"], verbose=False)["input_ids"]
+            start = encode_prompt(row["prompt"], tokenizer)
             ids = tokenizer(row["prompt"] + text, verbose=False)["input_ids"]
             yield ids, _labels(ids, start)
             continue
@@ -108,26 +132,38 @@ def encode_chats(rows: Iterable[Any], tokenizer: Any) -> Iterator[tuple[list[int
         messages = [*row["messages"]] if "messages" in row else [*row["prompt"], *row["completion"]]
         num_asked = len(row["prompt"]) if "prompt" in row else len(messages) - 1
         marks = "messages" in row and _MARKS.search(template) is not None
-        how = {"tokenize": True, "return_dict": True, "verbose": False}
-        try:
-            asked = tokenizer.apply_chat_template(
-                messages[:num_asked], add_generation_prompt=True, **how
-            )
-            whole = tokenizer.apply_chat_template(
-                messages, return_assistant_tokens_mask=marks, **how
-            )
-        # A template is a program, which may refuse an order of roles, or fail.
-        except Exception as error:
-            raise ConfigError(
-                f"tokenize: chat template must take every row, got {type(error).__name__}: {error} "
-                f"for {shown(messages)}; correct or remove the row, or correct the template"
-            ) from error
+        asked = encode_prompt(messages[:num_asked], tokenizer)
+        whole = _apply_template(messages, tokenizer, return_assistant_tokens_mask=marks)
         ids = whole["input_ids"]
         if marks and any(whole["assistant_masks"]):
             masks = whole["assistant_masks"]
             yield ids, [i if mask else IGNORED for i, mask in zip(ids, masks, strict=True)]
         else:
-            yield ids, _labels(ids, asked["input_ids"])
+            yield ids, _labels(ids, asked)
+
+
+def encode_prompt(prompt: str | Sequence[Mapping[str, str]], tokenizer: Any) -> list[int]:
+    """Return the token ids that an answer follows, of a text or of messages.
+
+    Raises:
+        ConfigError: the tokenizer has no chat template for messages, or it refuses them.
+    """
+    if isinstance(prompt, str):
+        return tokenizer(prompt, verbose=False)["input_ids"]
+    _template(tokenizer)
+    return _apply_template(prompt, tokenizer, add_generation_prompt=True)["input_ids"]
+
+
+def _apply_template(messages: Sequence[Any], tokenizer: Any, **options: bool) -> Any:
+    how = {"tokenize": True, "return_dict": True, "verbose": False, **options}
+    try:
+        return tokenizer.apply_chat_template(messages, **how)
+    # A template is a program, which may refuse an order of roles, or fail.
+    except Exception as error:
+        raise ConfigError(
+            f"tokenize: chat template must take every row, got {type(error).__name__}: {error} "
+            f"for {shown(messages)}; correct or remove the row, or correct the template"
+        ) from error
 
 
 def _labels(ids: list[int], start: list[int]) -> list[int]:

@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,9 +19,8 @@ from leantune.training.tables import (
     as_text,
     checked,
     column_of,
-    dataset_columns,
-    find_split,
     read_columns,
+    read_splits,
 )
 
 VALIDATION_SHARE = 0.05
@@ -136,25 +135,71 @@ def load_task(
     task = get_task(name)
     names: tuple[str, ...] | None = task.label_names
     found: dict[str, datasets.Dataset] = {}
-    for split, (columns, place) in _read_splits(task, str(source)).items():
-        if task.kind == "causal_lm":
-            rows = _check_texts(columns, place)
-        elif task.kind in ("chat", "preference"):
-            rows = (check_chats if task.kind == "chat" else check_pairs)(columns, place)
-        else:
-            names = names or _class_names(task, columns, place)
-            rows = _check_rows(task, columns, place, names)
-        found[split] = rows
-    is_text = task.kind == "causal_lm"
+    splits = {"train": "train", "validation": task.validation}
+    # GLUE's validation splits are its own: scores on others cannot be compared.
+    may_split = task.label_names is None
+    for split, (columns, place) in read_splits(task.name, str(source), splits, may_split).items():
+        if task.kind == "classification":
+            names = names or _class_names(columns, place)
+        found[split] = check_rows(task, columns, place, names)
     if "validation" not in found:
-        found = _split(found["train"], str(source), is_text)
-    for split, limit in (("train", max_train), ("validation", max_validation)):
-        order = list(range(len(found[split])))
-        if not is_text:
-            random.Random(f"0/{split}").shuffle(order)
-        if limit is not None and limit < len(order):
-            found[split] = found[split].select(order[:limit])
-    return datasets.DatasetDict({**found})
+        found = _split(found["train"], str(source), task.kind == "causal_lm")
+    limits = {"train": max_train, "validation": max_validation}
+    return datasets.DatasetDict(
+        {split: _subset(task, split, found[split], limit) for split, limit in limits.items()}
+    )
+
+
+def load_rows(
+    task: Task, source: str, label_names: Sequence[str] | None, *, max_rows: int | None = None
+) -> datasets.Dataset:
+    """Read and check rows that a trained model is judged by.
+
+    Args:
+        source: a file, all of whose rows count, or a folder, ``"hub"`` or a hub data set with a
+            validation split.
+        label_names: of the model's classes; None where it has none.
+        max_rows: take the head of the shuffle that ``load_task`` takes its subset from.
+
+    Raises:
+        ConfigError: as ``load_task``, or a label is not among the model's.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        columns, place = read_columns(path), source
+    else:
+        splits = {"validation": task.validation}
+        columns, place = read_splits(task.name, source, splits, may_split=False)["validation"]
+    return _subset(task, "validation", check_rows(task, columns, place, label_names), max_rows)
+
+
+def check_rows(
+    task: Task, columns: Columns, place: str, label_names: Sequence[str] | None
+) -> datasets.Dataset:
+    """Return a task's rows under the standard names.
+
+    Args:
+        place: that errors name.
+        label_names: of the classes; None where there are none.
+
+    Raises:
+        ConfigError: a column is missing or a value not acceptable; names the first.
+    """
+    if task.kind == "causal_lm":
+        return _check_texts(columns, place)
+    if task.kind in ("chat", "preference"):
+        return (check_chats if task.kind == "chat" else check_pairs)(columns, place)
+    return _check_labelled(task, columns, place, label_names)
+
+
+def _subset(
+    task: Task, split: str, rows: datasets.Dataset, max_rows: int | None
+) -> datasets.Dataset:
+    """Return the head of one fixed shuffle, or of a text its first lines."""
+    order = list(range(len(rows)))
+    if task.kind != "causal_lm":
+        random.Random(f"0/{split}").shuffle(order)
+    return rows if max_rows is None or max_rows >= len(order) else rows.select(order[:max_rows])
 
 
 def tokenize(
@@ -275,50 +320,6 @@ def _blocks(text: str, tokenizer: Any, size: int) -> dict[str, list[list[int]]]:
     return {"input_ids": blocks, "attention_mask": ones, "labels": blocks}
 
 
-def _read_splits(task: Task, source: str) -> dict[str, tuple[Columns, str]]:
-    """Return split -> columns, and the place that errors name."""
-    names = {"train": "train", "validation": task.validation}
-    path = Path(source).expanduser()
-    # GLUE's validation splits are its own: scores on others cannot be compared.
-    may_split = task.label_names is None
-    if path.is_dir():
-        found: dict[str, Path | None] = {
-            at: find_split(path, task.name, name, is_optional=may_split and at == "validation")
-            for at, name in names.items()
-        }
-        splits = {at: (read_columns(file), str(file)) for at, file in found.items() if file}
-    elif path.is_file() and may_split:
-        splits = {"train": (read_columns(path), source)}
-    else:
-        splits = _read_hub(task, source, names, may_split)
-    return splits
-
-
-def _read_hub(
-    task: Task, source: str, names: Mapping[str, str], may_split: bool
-) -> dict[str, tuple[Columns, str]]:
-    name, _, config = source.partition(":")
-    if source == "hub":
-        name, config = "nyu-mll/glue", task.name
-    try:
-        there = datasets.get_dataset_split_names(name, config or None) if may_split else []
-        wanted = ["train"] if may_split and "validation" not in there else [*names.values()]
-        found = {at: datasets.load_dataset(name, config or None, split=at) for at in wanted}
-    # The library's own errors, those of the HTTP client and those of the file formats.
-    except Exception as error:
-        raise ConfigError(
-            f"load_task: data must be a folder, or a data set on the hub with splits "
-            f"{', '.join(names.values())}, got {source!r}, which is no folder here "
-            f"({type(error).__name__}: {error}); correct the path, or without a network give a "
-            "local folder"
-        ) from error
-    return {
-        split: (dataset_columns(found[at]), f"{source} {at}")
-        for split, at in names.items()
-        if at in found
-    }
-
-
 def _split(rows: datasets.Dataset, place: str, is_one_text: bool) -> dict[str, datasets.Dataset]:
     """Keep a share of the rows for validation: the end of a text, else rows of a fixed draw."""
     if len(rows) < 2:
@@ -330,10 +331,8 @@ def _split(rows: datasets.Dataset, place: str, is_one_text: bool) -> dict[str, d
     return {"train": parts["train"], "validation": parts["test"]}
 
 
-def _class_names(task: Task, columns: Columns, place: str) -> tuple[str, ...] | None:
-    """Return the classes that occur in train, sorted; None for scores."""
-    if task.kind == "regression":
-        return None
+def _class_names(columns: Columns, place: str) -> tuple[str, ...]:
+    """Return the classes that occur in train, sorted."""
     found = {_class(v) for v in column_of(columns, "label", place)}
     names = tuple(sorted(name for name in found if name))
     if len(names) < 2:
@@ -355,8 +354,8 @@ def _check_texts(columns: Columns, place: str) -> datasets.Dataset:
     return datasets.Dataset.from_dict({"text": texts})
 
 
-def _check_rows(
-    task: Task, columns: Columns, place: str, names: tuple[str, ...] | None
+def _check_labelled(
+    task: Task, columns: Columns, place: str, names: Sequence[str] | None
 ) -> datasets.Dataset:
     """Return the rows under the standard names, or name the first bad value."""
     fitting = (found for found in task.columns if set(found) <= columns.keys())

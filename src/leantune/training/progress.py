@@ -11,7 +11,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from leantune.core.distributed import is_first_process
 
 # Timings, and what TRL says of the training rather than of the model.
-_NO_SCORES = ("runtime", "samples_per_second", "steps_per_second")
+_NO_SCORES = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 _NO_SCORES += ("num_tokens", "entropy", "mean_token_accuracy", "logits/chosen", "logits/rejected")
 
 

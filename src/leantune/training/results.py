@@ -92,6 +92,7 @@ class RunResult:
         runs: the recipe's own is the last.
         plan: of a run with a budget: ``budget``, ``predicted`` and ``measured`` bytes by ledger
             and ``peak``, whether it was ``replanned``, and ``relative_time``; else None.
+        labels: names of the classes in the order of their ids; None without classes.
     """
 
     versions: dict[str, str]
@@ -105,6 +106,7 @@ class RunResult:
     seed: int
     runs: tuple[VariantResult, ...]
     plan: dict[str, Any] | None = None
+    labels: list[str] | None = None
 
     @property
     def reference(self) -> VariantResult:
@@ -129,8 +131,9 @@ class RunResult:
             if data["format"] != METRICS_FORMAT or not data["runs"]:
                 raise ValueError(f"format {data['format']} with {len(data['runs'])} runs")
             runs = tuple(_checked(VariantResult, run) for run in data["runs"])
-            names = [spec.name for spec in dataclasses.fields(cls) if spec.name in data]
-            return _checked(cls, {**{name: data[name] for name in names}, "runs": runs})
+            names = [spec.name for spec in dataclasses.fields(cls)]
+            known = {name: data[name] for name in names if name in data}
+            return _checked(cls, {**known, "runs": runs})
 
 
 R = TypeVar("R", VariantResult, RunResult)

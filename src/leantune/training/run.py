@@ -19,6 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 import transformers
 
@@ -120,7 +121,7 @@ def train(
                 return ended
             past = {run.name: run.num_steps for run in ended.runs}
         starts = find_starts(recipe, past) if recipe.resume else {}
-        experiment = _Experiment(recipe, callbacks)
+        experiment = Experiment(recipe, callbacks)
         if recipe.budget is not None:
             recipe = experiment.fit()
         drafts = experiment.measure()
@@ -142,18 +143,25 @@ def train(
         return result
 
 
-class _Experiment:
-    """A run's data and tokenizer, from which each variant's model and trainer are made."""
+class Experiment:
+    """A run's data and tokenizer, from which each variant's model and trainer are made.
+
+    Args:
+        data: both splits, as ``load_task`` returns them; None reads the recipe's.
+    """
 
     def __init__(
-        self, recipe: RunRecipe, callbacks: Sequence[transformers.TrainerCallback]
+        self,
+        recipe: RunRecipe,
+        callbacks: Sequence[transformers.TrainerCallback] = (),
+        data: datasets.DatasetDict | None = None,
     ) -> None:
         self.recipe, self.callbacks = recipe, callbacks
         self.variants = recipe.variants()
         self.plan: dict[str, Any] | None = None
         self.task = get_task(recipe.task)
         say(f"reading {recipe.data}")
-        self.data = load_task(
+        self.data = data or load_task(
             recipe.task,
             recipe.data,
             max_train=recipe.max_train,
@@ -341,7 +349,7 @@ class _Experiment:
         if not any(e["step"] == kept_step and "eval_loss" in e for e in trainer.state.log_history):
             trainer.evaluate()
         history = trainer.state.log_history
-        evaluations = {e["step"]: self._metrics(e) for e in history if "eval_loss" in e}
+        evaluations = {e["step"]: self.metrics(e) for e in history if "eval_loss" in e}
         result = replace(
             draft,
             metrics=evaluations[kept_step],
@@ -378,7 +386,8 @@ class _Experiment:
             model.save_pretrained(fresh)
             self.tokenizer.save_pretrained(fresh)
 
-    def _metrics(self, entry: Mapping[str, Any]) -> dict[str, float]:
+    def metrics(self, entry: Mapping[str, Any]) -> dict[str, float]:
+        """Return the metrics of what a trainer's evaluation logs, with those that follow."""
         found = scores(entry)
         if self.task.main_metric == "perplexity":
             # Above e^700 the perplexity is no float any more.
@@ -417,6 +426,7 @@ class _Experiment:
             seed=self.recipe.seed,
             runs=runs,
             plan=self.plan,
+            labels=self.labels,
         )
 
 

@@ -52,6 +52,60 @@ def find_split(folder: Path, task: str, split: str, *, is_optional: bool = False
     return found[0]
 
 
+def read_splits(
+    task: str, source: str, names: Mapping[str, str], may_split: bool
+) -> dict[str, tuple[Columns, str]]:
+    """Read the splits of a folder, a file or a hub data set.
+
+    Args:
+        task: whose name files may begin with.
+        source: as ``load_task`` takes it.
+        names: split -> what the source calls it.
+        may_split: whether ``train`` is enough, since a share of it can become ``validation``.
+
+    Returns:
+        Split -> columns, and the place that errors name.
+
+    Raises:
+        ConfigError: there is no such source, or a file is missing or damaged.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        found: dict[str, Path | None] = {
+            at: find_split(path, task, name, is_optional=may_split and at == "validation")
+            for at, name in names.items()
+        }
+        return {at: (read_columns(file), str(file)) for at, file in found.items() if file}
+    if path.is_file() and may_split:
+        return {"train": (read_columns(path), source)}
+    return _read_hub(task, source, names, may_split)
+
+
+def _read_hub(
+    task: str, source: str, names: Mapping[str, str], may_split: bool
+) -> dict[str, tuple[Columns, str]]:
+    name, _, config = source.partition(":")
+    if source == "hub":
+        name, config = "nyu-mll/glue", task
+    try:
+        there = datasets.get_dataset_split_names(name, config or None) if may_split else []
+        wanted = ["train"] if may_split and "validation" not in there else [*names.values()]
+        found = {at: datasets.load_dataset(name, config or None, split=at) for at in wanted}
+    # The library's own errors, those of the HTTP client and those of the file formats.
+    except Exception as error:
+        raise ConfigError(
+            f"load_task: data must be a folder, or a data set on the hub with splits "
+            f"{', '.join(names.values())}, got {source!r}, which is no folder here "
+            f"({type(error).__name__}: {error}); correct the path, or without a network give a "
+            "local folder"
+        ) from error
+    return {
+        split: (dataset_columns(found[at]), f"{source} {at}")
+        for split, at in names.items()
+        if at in found
+    }
+
+
 def read_columns(path: Path) -> Columns:
     """Read a file's columns by name; a text has one, ``text``, with a line in each row.
 
