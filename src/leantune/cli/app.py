@@ -8,6 +8,7 @@ from leantune._version import __version__
 from leantune.cli.environment import env
 from leantune.cli.evaluate import evaluate
 from leantune.cli.fidelity import fidelity
+from leantune.cli.init import init
 from leantune.cli.measure import measure
 from leantune.cli.merge import merge
 from leantune.cli.methods import methods
@@ -22,7 +23,10 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_show_locals=False,
 )
-for _command in (train, evaluate, predict, plan, measure, fidelity, sites, methods, merge, env):
+for _command in (
+    *(init, train, evaluate, predict, merge),
+    *(plan, measure, fidelity, sites, methods, env),
+):
     app.command()(_command)
 
 

@@ -20,6 +20,8 @@ _MODELS = "a folder, a name on the hub, 'demo' or 'demo-llm'"
 _TASKS = "a GLUE task, 'text', 'regression', 'causal_lm', 'chat' or 'preference'"
 BASELINE = "baseline"
 """Names the plain model: in ``compare``, and among the variants of a run."""
+ONLY_FOR = {"score_answers": ("chat",), "packing": ("causal_lm", "chat")}
+"""The options that other tasks do not have."""
 _MOST_CHARACTERS = 10**6
 # Control characters, halves of characters, and what is longer than a file system allows.
 _NO_NAME = re.compile(r"[\0-\x1f\ud800-\udfff]|[^/]{256}|.{4096}|\A\s*\Z", re.DOTALL)
@@ -122,16 +124,14 @@ class RunRecipe(MeasureRecipe):
     max_train: int | None = _count(None, help="train on a fixed subset of this size")
     max_validation: int | None = _count(None, help="judge by a fixed subset of this size")
     score_answers: bool = option(
-        False, help="chat: also judge by how often the right one of the answers is the likeliest"
+        False, help="also judge by how often the right one of the answers is the likeliest"
     )
     eval_steps: int | None = _count(None, help="steps between evaluations; None: each epoch")
     save_steps: int | None = _count(None, help="steps between checkpoints; None: each epoch")
     early_stopping_patience: int | None = _count(
         None, help="end after as many evaluations without a better one, and keep the best weights"
     )
-    packing: bool = option(
-        False, help="causal_lm and chat: short rows side by side, none of which sees another"
-    )
+    packing: bool = option(False, help="short rows side by side, none of which sees another")
     trainer: Mapping[str, Any] = option(
         None,
         help="other arguments of transformers' trainer, or of TRL's, by their own names: optim, "
@@ -160,20 +160,16 @@ class RunRecipe(MeasureRecipe):
                 "RunRecipe: compare must name recipes other than methods, each once, got "
                 f"{[_name(r) for r in self.compare]} beside {_name(self.methods)}; leave it out"
             )
-        if self.score_answers and self.task != "chat":
-            raise ConfigError(
-                f"RunRecipe: score_answers must be False for task {self.task}, got True; it is for "
-                "task chat, others have metrics of their own"
-            )
+        for name, tasks in ONLY_FOR.items():
+            if getattr(self, name) and self.task not in tasks:
+                raise ConfigError(
+                    f"RunRecipe: {name} must be False for task {self.task}, got True; it is for "
+                    f"{' and '.join(tasks)}"
+                )
         if self.early_stopping_patience and self.save_steps not in (None, self.eval_steps):
             raise ConfigError(
                 "RunRecipe: save_steps must be as eval_steps where early_stopping_patience is set, "
                 f"got {self.save_steps}; leave it out: each evaluation has its checkpoint"
-            )
-        if self.packing and self.task not in ("causal_lm", "chat"):
-            raise ConfigError(
-                f"RunRecipe: packing must be False for task {self.task}, got True; it is for "
-                "tasks causal_lm and chat"
             )
         if self.dtype == "bf16" and self.precision == "fp16":
             raise ConfigError(

@@ -55,16 +55,12 @@ def find_split(folder: Path, task: str, split: str, *, is_optional: bool = False
 def read_splits(
     task: str, source: str, names: Mapping[str, str], may_split: bool
 ) -> dict[str, tuple[Columns, str]]:
-    """Read the splits of a folder, a file or a hub data set.
+    """Read the splits of a folder, a file or a hub data set: columns, and where they are from.
 
     Args:
         task: whose name files may begin with.
-        source: as ``load_task`` takes it.
         names: split -> what the source calls it.
         may_split: whether ``train`` is enough, since a share of it can become ``validation``.
-
-    Returns:
-        Split -> columns, and the place that errors name.
 
     Raises:
         ConfigError: there is no such source, or a file is missing or damaged.
