@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from leantune._version import __version__
+from leantune.cli.compare import compare
 from leantune.cli.environment import env
 from leantune.cli.evaluate import evaluate
 from leantune.cli.fidelity import fidelity
@@ -24,7 +25,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 for _command in (
-    *(init, train, evaluate, predict, merge),
+    *(init, train, evaluate, predict, compare, merge),
     *(plan, measure, fidelity, sites, methods, env),
 ):
     app.command()(_command)

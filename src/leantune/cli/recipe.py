@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -51,6 +52,24 @@ def build_recipe(kind: type[R], arguments: Sequence[str], methods: Sequence[str]
         elif key not in rules:
             _set(entries, key, text, list(rules))
     return kind.from_dict(values | ({"methods": entries} if entries else {}))
+
+
+def with_seeds(recipe: RunRecipe, seeds: str) -> list[RunRecipe]:
+    """Return the recipe with each seed, in a folder of its own; only what is there is resumed.
+
+    Raises:
+        ConfigError: no list of different seeds.
+    """
+    numbers = seeds.split(",")
+    if not all(map(str.isdecimal, numbers)) or len({*map(int, numbers)}) < len(numbers):
+        raise ConfigError(
+            f"command line: seeds must be different whole numbers, got {seeds!r}; for example 0,1,2"
+        )
+    folders = {int(number): Path(recipe.output) / f"seed-{int(number)}" for number in numbers}
+    return [
+        replace(recipe, seed=seed, output=str(folder), resume=recipe.resume and folder.exists())
+        for seed, folder in folders.items()
+    ]
 
 
 def _set(entries: list[dict[str, Any]], key: str, text: str, run_options: list[str]) -> None:

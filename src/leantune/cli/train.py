@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
+from leantune.cli.compare import compare_runs, print_comparison
 from leantune.cli.options import ArgumentsOption, DebugFlag, JsonFlag, MethodOption
 from leantune.cli.output import (
     err,
@@ -20,6 +21,7 @@ from leantune.cli.output import (
     print_json,
     reported_errors,
 )
+from leantune.errors import ConfigError
 from leantune.training.interrupt import end_process, handled_by
 
 BudgetOption = Annotated[
@@ -28,6 +30,15 @@ BudgetOption = Annotated[
         "--budget",
         metavar="SIZE",
         help="memory that a step may take, such as 22GiB: the planner adds what makes it fit",
+        show_default=False,
+    ),
+]
+SeedsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--seeds",
+        metavar="0,1,2",
+        help="train with each of these seeds, in OUTPUT/seed-0 and so on, and compare",
         show_default=False,
     ),
 ]
@@ -47,6 +58,7 @@ def train(
     method: MethodOption = None,
     budget: BudgetOption = None,
     resume_from: ResumeOption = None,
+    seeds: SeedsOption = None,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -63,7 +75,7 @@ def train(
     with reported_errors(debug):
         note("loading torch")
         with handled_by(end_process):
-            from leantune.cli.recipe import build_recipe
+            from leantune.cli.recipe import build_recipe, with_seeds
             from leantune.core.extras import require
             from leantune.training.recipe import RunRecipe
 
@@ -72,7 +84,13 @@ def train(
         recipe = build_recipe(RunRecipe, [*(arguments or []), *pairs], method or [])
         for package in ("matplotlib", "jinja2"):
             require(package, extra="report", who="leantune train")
-        folder = Path(recipe.output)
+        if dry_run and seeds is not None:
+            raise ConfigError(
+                f"train: seeds must be left out with --dry-run, got {seeds}; steps of all of them "
+                "are alike"
+            )
+        recipes = [recipe] if seeds is None else with_seeds(recipe, seeds)
+        written: dict[str, Path] = {}
         hide_loading_bars(recipe.model)
         note(f"training {', '.join(recipe.variants())}: loading transformers")
         with handled_by(end_process):
@@ -81,22 +99,25 @@ def train(
 
             train_recipe = leantune.train
 
-        try:
-            # Stdout belongs to the result: what the libraries print goes elsewhere.
-            with contextlib.redirect_stdout(sys.stderr):
-                result = train_recipe(recipe, dry_run=dry_run)
-        except KeyboardInterrupt as stop:
-            if is_first_process():
-                err().print(_interrupted(folder, recipe), soft_wrap=True)
-            raise typer.Exit(exit_code(stop)) from None
+        for recipe in recipes:
+            folder = Path(recipe.output)
+            try:
+                # Stdout belongs to the result: what the libraries print goes elsewhere.
+                with contextlib.redirect_stdout(sys.stderr):
+                    result = train_recipe(recipe, dry_run=dry_run)
+            except KeyboardInterrupt as stop:
+                if is_first_process():
+                    err().print(_interrupted(folder, recipe, seeds), soft_wrap=True)
+                raise typer.Exit(exit_code(stop)) from None
+            if is_first_process() and not dry_run:
+                from leantune.report.page import write_report
+
+                written = {"output": folder, "report": write_report(folder)}
         if not is_first_process():
             return
-        written: dict[str, Path] = {}
-        if not dry_run:
-            from leantune.report.page import write_report
-
-            written = {"output": folder, "report": write_report(folder)}
-        if json:
+        if seeds is not None:
+            print_comparison(compare_runs([Path(recipe.output) for recipe in recipes]), json)
+        elif json:
             document = {**result.to_dict(), **{name: str(path) for name, path in written.items()}}
             # The ledgers' entries, one for each tensor, are in metrics.json.
             runs = [{**vars(run), "ledger": run.held_bytes} for run in result.runs]
@@ -127,7 +148,7 @@ def _cell(text: str, note: str) -> str:
     return escape(text) + (f"\n[dim]{escape(note)}[/]" if note else "")
 
 
-def _interrupted(folder: Path, recipe: Any) -> str:
+def _interrupted(folder: Path, recipe: Any, seeds: str | None) -> str:
     """Say which checkpoint an interrupted run has kept and how to go on from it."""
     from leantune.core.manifest import MANIFEST_FILE
     from leantune.training.results import METRICS_FILE
@@ -141,6 +162,8 @@ def _interrupted(folder: Path, recipe: Any) -> str:
         # The folder's recipe is still that of the shorter run.
         name = "max_steps" if recipe.max_steps else "epochs"
         command += f" {name}={getattr(recipe, name)}"
+    if seeds is not None:
+        command += f" output={shlex.quote(str(folder.parent))} --seeds {shlex.quote(seeds)}"
     return (
         f"[yellow]interrupted[/] checkpoint kept: {escape(str(last))}; resume with: "
         f"{escape(command)}"
