@@ -2,10 +2,11 @@
 
 import json
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -23,9 +24,11 @@ from leantune.core.ownership import refuse_idle
 from leantune.core.saving import allow_checkpoints, writes_plain
 from leantune.core.session import Session, check_open
 from leantune.errors import ConfigError, UnsupportedError
+from leantune.measure.running import RunningFidelity
 from leantune.ops.backend import on_gpu
 
 SESSION_FILE = "leantune_session.safetensors"
+_FIDELITY = "fidelity"
 ADAPTER_CONFIG = "adapter_config.json"
 
 
@@ -45,6 +48,12 @@ class TrainerCallback(transformers.TrainerCallback):
         session: of the model that is trained, or of one inside it.
         resume_from: the checkpoint folder that ``train(resume_from_checkpoint=...)`` is given,
             where it lies outside ``args.output_dir``.
+        fidelity_steps: steps in which every sampled site's gradient is once compared with the
+            exact one, some sites in each; the figures so far go to the trainer's ``log_history`` as
+            often. None compares nothing.
+        on_bad_site: what happens to a site whose gradient is biased beyond chance (once in a
+            million trainings), or has a relative variance above 100: "warn" says so once, "exact"
+            also lets it keep every row from then on, in a resumed run too.
 
     Raises:
         ConfigError: the session is closed or of another model; a checkpoint has no session file,
@@ -53,13 +62,28 @@ class TrainerCallback(transformers.TrainerCallback):
             does not reach the loss that is trained on.
     """
 
-    def __init__(self, session: Session, resume_from: str | Path | None = None) -> None:
+    def __init__(
+        self,
+        session: Session,
+        resume_from: str | Path | None = None,
+        *,
+        fidelity_steps: int | None = None,
+        on_bad_site: Literal["warn", "exact"] = "warn",
+    ) -> None:
         if not isinstance(session, Session):
             raise ConfigError(
                 f"TrainerCallback: session must be what leantune.apply returned, got {session!r}; "
                 "call session = leantune.apply(model, ...)"
             )
         check_open(session, "TrainerCallback")
+        is_count = fidelity_steps is None or fidelity_steps >= 1
+        if not is_count or on_bad_site not in ("warn", "exact"):
+            raise ConfigError(
+                "TrainerCallback: fidelity_steps must be at least 1 and on_bad_site 'warn' or "
+                f"'exact', got {fidelity_steps!r} and {on_bad_site!r}; correct them"
+            )
+        self._fidelity_steps, self._on_bad_site = fidelity_steps, on_bad_site
+        self._fidelity: RunningFidelity | None = None
         self.session = session
         self.resume_from = resume_from
         self._hook: Any = None
@@ -78,6 +102,11 @@ class TrainerCallback(transformers.TrainerCallback):
         **kwargs: Any,
     ) -> None:
         self._check(args, model)
+        if self._fidelity is not None:
+            self._fidelity.end_step()  # which an exception may have kept from coming
+        if self._fidelity_steps:
+            every = self._fidelity_steps
+            self._fidelity = RunningFidelity(self.session.model, every, state.max_steps)
         if state.global_step > 0:
             self._restore(args, state)
         elif self.resume_from is not None:
@@ -105,6 +134,8 @@ class TrainerCallback(transformers.TrainerCallback):
         train_dataloader: Any = None,
         **kwargs: Any,
     ) -> None:
+        if self._fidelity is not None:
+            self._fidelity.begin_step(state.global_step)
         self._num_micro_batches = args.gradient_accumulation_steps
         if train_dataloader is not None and has_length(train_dataloader):
             num_batches = len(train_dataloader)
@@ -116,9 +147,24 @@ class TrainerCallback(transformers.TrainerCallback):
     def on_substep_end(self, *args: Any, **kwargs: Any) -> None:
         self._check_loss_was_used()
 
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self._check_loss_was_used()
         self.session.on_step()
+        if self._fidelity is not None:
+            self._fidelity.end_step()
+            if state.global_step % (self._fidelity_steps or 1) == 0:
+                self._judge(self._fidelity, state)
+
+    def _judge(self, fidelity: RunningFidelity, state: TrainerState) -> None:
+        for name, why in fidelity.judge().items():
+            then = "; it is exact from now on" if self._on_bad_site == "exact" else ""
+            warnings.warn(f"{name}: gradient looks bad, {why}{then}", RuntimeWarning, stacklevel=2)
+        if self._on_bad_site == "exact":
+            fidelity.make_exact()
+        entry: Any = {"step": state.global_step, "fidelity": fidelity.figures()}
+        state.log_history.append(entry)
 
     def on_save(
         self,
@@ -131,7 +177,8 @@ class TrainerCallback(transformers.TrainerCallback):
         assert args.output_dir is not None
         folder = _checkpoint(args.output_dir, state.global_step)
         folder.mkdir(parents=True, exist_ok=True)
-        save_tensors(folder / _file_name(args), self.session.state_dict())
+        own = {} if self._fidelity is None else {_FIDELITY: self._fidelity.sums.cpu()}
+        save_tensors(folder / _file_name(args), self.session.state_dict() | own)
         # Of an adapter that transformers injected the trainer saves a file that it cannot resume
         # from; it loads what it finds under this name.
         if getattr(model, "_hf_peft_config_loaded", False):
@@ -198,7 +245,12 @@ class TrainerCallback(transformers.TrainerCallback):
                 "resume from an earlier checkpoint, or name the folder with "
                 "TrainerCallback(session, resume_from=...)"
             )
-        self.session.load_state_dict(load_tensors(path))
+        tensors = load_tensors(path)
+        self.session.load_state_dict(tensors)
+        if self._fidelity is not None and _FIDELITY in tensors:
+            self._fidelity.sums.copy_(tensors[_FIDELITY])
+            if self._on_bad_site == "exact":
+                self._fidelity.make_exact()
 
     def _calibrate(self, args: TrainingArguments, loader: Any) -> None:
         num = max((c.num_calibration_batches for c in self.session.conversions), default=0)

@@ -140,6 +140,12 @@ class RunRecipe(MeasureRecipe):
     budget: str | None = option(
         None, help="memory that a step may take, such as 22GiB: the planner adds methods"
     )
+    fidelity_steps: int | None = _count(
+        None, help="steps in which each sampled gradient is once compared with the exact one"
+    )
+    on_bad_site: Literal["warn", "exact"] = option(
+        "warn", help="what happens to a site that this shows to be biased or too noisy"
+    )
     resume: bool = option(False, help="go on from the last whole checkpoint in the run folder")
     resume_from: str | None = option(None, help="go on from this one, such as 'checkpoint-60'")
     overwrite: bool = option(False, help="replace the run that is in the run folder")

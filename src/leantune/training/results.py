@@ -30,6 +30,8 @@ class VariantResult:
         metrics: of the trained model on the validation split, its ``loss`` among them.
         train_loss: (step, mean loss since the last entry).
         evaluations: (step, metrics).
+        fidelity: of each sampled site's gradient so far, every ``fidelity_steps``: ``{"step":
+            ..., "sites": {name: {"relative_variance", "cosine", "z_score"}}}``.
         num_steps: optimiser steps.
         best_step: the one whose weights and ``metrics`` were kept; None is the last.
         train_seconds: of the training with its evaluations; of a resumed run, the last part's.
@@ -46,6 +48,7 @@ class VariantResult:
     metrics: dict[str, float] = field(default_factory=dict)
     train_loss: list[list[float]] = field(default_factory=list)
     evaluations: list[list[Any]] = field(default_factory=list)
+    fidelity: list[dict[str, Any]] = field(default_factory=list)
     num_steps: int = 0
     best_step: int | None = None
     train_seconds: float = 0.0

@@ -228,7 +228,8 @@ class Experiment:
             session = apply(model, *methods, seed=recipe.seed)
             train_factors_in_full(model)
         check_frozen(model, frozen)
-        callbacks = [*([TrainerCallback(session)] if session else []), *self.callbacks]
+        checks = {"fidelity_steps": recipe.fidelity_steps, "on_bad_site": recipe.on_bad_site}
+        callbacks = [*([TrainerCallback(session, **checks)] if session else []), *self.callbacks]
         patience = recipe.early_stopping_patience
         stoppers = [transformers.EarlyStoppingCallback(patience)] if patience else []
         trainer = make_trainer(
@@ -356,6 +357,9 @@ class Experiment:
             best_step=best,
             train_loss=[[e["step"], e["loss"]] for e in history if "loss" in e],
             evaluations=[[at, metrics] for at, metrics in sorted(evaluations.items())],
+            fidelity=[
+                {"step": e["step"], "sites": e["fidelity"]} for e in history if "fidelity" in e
+            ],
             num_steps=step,
             train_seconds=seconds,
             peak_bytes=peak,
