@@ -14,10 +14,10 @@ from bench import quality, rows
 from bench.cases import wta_crs_quality
 from bench.cases.frontier import BENCH
 from bench.cases.wta_crs_speed import COMPILED
-from leantune.report.plots import COLOURS, GRID, INK, MUTED
 
 Row = dict[str, Any]
 KINDS = ("CPU", "GPU")
+INK, MUTED, GRID, OURS = "#1b2430", "#5d6978", "#dfe4ea", "#0f766e"
 _REAL = "MiniLM"
 """Begins the name of the case whose variants have rows of quality."""
 _AS_GOOD_AS = {
@@ -216,7 +216,7 @@ def _draw_case(axes: Axes, case: str, of_case: list[Row], gap: float) -> None:
     best = frontier(of_case)
     heights = _apart([(time - low) / (high - low) for time in times], gap)
     for row, share, height in zip(of_case, shares, heights, strict=True):
-        colour = COLOURS[1] if is_ours(row) else MUTED
+        colour = OURS if is_ours(row) else MUTED
         inside = colour if row in best else "white"
         axes.plot(share, row["ratio"], "o", ms=6, mec=colour, mfc=inside)
         line = {"arrowstyle": "-", "color": colour, "lw": 0.5, "shrinkB": 3, "relpos": (0, 0.5)}

@@ -5,23 +5,27 @@ import html.parser
 import json
 import re
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import pytest
 import torch
 from integration.tiny import bert
 
 import leantune as lt
-from leantune.core.manifest import find_damage
-from leantune.report.page import _cards, _recipe_rows, headline, write_report
-from leantune.report.plots import BARS, block_of, place_in_block, saved_table
+from leantune.report.figures import (
+    GROUPS,
+    LEDGERS,
+    Bars,
+    all_bars,
+    all_curves,
+    block_of,
+    place_in_block,
+    saved_table,
+)
+from leantune.report.page import _recipe_rows, headline, write_report
 from leantune.training.results import RunResult
-
-PLOTS = {"loss", "evaluation", *(f"saved-by-{name}" for name in BARS)}
 
 
 def make_metrics() -> dict[str, Any]:
@@ -93,25 +97,19 @@ def folder(written: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.fixture
-def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave out the plots, which take seconds, where they do not matter."""
-    monkeypatch.setattr("leantune.report.page.draw", lambda result: {"loss": "<svg></svg>"})
-
-
 class _Page(html.parser.HTMLParser):
     """Collects what a page refers to, and its text."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
         self.references: list[str] = []
-        self.num_plots = 0
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.text = ""
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.num_plots += tag == "svg"
         named = dict(attrs)
+        self.tags.append((tag, named))
         names = ("src", "href", "srcset", "xlink:href")
         self.references += [value for name in names if (value := named.get(name)) is not None]
 
@@ -119,21 +117,43 @@ class _Page(html.parser.HTMLParser):
         self.text += data
 
 
-def test_page_is_self_contained_and_drawn_once_for_both_themes(written: Path) -> None:
+def test_page_fetches_nothing_and_runs_nothing(written: Path) -> None:
     text = (written / "report.html").read_text()
     page = _Page(text)
-    assert page.num_plots == len(PLOTS) == 5
-    assert all(reference.startswith("#") for reference in page.references)
-    assert "base64" not in text and "@import" not in text
-    assert find_damage(written / "plots", "plots") is None
-    for path in (written / "plots").glob("*.svg"):
-        svg = path.read_text()
-        assert svg.startswith("<svg") and svg in text and "var(--run-1, " in svg and "<text" in svg
-        # Every colour is a variable, so that the dark page is readable.
-        assert re.sub(r"var\([^)]*\)", "", svg).count("#1b2430") == 0
-    assert {path.stem for path in (written / "plots").glob("*.svg")} == PLOTS
+    # The icon is empty, so that no browser asks a server for one.
+    assert page.references == ["data:,"]
+    assert not {"script", "img", "iframe"} & {tag for tag, _ in page.tags}
+    assert "@import" not in text and "url(" not in text
     names = {path.name for path in written.iterdir()}
-    assert names == {"metrics.json", "plots", "recipe.json", "report.html"}
+    assert names == {"metrics.json", "recipe.json", "report.html"}
+
+
+def test_every_figure_is_also_told_in_words(written: Path) -> None:
+    page = _Page((written / "report.html").read_text())
+    text = re.sub(r"\s+", " ", page.text)
+    plots = [named for tag, named in page.tags if tag == "svg"]
+    assert len(plots) == 2 and all(plot["role"] == "img" for plot in plots)
+    words = [str(plot["aria-label"]) for plot in plots]
+    assert "baseline from 0.69 at 10 to 0.3 at 400; wta_crs from" in words[0]
+    assert "majority from 0.5093 at 0" in words[1]
+    tracks = [named for _, named in page.tags if named.get("class") == "track"]
+    assert tracks and all(named["aria-hidden"] == "true" for named in tracks)
+    for bars in all_bars(RunResult.read(written)):
+        assert bars.title in text and bars.hint in text
+        for name, row in bars.rows.items():
+            assert name in text
+            assert all(
+                bar.text in text and (bar.name in (name,) or bar.name in text) for bar in row
+            )
+
+
+def test_colours_are_variables_of_both_themes(written: Path) -> None:
+    text = (written / "report.html").read_text()
+    body = text.partition("<body>")[2]
+    assert not re.search(r"#[0-9a-f]{3,8}\b", body)
+    used = set(re.findall(r'class="(c\d)"', body))
+    assert used == {"c0", "c1", "c2", "c3", "c4"} and all(f".{name} {{" in text for name in used)
+    assert all(text.count(f"--run-{number}: #") == 2 for number in range(5))
 
 
 def test_page_shows_the_numbers_of_both_runs(written: Path, metrics: dict[str, Any]) -> None:
@@ -170,9 +190,8 @@ def test_page_shows_every_ledger_with_its_ratio(folder: Path, metrics: dict[str,
     assert notes["gradients + optimizer"] == f"{small / large:.3f} of baseline"
     assert notes["weights"] == "1.000 of baseline" and notes["peak"] == "0.750 of baseline"
     assert notes["step time"] == "0.800 of baseline\n0.780 to 0.830"
-    cards = {label: value for label, value, _ in _cards(result)}
-    assert cards["gradients + optimizer"] == f"{small / large:.2f}\u00d7"
-    assert (cards["peak"], cards["step time"]) == ("0.75\u00d7", "0.80\u00d7")
+    text = write_report(folder).read_text().partition("<section>")[0]
+    assert text.count('class="card"') == 5 and "3 GiB" in text and "0.750 of baseline" in text
 
 
 def test_every_option_of_the_recipe_is_on_the_page() -> None:
@@ -191,38 +210,89 @@ def test_one_evaluation_makes_no_curve(metrics: dict[str, Any], folder: Path) ->
         run["evaluations"], run["train_loss"] = run["evaluations"][-1:], run["train_loss"][:1]
     (folder / "metrics.json").write_text(json.dumps(once))
     text = write_report(folder).read_text()
-    drawn = {path.stem for path in (folder / "plots").glob("*.svg")}
-    assert drawn == PLOTS - {"loss", "evaluation"}
-    assert "0.8312" in text and "Validation accuracy" not in text and "Training loss" not in text
+    assert "0.8312" in text and "<svg" not in text and "Training loss" not in text
+
+
+def test_curves_lie_within_their_square(written: Path) -> None:
+    loss, accuracy = all_curves(RunResult.read(written))
+    assert loss.ys == ["0.69", "0.495", "0.3"] and loss.xs == ["0", "200", "400"]
+    for _, points in [*loss.lines, *accuracy.lines]:
+        places = [float(value) for value in re.split("[ ,]", points)]
+        assert min(places) >= 0 and max(places) <= 100
+    # From the highest on the left down to the lowest on the right.
+    assert loss.lines[0][1].startswith("2.50,0.00 ") and loss.lines[0][1].endswith(" 100.00,100.00")
+    assert [name for _, name in accuracy.legend] == ["baseline", "wta_crs", "majority"]
+
+
+def bars_of(folder: Path, title: str) -> Bars:
+    return next(bars for bars in all_bars(RunResult.read(folder)) if bars.title.startswith(title))
+
+
+def test_ledgers_are_stacked_before_and_after(written: Path, metrics: dict[str, Any]) -> None:
+    bars = bars_of(written, "What one training step holds")
+    plain, own = (run["ledger"] for run in metrics["runs"])
+    total = sum(plain[name] for name in LEDGERS)
+    for name, ledger in (("baseline", plain), ("wta_crs", own)):
+        ((bar,),) = (bars.rows[name],)
+        expected = [100 * ledger[part] / total for part in LEDGERS]
+        assert [percent for _, percent in bar.parts] == pytest.approx(expected)
+        assert all(f"{part} " in bar.text for part in LEDGERS)
+
+
+def test_a_plan_is_shown_beside_what_was_measured(metrics: dict[str, Any], folder: Path) -> None:
+    assert not any(b.title.startswith("Pred") for b in all_bars(RunResult.read(folder)))
+    mib = 1 << 20
+    sizes = dict(zip(LEDGERS, (mib, mib, 2 * mib, 4 * mib), strict=True))
+    plan = {"budget": 16 * mib, "replanned": True, "relative_time": 1.1}
+    plan |= {"predicted": sizes | {"peak": 10 * mib}, "measured": sizes | {"peak": 11 * mib}}
+    (folder / "metrics.json").write_text(json.dumps(metrics | {"plan": plan}))
+    bars = bars_of(folder, "Predicted and measured")
+    assert list(bars.rows) == ["predicted", "measured", "budget"] and "again" in bars.hint
+    assert [percent for _, percent in bars.rows["predicted"][0].parts] == [6.25, 6.25, 12.5, 25]
+    assert "activations 4 MiB, peak 11 MiB" in bars.rows["measured"][0].text
+    assert "16 MiB" in _Page(write_report(folder).read_text()).text
+
+
+def test_the_last_fidelity_of_each_site_is_shown(metrics: dict[str, Any], folder: Path) -> None:
+    found = copy.deepcopy(metrics)
+    site = {"relative_variance": 0.5, "cosine": 0.875, "z_score": -1.25}
+    steps = [{"a": site | {"relative_variance": 9.0}}, {"a": site, "b": site | {"cosine": 1.0}}]
+    found["runs"][1]["fidelity"] = [{"step": n, "sites": sites} for n, sites in enumerate(steps)]
+    (folder / "metrics.json").write_text(json.dumps(found))
+    bars = bars_of(folder, "Fidelity")
+    assert [(name, bar.text, bar.parts) for name, (bar,) in bars.rows.items()] == [
+        ("a", "0.5, cosine 0.875, z -1.2", [(1, 100.0)]),
+        ("b", "0.5, cosine 1.000, z -1.2", [(1, 100.0)]),
+    ]
+    assert bars.legend == [(1, "wta_crs")]
 
 
 def test_tables_scroll_beside_their_first_column(written: Path) -> None:
     """A phone shows 360 pixels: names stay in sight while the figures scroll."""
     text = (written / "report.html").read_text()
-    assert len(re.findall(r'<div class="scroll">\s*<table>', text)) == text.count("<table>") > 1
+    assert len(re.findall(r'<div class="scroll">\s*<table>', text)) == text.count("<table>") == 1
     first = re.search(r"th:first-child, td:first-child \{([^}]*)\}", text)
     assert first is not None and "position: sticky; left: 0" in first[1]
     narrow = text.partition("@media (max-width: 36rem)")[2].partition("@media print")[0]
     assert re.search(r"td:first-child \{ white-space: normal", narrow)
 
 
+def test_bars_have_a_column_of_their_own_on_a_phone(written: Path) -> None:
+    """At 360 pixels a name stands above its bars, so that none is squeezed beside a long one."""
+    text = (written / "report.html").read_text()
+    narrow = text.partition("@media (max-width: 36rem)")[2].partition("@media print")[0]
+    assert ".bars { grid-template-columns: minmax(0, 1fr);" in narrow
+    assert 'name="viewport" content="width=device-width, initial-scale=1"' in text
+
+
 def test_second_report_replaces_the_first_with_the_same(folder: Path) -> None:
-    rc, had_pyplot = dict(matplotlib.rcParams), "matplotlib.pyplot" in sys.modules
     first = write_report(folder).read_text()
-    mine = folder / "plots" / "mine.svg"
-    mine.write_bytes(b"")
-    with pytest.raises(lt.ConfigError, match=r"mine\.svg, which leantune did not write"):
-        write_report(folder)
-    mine.unlink()
     assert write_report(folder).read_text() == first
-    assert {path.stem for path in (folder / "plots").glob("*.svg")} == PLOTS
-    assert dict(matplotlib.rcParams) == rc
-    assert ("matplotlib.pyplot" in sys.modules) == had_pyplot
 
 
 def test_bars_add_up_to_the_saved_bytes(written: Path, metrics: dict[str, Any]) -> None:
     result = RunResult.read(written)
-    for name in BARS:
+    for name in GROUPS:
         sums = [sum(column) for column in zip(*saved_table(result, name).values(), strict=True)]
         assert sums == [run["saved_bytes"] for run in metrics["runs"]]
     before, after = saved_table(result, "block")["bert.encoder.layer.1"]
@@ -243,7 +313,6 @@ def test_module_names_are_cut_at_the_block(module: str, block: str, place: str) 
     assert (block_of(module), place_in_block(module)) == (block, place)
 
 
-@pytest.mark.usefixtures("no_plots")
 def test_a_run_alone_has_no_ratio(folder: Path, metrics: dict[str, Any]) -> None:
     none = {"step_time_ratio": None, "step_time_ratio_spread": None}
     alone = {**metrics, "runs": [metrics["runs"][0] | none], "floor": None}
@@ -292,18 +361,16 @@ def test_broken_metrics_are_named_and_nothing_is_written(
     damage(folder / "metrics.json")
     with pytest.raises(lt.ConfigError, match=r"metrics\.json must be what a finished run"):
         write_report(folder)
-    assert not (folder / "report.html").exists() and not (folder / "plots").exists()
+    assert not (folder / "report.html").exists()
 
 
-@pytest.mark.usefixtures("no_plots")
-def test_failed_drawing_keeps_the_old_report(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_keeps_the_old_report(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     old = write_report(folder).read_bytes()
 
-    def full_disk(self: Path, *args: Any) -> int:
+    def full_disk(*args: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full_disk)
+    monkeypatch.setattr("os.replace", full_disk)
     with pytest.raises(OSError, match="No space left"):
         write_report(folder)
     assert (folder / "report.html").read_bytes() == old
-    assert (folder / "plots" / "loss.svg").read_text() == "<svg></svg>"

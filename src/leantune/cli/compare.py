@@ -93,7 +93,7 @@ def print_comparison(rows: Sequence[Mapping[str, Any]], as_json: bool) -> None:
         head = f"{escape(row['name'])}\n[dim]{escape(place)}[/]"
         cells.append([head, str(num), *(_cell(name, row[name]) for name in names)])
     header = ["", "seeds", *(name.removesuffix("_bytes").replace("_", " ") for name in names)]
-    print_figures("Runs, mean ± standard error over their seeds", header, cells)
+    print_figures("Runs, mean \u00b1 standard error over their seeds", header, cells)
 
 
 def _cell(name: str, found: Mapping[str, Any] | None) -> str:
@@ -104,4 +104,4 @@ def _cell(name: str, found: Mapping[str, Any] | None) -> str:
         return format_bytes(value) if name.endswith("_bytes") else f"{value:.4f}"
 
     error = found["standard_error"]
-    return show(found["mean"]) + (f" ± {show(error)}" if error else "")
+    return show(found["mean"]) + (f" \u00b1 {show(error)}" if error else "")

@@ -82,8 +82,7 @@ def train(
         given = {"budget": budget, "resume_from": resume_from}
         pairs = [f"{name}={value}" for name, value in given.items() if value]
         recipe = build_recipe(RunRecipe, [*(arguments or []), *pairs], method or [])
-        for package in ("matplotlib", "jinja2"):
-            require(package, extra="report", who="leantune train")
+        require("jinja2", extra="report", who="leantune train")
         if dry_run and seeds is not None:
             raise ConfigError(
                 f"train: seeds must be left out with --dry-run, got {seeds}; steps of all of them "

@@ -1,4 +1,4 @@
-"""Turns a run folder into one HTML page that needs no other file, and SVG plots beside it."""
+"""Turns a run folder into one HTML page that needs no other file."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,15 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from leantune.core.disk import write_atomic
-from leantune.core.manifest import atomic_folder
 from leantune.core.recipe import RECIPE_FILE
-from leantune.measure.text import format_bytes
-from leantune.report.plots import BARS, draw, round_bytes, saved_table
+from leantune.report.figures import all_bars, all_curves, show_bytes
 from leantune.training.recipe import read_recipe_file
 from leantune.training.results import RunResult, VariantResult
 
 REPORT_FILE = "report.html"
-PLOTS_FOLDER = "plots"
+_FIRST = ("saved activations", "held in all", "peak", "step time")
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,7 @@ class Cell:
 
 
 def write_report(folder: Path) -> Path:
-    """Write ``report.html`` and ``plots/*.svg`` of a finished run, each whole or not at all.
+    """Write ``report.html`` of a finished run, whole or not at all.
 
     Returns:
         The path of ``report.html``.
@@ -41,12 +39,8 @@ def write_report(folder: Path) -> Path:
     """
     result = RunResult.read(folder)
     recipe = read_recipe_file(folder / RECIPE_FILE)
-    plots = draw(result)
-    with atomic_folder(folder / PLOTS_FOLDER, PLOTS_FOLDER) as fresh:
-        for name, svg in plots.items():
-            (fresh / f"{name}.svg").write_text(svg, "utf-8")
     path = folder / REPORT_FILE
-    write_atomic(path, _render(result, recipe, plots))
+    write_atomic(path, _render(result, recipe))
     return path
 
 
@@ -104,7 +98,7 @@ def _time(result: RunResult, run: VariantResult) -> Cell:
 
 
 def _bytes(num_bytes: int | None) -> str:
-    return "" if num_bytes is None else format_bytes(round_bytes(num_bytes))
+    return "" if num_bytes is None else show_bytes(num_bytes)
 
 
 def _duration(seconds: float) -> str:
@@ -115,41 +109,8 @@ def _duration(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
-def _cards(result: RunResult) -> list[tuple[str, str, str]]:
-    """Return what a reader looks for first, of the recipe's own run: (label, value, note)."""
-    run, reference = result.runs[-1], result.reference
-    notes = []
-    if run is not reference:
-        notes.append(f"{reference.name} {_metric(result, reference, result.main_metric).text}")
-    if result.floor is not None:
-        notes.append(f"{result.floor['name']} {result.floor['value']:.4f}")
-    score = _metric(result, run, result.main_metric)
-    cards = [(result.main_metric, score.text, ", ".join(notes))]
-    for name, size in reference.held_bytes.items():
-        cards.append(_size_card(result, name, run.held_bytes[name], size))
-    if run.peak_bytes is not None:
-        cards.append(_size_card(result, "peak", run.peak_bytes, reference.peak_bytes))
-    spread = run.step_time_ratio_spread
-    if run is reference or run.step_time_ratio is None or spread is None:
-        cards.append(("step time", f"{run.step_ms:.1f} ms", ""))
-    else:
-        note = f"{spread[0]:.2f} to {spread[1]:.2f} of {reference.name}"
-        cards.append(("step time", f"{run.step_time_ratio:.2f}\u00d7", note))
-    return [card for card in cards if card[1]]
-
-
-def _size_card(
-    result: RunResult, name: str, num_bytes: int, reference: int | None
-) -> tuple[str, str, str]:
-    if result.runs[-1] is result.reference or not reference:
-        return name, _bytes(num_bytes), ""
-    note = f"{_bytes(num_bytes)} instead of {_bytes(reference)}"
-    return name, f"{num_bytes / reference:.2f}\u00d7", note
-
-
-def _render(result: RunResult, recipe: Mapping[str, Any], plots: Mapping[str, str]) -> str:
+def _render(result: RunResult, recipe: Mapping[str, Any]) -> str:
     from jinja2 import Environment, PackageLoader, StrictUndefined
-    from markupsafe import Markup
 
     environment = Environment(
         loader=PackageLoader("leantune.report", "."),
@@ -159,19 +120,15 @@ def _render(result: RunResult, recipe: Mapping[str, Any], plots: Mapping[str, st
         lstrip_blocks=True,
     )
     header, rows = headline(result)
-    tables = {
-        name: [(row, list(map(_bytes, sizes))) for row, sizes in saved_table(result, name).items()]
-        for name in BARS
-    }
     return environment.get_template("template.html").render(
         result=result,
         header=header,
         rows=rows,
-        cards=_cards(result),
+        # What a reader looks for first, of the recipe's own run.
+        cards=[row for row in rows if row[0].text in _FIRST or row[0].text == result.main_metric],
         floor=floor_line(result),
-        # Matplotlib escapes the names that it draws.
-        plots={name: Markup(svg) for name, svg in plots.items()},
-        tables=tables,
+        curves=all_curves(result),
+        bars=all_bars(result),
         recipe=_recipe_rows(recipe),
         environment=[("device", result.device), *result.versions.items()],
     )

@@ -36,6 +36,8 @@ class VariantResult:
         best_step: the one whose weights and ``metrics`` were kept; None is the last.
         train_seconds: of the training with its evaluations; of a resumed run, the last part's.
         peak_bytes: peak of the CUDA allocator in training; None on the CPU.
+        fidelity: ``step`` and, for each of ``sites``, ``relative_variance``, ``cosine`` and
+            ``z_score`` of the gradient.
     """
 
     name: str
@@ -53,6 +55,7 @@ class VariantResult:
     best_step: int | None = None
     train_seconds: float = 0.0
     peak_bytes: int | None = None
+    fidelity: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def held_bytes(self) -> dict[str, int]:
