@@ -1,6 +1,7 @@
-"""The method that the documentation adds is a method: its code runs as it stands."""
+"""What the documentation shows runs as it stands: the method that it adds, and the commands."""
 
 import re
+import shlex
 import sys
 import types
 from collections.abc import Iterator
@@ -9,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from integration.test_cli import invoke
+from integration.tiny import write_sentences
 from torch import nn
 
 import leantune as lt
@@ -66,6 +69,32 @@ def test_it_saves_what_it_predicts_and_comes_off_again(method: Any) -> None:
         assert lt.ledger(model, (x,)).saved_bytes(name) == predicted
     session.remove()
     assert list(model) == plain
+
+
+def test_the_commands_around_training_run_as_shown(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("leantune.training.models.demo_model_path", lambda: model_folder)
+    monkeypatch.chdir(tmp_path)
+    write_sentences(tmp_path / "data", lambda good: "good" if good else "bad")
+    (tmp_path / "rows.jsonl").write_text('{"sentence1": "good w1"}\n')
+    page = (DOCS / "around-training.md").read_text("utf-8")
+    blocks = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines()]
+    for line in lines:
+        program, *arguments = shlex.split(line)
+        # The model reads no more tokens.
+        short = ["max_length=16"] if arguments[0] == "train" else []
+        done = invoke(*arguments, *short)
+        assert program == "leantune" and done.exit_code == 0, (line, done.stderr)
+    assert {line.split()[1] for line in lines} == {
+        "init",
+        "train",
+        "evaluate",
+        "predict",
+        "compare",
+    }
+    assert len((tmp_path / "predicted.jsonl").read_text().splitlines()) == 1
 
 
 @pytest.mark.parametrize("page", sorted(DOCS.rglob("*.md")), ids=lambda p: p.stem)
