@@ -165,7 +165,7 @@ def _outputs(
     """Return what the model says of each row of tokens, or what ``reduce`` makes of its logits."""
     with tempfile.TemporaryDirectory() as folder:
         args = training_arguments(recipe, BASELINE, Path(folder))
-        splits = datasets.DatasetDict({"train": rows, "validation": rows})
+        splits = {"train": rows, "validation": rows}
         task = get_task(recipe.task)
         trainer = make_trainer(task, model, args, splits, tokenizer, (), needs_ids=False)
         trainer.compute_metrics, trainer.preprocess_logits_for_metrics = None, reduce

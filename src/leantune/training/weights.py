@@ -1,6 +1,7 @@
 """Which weights train, and in how many bits and of which dtype the others are."""
 
 import difflib
+import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -106,15 +107,15 @@ def quantise(model: nn.Module, kind: str) -> None:
         quantize_,
     )
 
-    four = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(_GROUP))
+    int4: torch.dtype = torch.int4  # type: ignore[attr-defined]
+    four = IntxWeightOnlyConfig(weight_dtype=int4, granularity=PerGroup(_GROUP))
     config = four if kind == "int4" else Int8WeightOnlyConfig()
     quantize_(model, config, lambda module, name: name in layers)
 
 
 def _to_nf4(model: Any, layers: dict[str, nn.Linear]) -> None:
     require("bitsandbytes", extra="quant", who="RunRecipe: quantize")
-    import bitsandbytes
-
+    bitsandbytes = importlib.import_module("bitsandbytes")
     for name, old in layers.items():
         bias = old.bias is not None
         new = bitsandbytes.nn.Linear4bit(
