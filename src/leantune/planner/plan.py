@@ -21,6 +21,7 @@ from leantune.planner.forecast import Blueprint
 from leantune.planner.meter import Speed
 from leantune.planner.request import PlanRequest
 
+ON_CPU = Speed(flops=5e10, traffic=1e10, call=5e-6)
 _MLP, _BLOCK, _FEW = Checkpoint(parts=("mlp",)), Checkpoint(), WTACRS(keep_ratio=0.1)
 _ADDED = ((), (WTACRS(keep_ratio=0.3),), (_FEW,), (_MLP,), (_MLP, _FEW), (_BLOCK,), (_BLOCK, _FEW))
 """What a plan may add. Where a part runs again, rows are drawn by exact norms, and few will do."""
@@ -184,7 +185,7 @@ class _Search:
         device = own_device() if first.is_meta else first.device
         on_gpu = Speed(5e13 if request.dtype is None else 4e14, 3e12, 1e-5)
         self.name, self.request = type(module).__name__, request
-        self._speed = by_device(device, cpu=Speed(5e10, 1e10, 5e-6), gpu=on_gpu)
+        self._speed = by_device(device, cpu=ON_CPU, gpu=on_gpu)
         self._batch = request.batch(module, device)
         self._blueprint = Blueprint(module, device, self._speed)
         self._seconds: float | None = None
