@@ -177,8 +177,10 @@ def test_a_run_reports_it_for_the_variants_that_sample(
 ) -> None:
     options = {"model": str(model_folder), "task": "text", "data": str(data_folder)}
     options |= {"output": str(tmp_path / "run"), "epochs": 1, "batch_size": 8, "max_length": 32}
-    lt.train(options, methods=[SAMPLED], compare=["baseline"], fidelity_steps=2)
-    plain, sampled = RunResult.read(tmp_path / "run").runs
-    assert plain.fidelity == [] and [entry["step"] for entry in sampled.fidelity] == [2, 4]
+    lt.train(options, methods=[SAMPLED], compare=["baseline", lt.LoRA()], fidelity_steps=2)
+    plain, exact, sampled = RunResult.read(tmp_path / "run").runs
+    assert plain.fidelity == exact.fidelity == [] and [
+        entry["step"] for entry in sampled.fidelity
+    ] == [2, 4]
     sites = sampled.fidelity[-1]["sites"]
     assert FIRST in sites and sites[FIRST].keys() == {"relative_variance", "cosine", "z_score"}

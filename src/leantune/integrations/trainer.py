@@ -104,8 +104,7 @@ class TrainerCallback(transformers.TrainerCallback):
         self._check(args, model)
         if self._fidelity is not None:
             self._fidelity.end_step()  # which an exception may have kept from coming
-        if self._fidelity_steps:
-            every = self._fidelity_steps
+        if every := self._fidelity_steps:
             self._fidelity = RunningFidelity(self.session.model, every, state.max_steps)
         if state.global_step > 0:
             self._restore(args, state)
@@ -163,8 +162,9 @@ class TrainerCallback(transformers.TrainerCallback):
             warnings.warn(f"{name}: gradient looks bad, {why}{then}", RuntimeWarning, stacklevel=2)
         if self._on_bad_site == "exact":
             fidelity.make_exact()
-        entry: Any = {"step": state.global_step, "fidelity": fidelity.figures()}
-        state.log_history.append(entry)
+        if figures := fidelity.figures():
+            entry: Any = {"step": state.global_step, "fidelity": figures}
+            state.log_history.append(entry)
 
     def on_save(
         self,
