@@ -84,12 +84,11 @@ def load_model(
         trust_remote_code: whether code that comes with the model may run.
 
     Raises:
-        ConfigError: no such model, a damaged one, one that lacks weights of its body, or one that
-            does not fit the task or the tokenizer.
+        ConfigError: no such model, a damaged or incomplete one, or one that does not fit the task.
     """
-    options: dict[str, Any] = {"dtype": _DTYPES[dtype], "trust_remote_code": trust_remote_code}
     # A loss is read by its name, whatever the configuration says of tuples.
-    options["return_dict"] = True
+    options: dict[str, Any] = {"dtype": _DTYPES[dtype], "return_dict": True}
+    options["trust_remote_code"] = trust_remote_code
     kind: Any = transformers.AutoModelForSequenceClassification
     if task.is_language_model:
         kind = transformers.AutoModelForCausalLM
@@ -238,8 +237,8 @@ def merge_checkpoint(
             f"{str(source)!r} without {STATE_FILE}; a run without methods has its plain checkpoint "
             "in model/ already"
         )
-    written = (run / name for name in ("model", "adapter"))
-    trained = next((folder for folder in written if (folder / CONFIG_NAME).is_file()), None)
+    folders = [run / name for name in ("model", "adapter")]
+    trained = next((path for path in folders if (path / CONFIG_NAME).is_file()), None)
     recipe = None if trained is None else RunRecipe.from_dict(read_json(run / RECIPE_FILE))
     is_trusted = False
     if model is None:
@@ -252,14 +251,9 @@ def merge_checkpoint(
     _check_apart(output, source, session_folder, Path(model).expanduser())
     trust = {"trust_remote_code": is_trusted}
     place = model if trained is None else str(trained)
-    dtype = "float32" if recipe is None else recipe.dtype
-    network = _load_base(model, place, session_folder, dtype, trust)
+    network = _load_base(model, place, session_folder, recipe, trust)
     if recipe is not None and recipe.quantize:
-        from peft import PeftModel
-
-        # Onto the base in full: in few bits much of what was trained would be rounded away.
-        network = PeftModel.from_pretrained(network, run / "adapter").merge_and_unload()
-        methods = recipe.methods
+        network, methods = _fold_adapter(network, run / "adapter"), recipe.methods
     else:
         session = load(network, session_folder)
         session.merge()
@@ -270,8 +264,15 @@ def merge_checkpoint(
     return [method.method for method in methods]
 
 
+def _fold_adapter(network: Any, folder: Path) -> Any:
+    """Fold an adapter into a base in full; in few bits much of it would be rounded away."""
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(network, folder).merge_and_unload()
+
+
 def _load_base(
-    name: str, place: str, session_folder: Path, dtype: str, trust: dict[str, bool]
+    name: str, place: str, session_folder: Path, recipe: RunRecipe | None, trust: dict[str, bool]
 ) -> Any:
     """Load the model that a session was applied to, in the class that ``place`` names.
 
@@ -286,10 +287,11 @@ def _load_base(
             f"merge: model must be of a class in transformers, got {architecture}; use "
             "leantune.load(model, folder) and session.merge()"
         )
+    dtype = _DTYPES["float32" if recipe is None else recipe.dtype]
     with torch.random.fork_rng(devices=[]):
         # Weights that are not in the base's file are those that the run began with.
         torch.manual_seed(Recipe.from_dict(read_json(session_folder / RECIPE_FILE)).seed)
-        return _load(kind, name, architecture, config=config, dtype=_DTYPES[dtype], **trust)
+        return _load(kind, name, architecture, config=config, dtype=dtype, **trust)
 
 
 def _check_apart(output: Path, *sources: Path) -> None:

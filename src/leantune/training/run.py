@@ -131,10 +131,7 @@ def train(
         # Making the first trainer was the meeting point: every process has checked the folder now.
         if not recipe.resume and is_first_process():
             make_folder(recipe, lock, experiment.plan)
-        runs = tuple(
-            experiment.train(draft, starts.get(draft.name), past.get(draft.name, 0))
-            for draft in drafts
-        )
+        runs = tuple(experiment.train(d, starts.get(d.name), past.get(d.name, 0)) for d in drafts)
         result = experiment.result(runs)
         if is_first_process():
             write_atomic(output / METRICS_FILE, json.dumps(result.to_dict(), indent=1) + "\n")

@@ -229,6 +229,14 @@ def _given_arguments(recipe: RunRecipe, kind: Any) -> dict[str, Any]:
     return given
 
 
+def _best_options(task: Task) -> dict[str, Any]:
+    """Return what makes a trainer keep the best weights, and count on when it is resumed."""
+    # A perplexity is made of the loss later.
+    metric = "loss" if task.is_language_model else task.main_metric
+    options = {"metric_for_best_model": metric, "greater_is_better": metric != "loss"}
+    return options | dict.fromkeys(("load_best_model_at_end", _RESTORE), True)
+
+
 def training_arguments(
     recipe: RunRecipe, name: str, folder: Path
 ) -> transformers.TrainingArguments:
@@ -261,10 +269,7 @@ def training_arguments(
     save_steps = recipe.save_steps
     if recipe.early_stopping_patience:
         save_steps = recipe.eval_steps
-        # A perplexity is made of the loss later; the callback's count lies in the checkpoint.
-        metric = "loss" if task.is_language_model else task.main_metric
-        options |= {"metric_for_best_model": metric, "greater_is_better": metric != "loss"}
-        options |= dict.fromkeys(("load_best_model_at_end", _RESTORE), True)
+        options |= _best_options(task)
     for event, steps in (("eval", recipe.eval_steps), ("save", save_steps)):
         options[f"{event}_strategy"] = "steps" if steps else "epoch"
         options[f"{event}_steps"] = steps or 500
