@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from integration.tiny import bert, llama, tokenizer, write_sentences
 from training.chats import chat_tokenizer, chats, write_lines
 
 import leantune as lt
+from leantune.training.data import TASKS
 from leantune.training.evaluation import evaluate, predict
 
 SAMPLED = lt.WTACRS(keep_ratio=0.5, min_rows=2)
@@ -70,6 +72,11 @@ def test_a_chat_and_a_text_score_as_at_the_end_of_training(
     found = evaluate(chat_run["output"])["metrics"]
     assert found == pytest.approx(trained.runs[-1].metrics, rel=1e-5)
     assert found.keys() == {"loss", "perplexity", "accuracy"}
+    asks_a_reference = replace(TASKS["chat"], kind="preference")  # type: ignore[arg-type]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("leantune.training.data.TASKS", {**TASKS, "chat": asks_a_reference})
+        with pytest.raises(lt.ConfigError, match="task must be another than preference"):
+            evaluate(chat_run["output"])
     text = {"task": "causal_lm", "packing": True, "output": str(tmp_path / "text")}
     rows = [{"text": TEXT} for _ in range(20)]
     trained = lt.train(chat_run | text, data=str(write_lines(tmp_path / "a.jsonl", rows)))

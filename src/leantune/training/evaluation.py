@@ -55,14 +55,13 @@ def evaluate(run: str | Path, **options: Any) -> dict[str, Any]:
     run = Path(run).expanduser()
     recipe, labels, quantize = _read_run(run)
     recipe = RunRecipe.read(recipe, options)
-    if recipe.task == "preference" and recipe.model == str(run / MODEL):
+    both, task = None, get_task(recipe.task)
+    if task.kind == "preference":
         raise ConfigError(
-            f"evaluate: run must hold a session for task preference, got {str(run)!r} without: "
-            "rewards compare with the model that training began with; see its metrics.json"
+            "evaluate: task must be another than preference, got a run whose scores need what the "
+            "model said before its training; metrics.json has them"
         )
-    both = None
     if "data" in options:
-        task = get_task(recipe.task)
         rows = load_rows(task, recipe.data, labels, max_rows=recipe.max_validation)
         both = datasets.DatasetDict({"train": rows, "validation": rows})
     experiment = Experiment(recipe, data=both)
@@ -129,9 +128,9 @@ def _read_run(run: Path) -> tuple[RunRecipe, list[str] | None, str | None]:
     """Return what loads and scores a finished run's model, its classes, and how to quantise it."""
     result = RunResult.read(run)
     recipe = RunRecipe.from_dict(read_json(run / RECIPE_FILE))
-    quantize, plain = recipe.quantize, _plain_model(run, recipe)
-    how = {"methods": (), "compare": (), "quantize": None, "budget": None}
-    recipe = replace(recipe, **how, **({"model": str(plain)} if plain else {}))
+    plain = {"model": str(run / MODEL)} if (run / MODEL).is_dir() else {}
+    quantize, how = recipe.quantize, {"methods": (), "compare": (), "quantize": None}
+    recipe = replace(recipe, **how, **plain)
     labels = result.labels or get_task(recipe.task).label_names
     if get_task(recipe.task).kind == "classification" and labels is None:
         raise ConfigError(
@@ -139,15 +138,6 @@ def _read_run(run: Path) -> tuple[RunRecipe, list[str] | None, str | None]:
             "wrote it; train again"
         )
     return recipe, None if labels is None else [*labels], quantize
-
-
-def _plain_model(run: Path, recipe: RunRecipe) -> Path | None:
-    """Return the folder of the trained model, where it is to be loaded instead of its base.
-
-    Rewards compare with the model that training began with, which must be there first.
-    """
-    needs_base = recipe.task == "preference" and (run / SESSION).is_dir()
-    return run / MODEL if (run / MODEL).is_dir() and not needs_base else None
 
 
 def _restore(model: Any, run: Path, recipe: RunRecipe, quantize: str | None) -> None:
