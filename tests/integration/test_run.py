@@ -202,7 +202,7 @@ def at_the_start(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         begun.extend(path.name for path in found.values())
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("leantune.training.run._Experiment.measure", measure)
+    monkeypatch.setattr("leantune.training.run.Experiment.measure", measure)
     return begun
 
 
