@@ -181,6 +181,7 @@ def test_a_dry_run_checks_and_measures_and_writes_nothing(
         assert run["train_seconds"] == pytest.approx(10 * run["step_ms"] / 1000)
     assert "report" not in found and sorted(tmp_path.rglob("*")) == before
     # What is wrong shows; a run that is there is not touched.
+    options: Any
     for options in ({"max_length": 33}, {"trainer": {"optm": "x"}}, {"freeze": ["none"]}):
         with pytest.raises(lt.LeantuneError):
             lt.train(base, dry_run=True, **options)

@@ -41,6 +41,7 @@ def test_what_is_frozen_stays_and_costs_no_gradient(base: dict[str, Any]) -> Non
 
 
 def test_a_pattern_that_freezes_nothing_or_all_is_named(base: dict[str, Any]) -> None:
+    patterns: Any
     for patterns, message in (
         (["embedings"], r"freeze must fit .* got 'embedings'.* near it: bert\.embeddings"),
         (["re:("], "freeze must hold valid regular expressions"),
@@ -136,6 +137,7 @@ def test_a_classifier_beside_few_bits_keeps_its_head(base: dict[str, Any], tmp_p
 def test_weights_in_few_bits_must_not_train(
     base: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    options: Any
     for options, names in (
         ({}, "wta_crs"),
         ({"methods": []}, "baseline"),
