@@ -19,7 +19,7 @@ from bench.hostile.case import Cases
 from bench.hostile.runs import tiny_inputs, write_inputs
 from leantune.core import registry
 from leantune.core.manifest import find_damage
-from leantune.training import run
+from leantune.training import first_step
 
 CASES = Cases("kill", prepare=tiny_inputs)
 NUM_ROUNDS, NUM_KILLS = 2, 10
@@ -43,7 +43,7 @@ def _train(method: str, output: str) -> None:
     sys.stdout = sys.stderr = log
     # Half of such a short run would go into looking for garbage among what was imported.
     gc.freeze()
-    run.MEASURED_ROUNDS = 1
+    first_step.MEASURED_ROUNDS = 1
     spec = registry.get(method)
     methods = [spec.config(**spec.test_options)]
     is_begun = (Path(output) / "recipe.json").is_file()

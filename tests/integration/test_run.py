@@ -202,7 +202,7 @@ def at_the_start(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         begun.extend(path.name for path in found.values())
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("leantune.training.run.Experiment.measure", measure)
+    monkeypatch.setattr("leantune.training.run.measure", measure)
     return begun
 
 
@@ -390,7 +390,8 @@ def test_a_signal_before_training_leaves_nothing(
     base: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "leantune.training.run.load_model", lambda *_, **__: signal.raise_signal(signal.SIGTERM)
+        "leantune.training.experiment.load_model",
+        lambda *_, **__: signal.raise_signal(signal.SIGTERM),
     )
     with pytest.raises(KeyboardInterrupt, match="SIGTERM"):
         lt.train(base)

@@ -20,11 +20,11 @@ from leantune.ops.backend import own_device
 from leantune.training.answers import row_loss
 from leantune.training.chat import check_prompts, encode_prompt
 from leantune.training.data import check_rows, get_task, load_rows, tokenize
+from leantune.training.experiment import Experiment
 from leantune.training.models import load_model, load_tokenizer
 from leantune.training.progress import say
 from leantune.training.recipe import BASELINE, RunRecipe
 from leantune.training.results import METRICS_FILE, RunResult
-from leantune.training.run import Experiment
 from leantune.training.tables import as_text, checked, read_columns
 from leantune.training.trainers import make_trainer, training_arguments
 from leantune.training.weights import freeze, quantise
