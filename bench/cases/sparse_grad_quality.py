@@ -65,8 +65,10 @@ LONG_RATE_FROM = {FROZEN_MLP: "full fine-tuning"}
 def main(worker: int = 0, num_workers: int = 1) -> None:
     """Search rates, then measure every row that is not there yet, and print the table."""
     names = [*RECIPES, *RIVALS][worker::num_workers]
-    for name, task in product(names, dict.fromkeys(RATE_FROM.values())):
-        _search(next(s for s in SETTINGS if s.task == task), name)
+    for name in names:
+        measured = LONG_SETTINGS if name in RIVALS else SETTINGS
+        for task in dict.fromkeys(RATE_FROM[s.task] for s in measured):
+            _search(next(s for s in SETTINGS if s.task == task), name)
     _measure_missing(RESULT, SETTINGS, list(RECIPES)[worker::num_workers])
     _measure_missing(LONG, LONG_SETTINGS, list(LONG_RECIPES)[worker::num_workers])
     print(summary(), long_summary(), sep="\n\n")

@@ -7,11 +7,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from integration.test_run import Interrupt, saved_weights
-from integration.tiny import same
+from integration.tiny import Interrupt, same, saved_weights
 
 import leantune as lt
-from leantune.training import budget, run
+from leantune.training import budget, first_step
 from leantune.training.recipe import RunRecipe
 from leantune.training.results import RunResult
 
@@ -40,7 +39,7 @@ def base(model_folder: Path, data_folder: Path, tmp_path: Path) -> dict[str, Any
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Note what is measured, and on which batch."""
     calls: list[dict[str, Any]] = []
-    real = run.measure_step
+    real = first_step.measure_step
 
     def measure_step(trainer: Any, backward: Any, batch: Any, context: Any) -> dict[str, int]:
         found = real(trainer, backward, batch, context)
@@ -48,7 +47,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         calls.append({**found, "shape": shape, "folder": Path(trainer.args.output_dir)})
         return found
 
-    monkeypatch.setattr(run, "measure_step", measure_step)
+    monkeypatch.setattr(first_step, "measure_step", measure_step)
     return calls
 
 

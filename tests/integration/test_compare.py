@@ -74,7 +74,7 @@ def test_an_interrupted_set_of_seeds_goes_on(
 ) -> None:
     train = lt.train
 
-    def stops(recipe: Any) -> RunResult:
+    def stops(recipe: Any, dry_run: bool) -> RunResult:
         return train(recipe, callbacks=[Interrupt(2, "baseline")] if recipe.seed == 1 else [])
 
     monkeypatch.setattr(lt, "train", stops)

@@ -42,6 +42,12 @@ SeedsOption = Annotated[
         show_default=False,
     ),
 ]
+DryRunFlag = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run", help="check and measure everything, print the table, and write nothing"
+    ),
+]
 ResumeOption = Annotated[
     str | None,
     typer.Option(
@@ -59,12 +65,7 @@ def train(
     budget: BudgetOption = None,
     resume_from: ResumeOption = None,
     seeds: SeedsOption = None,
-    dry_run: Annotated[
-        bool,
-        typer.Option(
-            "--dry-run", help="check and measure everything, print the table, and write nothing"
-        ),
-    ] = False,
+    dry_run: DryRunFlag = False,
     json: JsonFlag = False,
     debug: DebugFlag = False,
 ) -> None:
@@ -83,12 +84,11 @@ def train(
         pairs = [f"{name}={value}" for name, value in given.items() if value]
         recipe = build_recipe(RunRecipe, [*(arguments or []), *pairs], method or [])
         require("jinja2", extra="report", who="leantune train")
-        if dry_run and seeds is not None:
-            raise ConfigError(
-                f"train: seeds must be left out with --dry-run, got {seeds}; steps of all of them "
-                "are alike"
-            )
         recipes = [recipe] if seeds is None else with_seeds(recipe, seeds)
+        if dry_run and len(recipes) > 1:
+            raise ConfigError(
+                f"train: seeds must be one with --dry-run, got {seeds}; steps of all are alike"
+            )
         written: dict[str, Path] = {}
         hide_loading_bars(recipe.model)
         note(f"training {', '.join(recipe.variants())}: loading transformers")
@@ -114,18 +114,21 @@ def train(
                 written = {"output": folder, "report": write_report(folder)}
         if not is_first_process():
             return
-        if seeds is not None:
+        if seeds is not None and not dry_run:
             print_comparison(compare_runs([Path(recipe.output) for recipe in recipes]), json)
-        elif json:
-            document = {**result.to_dict(), **{name: str(path) for name, path in written.items()}}
-            # The ledgers' entries, one for each tensor, are in metrics.json.
-            runs = [{**vars(run), "ledger": run.held_bytes} for run in result.runs]
-            print_json({**document, "runs": runs})
         else:
-            _print_results(result, **written)
+            _print_results(result, json, **written)
 
 
-def _print_results(result: Any, output: Path | None = None, report: Path | None = None) -> None:
+def _print_results(
+    result: Any, as_json: bool, output: Path | None = None, report: Path | None = None
+) -> None:
+    if as_json:
+        written = {} if output is None else {"output": str(output), "report": str(report)}
+        # The ledgers' entries, one for each tensor, are in metrics.json.
+        runs = [{**vars(run), "ledger": run.held_bytes} for run in result.runs]
+        print_json({**result.to_dict(), **written, "runs": runs})
+        return
     from leantune.report.page import floor_line, headline
 
     header, rows = headline(result)

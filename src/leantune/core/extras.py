@@ -5,12 +5,12 @@ import importlib.util
 from leantune.errors import UnsupportedError
 
 
-def require(package: str, *, extra: str, who: str) -> None:
+def require(package: str, *, extra: str | None, who: str) -> None:
     """Check that an optional package is installed; it is not imported here.
 
     Args:
         package: name that is imported.
-        extra: the extra of leantune that brings it.
+        extra: the extra of leantune that brings it; None where none does.
         who: what needs it; the first words of the error.
 
     Raises:
@@ -21,6 +21,7 @@ def require(package: str, *, extra: str, who: str) -> None:
     except ImportError:
         is_there = False
     if not is_there:
+        what = package if extra is None else f"'leantune[{extra}]'"
         raise UnsupportedError(
-            f"{who}: package {package} must be installed, got none; pip install 'leantune[{extra}]'"
+            f"{who}: package {package} must be installed, got none; pip install {what}"
         )

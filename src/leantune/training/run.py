@@ -3,7 +3,7 @@
 import json
 import pickle
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -80,8 +80,7 @@ def train(
         recipe = as_planned(recipe)
         check_folder(recipe)
         _check_device(recipe.precision)
-        if recipe.trainer:
-            check_trainer(recipe)
+        check_trainer(recipe)
         if (output / RECIPE_FILE).is_file() and not dry_run:
             lock.take()
         past: dict[str, int] = {}
@@ -101,10 +100,7 @@ def train(
         # Making the first trainer was the meeting point: every process has checked the folder now.
         if not recipe.resume and is_first_process():
             make_folder(recipe, lock, experiment.plan)
-        runs = tuple(
-            _train(experiment, draft, starts.get(draft.name), past.get(draft.name, 0))
-            for draft in drafts
-        )
+        runs = tuple(_train(experiment, draft, starts, past) for draft in drafts)
         result = experiment.result(runs)
         if is_first_process():
             write_atomic(output / METRICS_FILE, json.dumps(result.to_dict(), indent=1) + "\n")
@@ -114,15 +110,19 @@ def train(
 
 
 def _train(
-    experiment: Experiment, draft: VariantResult, start_from: Path | None, past: int
+    experiment: Experiment,
+    draft: VariantResult,
+    starts: Mapping[str, Path],
+    past: Mapping[str, int],
 ) -> VariantResult:
     """Train one variant, or go on with it; of the last one the model is kept.
 
-    One whose result is there is not trained again, unless it has only the ``past`` steps.
+    One whose result is there is not trained again, unless it has only the steps of the past.
     """
     recipe, folder = experiment.recipe, variant_folders(experiment.recipe)[draft.name]
     is_last = draft.name == list(experiment.variants)[-1]
-    if recipe.resume and not is_last and (found := read_result(folder, past)) is not None:
+    start_from, num_past = starts.get(draft.name), past.get(draft.name, 0)
+    if recipe.resume and not is_last and (found := read_result(folder, num_past)) is not None:
         return found
     trainer, session = experiment.build(draft.name, folder, experiment.rows)
     stop = StopOnInterrupt()

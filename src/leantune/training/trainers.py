@@ -174,6 +174,8 @@ def check_trainer(recipe: RunRecipe) -> None:
     Raises:
         ConfigError: ``trainer`` has a name or a value that is not acceptable.
     """
+    if not recipe.trainer:
+        return
     try:
         with tempfile.TemporaryDirectory() as folder:
             arguments = training_arguments(recipe, "", Path(folder))
@@ -237,6 +239,22 @@ def _best_options(task: Task) -> dict[str, Any]:
     return options | dict.fromkeys(("load_best_model_at_end", _RESTORE), True)
 
 
+def _kind_of_arguments(recipe: RunRecipe, task: Task) -> tuple[Any, dict[str, Any]]:
+    """Return the class of a trainer's arguments, and those that no other class has."""
+    if task.kind == "preference":
+        from trl.trainer.dpo_config import DPOConfig
+
+        options = {"max_length": recipe.max_length, "precompute_ref_log_probs": True}
+        return DPOConfig, options | {"precompute_ref_batch_size": recipe.eval_batch_size}
+    if recipe.packing or task.kind == "chat":
+        from trl.trainer.sft_config import SFTConfig
+
+        # Rows are tokens already, none too long, with the answers as labels.
+        options = {"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}}
+        return SFTConfig, options | {"packing": recipe.packing}
+    return transformers.TrainingArguments, {}
+
+
 def training_arguments(
     recipe: RunRecipe, name: str, folder: Path
 ) -> transformers.TrainingArguments:
@@ -245,22 +263,8 @@ def training_arguments(
     Raises:
         ConfigError: ``trainer`` has a name that is not acceptable, or a value of another type.
     """
-    arguments: Any = transformers.TrainingArguments
-    options: dict[str, Any] = {}
     task = get_task(recipe.task)
-    if task.kind == "preference":
-        from trl.trainer.dpo_config import DPOConfig
-
-        arguments = DPOConfig
-        options = {"max_length": recipe.max_length, "precompute_ref_log_probs": True}
-        options["precompute_ref_batch_size"] = recipe.eval_batch_size
-    elif recipe.packing or task.kind == "chat":
-        from trl.trainer.sft_config import SFTConfig
-
-        arguments = SFTConfig
-        # Rows are tokens already, none too long, with the answers as labels.
-        options = {"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}}
-        options["packing"] = recipe.packing
+    arguments, options = _kind_of_arguments(recipe, task)
     fields = {spec.name for spec in dataclasses.fields(arguments)}
     newer = "activation_checkpointing"
     constant = "constant_with_warmup" if recipe.warmup_ratio else "constant"

@@ -114,7 +114,7 @@ def quantise(model: nn.Module, kind: str) -> None:
 
 
 def _to_nf4(model: Any, layers: dict[str, nn.Linear]) -> None:
-    require("bitsandbytes", extra="quant", who="RunRecipe: quantize")
+    require("bitsandbytes", extra=None, who="RunRecipe: quantize")
     bitsandbytes = importlib.import_module("bitsandbytes")
     for name, old in layers.items():
         bias = old.bias is not None
