@@ -10,7 +10,7 @@ import torch
 import transformers
 from integration.test_run import Interrupt, saved_weights
 from integration.tiny import VOCABULARY, llama, same
-from training.chats import chat_tokenizer, chats, said, write_lines
+from training.chats import chat_tokenizer, chats, run_options, said, write_lines
 
 import leantune as lt
 
@@ -35,22 +35,7 @@ def gpt2() -> Any:
 @pytest.fixture
 def base(tmp_path: Path) -> dict[str, Any]:
     """Options of a run of eight steps, two batches in each."""
-    llama().save_pretrained(tmp_path / "model")
-    chat_tokenizer().save_pretrained(tmp_path / "model")
-    (tmp_path / "data").mkdir()
-    for split, count in (("train", 32), ("validation", 10)):
-        write_lines(tmp_path / "data" / f"{split}.jsonl", chats(count))
-    return {
-        "model": str(tmp_path / "model"),
-        "task": "chat",
-        "data": str(tmp_path / "data"),
-        "output": str(tmp_path / "run"),
-        "epochs": 2,
-        "batch_size": 4,
-        "gradient_accumulation_steps": 2,
-        "max_length": 16,
-        "learning_rate": 1e-2,
-    }
+    return run_options(tmp_path, chats)
 
 
 def test_a_compared_run_learns_the_answers(base: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ import transformers
 from integration.test_run import Interrupt, saved_weights
 from integration.test_trainer import CHECKPOINTING, penalty  # noqa: F401
 from integration.tiny import llama, same, tokenizer, weights
-from training.chats import chat_tokenizer, chats, write_lines
+from training.chats import chats, run_options
 
 import leantune as lt
 from leantune.errors import UnsupportedError
@@ -38,22 +38,7 @@ def pairs(count: int) -> list[dict[str, Any]]:
 @pytest.fixture
 def base(tmp_path: Path) -> dict[str, Any]:
     """Options of a run of eight steps, two batches in each."""
-    llama().save_pretrained(tmp_path / "model")
-    chat_tokenizer().save_pretrained(tmp_path / "model")
-    (tmp_path / "data").mkdir()
-    for split, count in (("train", 32), ("validation", 10)):
-        write_lines(tmp_path / "data" / f"{split}.jsonl", pairs(count))
-    return {
-        "model": str(tmp_path / "model"),
-        "task": "preference",
-        "data": str(tmp_path / "data"),
-        "output": str(tmp_path / "run"),
-        "epochs": 2,
-        "batch_size": 4,
-        "gradient_accumulation_steps": 2,
-        "max_length": 16,
-        "learning_rate": 1e-2,
-    }
+    return {**run_options(tmp_path, pairs), "task": "preference"}
 
 
 def test_a_compared_run_learns_to_prefer(base: dict[str, Any]) -> None:

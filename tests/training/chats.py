@@ -2,10 +2,11 @@
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from integration.tiny import tokenizer
+from integration.tiny import llama, tokenizer
 from transformers import PreTrainedTokenizerFast
 
 _TEMPLATE = (
@@ -50,3 +51,23 @@ def write_lines(path: Path, rows: list[Any]) -> Path:
     """Write JSON lines."""
     path.write_text("\n".join(map(json.dumps, rows)) + "\n")
     return path
+
+
+def run_options(folder: Path, make_rows: Callable[[int], list[Any]]) -> dict[str, Any]:
+    """Write a tiny model and rows; return the options of eight steps, two batches in each."""
+    llama().save_pretrained(folder / "model")
+    chat_tokenizer().save_pretrained(folder / "model")
+    (folder / "data").mkdir()
+    for split, count in (("train", 32), ("validation", 10)):
+        write_lines(folder / "data" / f"{split}.jsonl", make_rows(count))
+    return {
+        "model": str(folder / "model"),
+        "task": "chat",
+        "data": str(folder / "data"),
+        "output": str(folder / "run"),
+        "epochs": 2,
+        "batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "max_length": 16,
+        "learning_rate": 1e-2,
+    }

@@ -17,6 +17,7 @@ from leantune.errors import ConfigError
 from leantune.measure.entries import LEDGERS
 from leantune.measure.ledger import ledger
 from leantune.measure.text import format_bytes
+from leantune.ops.backend import on_gpu, own_device
 from leantune.planner.meter import Meter, Speed
 from leantune.planner.plan import describe, plan
 from leantune.planner.request import parse_budget
@@ -123,7 +124,7 @@ def measure_step(
     step()
     with context:
         held = ledger(model, batch, optimizer=optimizer)
-    if torch.cuda.is_available():
+    if on_gpu(own_device()):
         torch.cuda.reset_peak_memory_stats()
         step()
         peak = torch.cuda.max_memory_allocated()
