@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -179,3 +180,52 @@ def test_a_kernel_that_does_not_build_is_seen(
 
     with pytest.raises(triton.CompilationError):
         build(broken, (1,), 90, monkeypatch, capfd, tmp_path)
+
+
+class Kernel:
+    """Stands for one of Triton's, and notes which way it was launched and with what."""
+
+    __name__ = "kernel"
+    params = tuple(SimpleNamespace(num=i, do_not_specialize=i == 1) for i in range(3))
+
+    def __init__(self) -> None:
+        self.launched: list[tuple[str, tuple[int, ...], tuple[Any, ...]]] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
+        def launch(*args: Any, **options: Any) -> Any:
+            self.launched.append(("looked at", grid, args))
+            return Compiled(self)
+
+        return launch
+
+
+class Compiled:
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., None]:
+        return lambda *args: self.kernel.launched.append(("compiled", grid, args))
+
+
+def test_what_was_compiled_is_launched_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_compiled", {})
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    kernel, where = Kernel(), SimpleNamespace(is_cuda=True, get_device=lambda: 0)
+    rows = torch.zeros(64)
+    assert rows.data_ptr() % 16 == 0
+
+    def launch(*args: Any) -> str:
+        kernels._launch(kernel, (7,), where, *args, num_warps=4)
+        how, grid, seen = kernel.launched[-1]
+        assert grid == ((7,) if how == "looked at" else (7, 1, 1)) and seen is not args
+        assert all(a is b for a, b in zip(seen, args, strict=True))
+        return how
+
+    assert launch(rows, 3, 16) == "looked at"
+    # The second argument is one that no kernel is compiled for.
+    assert launch(torch.ones(64), 4, 16) == "compiled"
+    assert launch(rows[1:], 3, 16) == "looked at"  # not aligned
+    assert launch(rows.double(), 3, 16) == "looked at"
+    assert launch(None, 3, 16) == "looked at"
+    assert launch(rows, 3, 17) == "looked at"
+    assert launch(rows[1:], 9, 16) == launch(rows, 9, 17) == "compiled"

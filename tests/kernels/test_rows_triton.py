@@ -104,8 +104,8 @@ def test_the_random_number_is_that_of_ops_random() -> None:
             assert found[1].tolist() == expected[1].tolist()
 
 
-def test_blocks_of_scores_join() -> None:
-    n = 4096 * 3 + 5
+@pytest.mark.parametrize("n", [4096 * 3 + 5, 16384 + 4096 + 5])
+def test_blocks_of_scores_join(n: int) -> None:
     scores = scores_of("skewed", n)
     for estimator in EVERY:
         for k in (1, n // 10, n):

@@ -278,7 +278,7 @@ class FirstRows:
 
     def keep(self, x: Tensor, source: Tensor, key: RandomKey) -> tuple[KeptRows, Any]:
         self.sources.append(source)
-        assert not torch.is_grad_enabled() and not x.requires_grad
+        assert not x.requires_grad
         indices = torch.arange(self.num_rows, dtype=torch.int32)
         rows = x.reshape(-1, x.shape[-1])[: self.num_rows].clone()
         return KeptRows(rows, indices, torch.full((self.num_rows,), 2.0)), "note"

@@ -66,54 +66,59 @@ def _mix_floor(scores_ptr, real_ptr, n, share, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _weigh(scores_ptr, n, BLOCK: tl.constexpr):
+def _weigh(scores_ptr, n, SPAN: tl.constexpr):
     """Turn scores into whole numbers up to 2**30 in place; return their sum, and 0.
 
     Where some score is not finite, each whole number is 0, and NaN is returned for 0.
     """
-    offsets = tl.arange(0, BLOCK)
-    tops = tl.full((BLOCK,), _TINY, tl.float32)
-    for first in range(0, n, BLOCK):
+    offsets = tl.arange(0, SPAN)
+    largest = tl.full((), _TINY, tl.float32)
+    for first in range(0, n, SPAN):
         here = offsets < n - first
         score = tl.load(scores_ptr + first + offsets, here, 0.0, cache_modifier=".cg")
-        tops = tl.maximum(tops, tl.where(score < float("inf"), score, float("inf")))
-    largest = tl.max(tops, 0)
-    total = tl.zeros((BLOCK,), tl.int64)
-    for first in range(0, n, BLOCK):
+        tops = tl.where(score < float("inf"), score, float("inf"))
+        largest = tl.maximum(largest, tl.max(tops, 0))
+    total = tl.full((), 0, tl.int64)
+    for first in range(0, n, SPAN):
         here = offsets < n - first
         score = tl.load(scores_ptr + first + offsets, here, 0.0, cache_modifier=".cg")
         score = tl.where(score < float("inf"), score, 0.0)
         mass = (tl.math.div_rn(score, largest) * _UNITS).to(tl.int32)
         # At most 24 significant bits: exact in float32.
         tl.store(scores_ptr + first + offsets, mass.to(tl.float32), here)
-        total += mass
+        total += tl.sum(mass.to(tl.int64), 0)
     tl.debug_barrier()
-    nothing = tl.where(tops < float("inf"), 0.0, float("nan"))
-    return tl.sum(total, 0), tl.sum(nothing, 0)
+    return total, tl.where(largest < float("inf"), 0.0, float("nan"))
 
 
 @triton.jit
-def _threshold(mass_ptr, total, n, k, BLOCK: tl.constexpr):
+def _add(count, tail, other_count, other_tail):
+    return count + other_count, tail + other_tail
+
+
+@triton.jit
+def _threshold(mass_ptr, total, n, k, SPAN: tl.constexpr):
     """Return tau, float64: ``sum(min(1, mass / tau)) = k``, by a fixed point from above.
 
     With the rows above tau kept for certain, the others share what is left of k. That lowers tau,
     and a step that finds no more rows above it is the last one.
     """
-    offsets = tl.arange(0, BLOCK)
+    offsets = tl.arange(0, SPAN)
     tau = total.to(tl.float64) / k.to(tl.float64)
     count = 0
     step = 0
     while step < _MOST_STEPS:
         cut = tl.minimum(tau, _UNITS).to(tl.int32)
-        aboves = tl.zeros((BLOCK,), tl.int32)
-        tails = tl.zeros((BLOCK,), tl.int64)
-        for first in range(0, n, BLOCK):
+        found = tl.full((), 0, tl.int32)
+        tail = tl.full((), 0, tl.int64)
+        for first in range(0, n, SPAN):
             mass = tl.load(mass_ptr + first + offsets, offsets < n - first, 0.0).to(tl.int32)
             above = mass > cut
-            aboves += above.to(tl.int32)
-            tails += tl.where(above, 0, mass)
-        found = tl.sum(aboves, 0)
-        tau = tl.sum(tails, 0).to(tl.float64) / (k - found).to(tl.float64)
+            pair = above.to(tl.int32), tl.where(above, 0, mass).to(tl.int64)
+            above_here, tail_here = tl.reduce(pair, 0, _add)
+            found += above_here
+            tail += tail_here
+        tau = tail.to(tl.float64) / (k - found).to(tl.float64)
         step = tl.where(found == count, _MOST_STEPS, step + 1)
         count = found
     return tau
@@ -239,19 +244,20 @@ def _select(
     n,
     k,
     ESTIMATOR: tl.constexpr,
+    SPAN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Select k rows by their scores, which are used up."""
-    total, nothing = _weigh(scores_ptr, n, BLOCK)
+    total, nothing = _weigh(scores_ptr, n, SPAN)
     if ESTIMATOR == "systematic":
-        tau = _threshold(scores_ptr, total, n, k, BLOCK)
+        tau = _threshold(scores_ptr, total, n, k, SPAN)
         start = (_words(counter_ptr, word, 0) >> 8) << 6
         _lay_out(scores_ptr, indices_ptr, weights_ptr, n, k, tau, start, nothing, BLOCK)
     else:
         cut, num_level = _ONE, 0
         if ESTIMATOR == "wta":
             # Whole numbers above the cut reach tau.
-            tau = _threshold(scores_ptr, total, n, k, BLOCK)
+            tau = _threshold(scores_ptr, total, n, k, SPAN)
             tau = tl.minimum(tl.maximum(tau, 1.0), _UNITS + 1.0)
             cut = tl.ceil(tau).to(tl.int32) - 1
         elif ESTIMATOR == "topk":
@@ -283,6 +289,7 @@ def draw(
     ESTIMATOR: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
+    SPAN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Score ROWS rows; the last program to finish selects k, where anything is to be selected."""
@@ -308,4 +315,4 @@ def draw(
             if share is not None:
                 _mix_floor(scores_ptr, real_ptr, n, share, BLOCK)
             pointers = scores_ptr, edges_ptr, counter_ptr, indices_ptr, weights_ptr
-            _select(*pointers, word, n, k, ESTIMATOR, BLOCK)
+            _select(*pointers, word, n, k, ESTIMATOR, SPAN, BLOCK)

@@ -96,7 +96,7 @@ def linear(
     saved: tuple[Tensor, ...] = ()
     if trained.requires_grad and torch.is_grad_enabled():
         # Outside the autograd Function: a compiler lets a policy keep state here, but not there.
-        with torch.no_grad(), autocast_off(x):
+        with autocast_off(x):
             inputs, source = xc, x
             if subspace is not None:
                 flat = flatten(xc)

@@ -68,7 +68,7 @@ class RowPolicy(Protocol):
         """Return the rows to keep, and a note that :meth:`outer_product` gets back.
 
         Args:
-            x: (..., w), in the dtype of the product; not to be written to.
+            x: (..., w), in the dtype of the product, without a graph; not to be written to.
             source: the tensor that the caller passed, before any cast; its identity tells which
                 linears read one input.
             key: the random numbers of this forward.

@@ -9,8 +9,10 @@ rows are drawn beside the NaN weights differs.
 
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache, wraps
 from itertools import cycle
+from operator import itemgetter
 from typing import Any, TypeVar, cast
 
 import torch
@@ -31,6 +33,8 @@ _NUM_TICKETS = 4096
 """Draws that may be under way at once: each takes its turn's ticket, and leaves it at 0."""
 _turn = cycle(range(_NUM_TICKETS))
 
+_SPAN = 16384
+"""Scores that a program goes over at a time where they need not be in order: in flight at once."""
 _OPTIONS = {"enable_fp_fusion": True}
 """What Triton does by itself up to 3.9, which warns that a later version will not."""
 
@@ -188,7 +192,7 @@ def _draw_rows(
 ) -> tuple[Tensor, Tensor]:
     source = grad if x2d is None else x2d
     assert source is not None
-    n, device = len(source), source.device
+    n, device = source.shape[0], source.device
     assert 1 <= k <= n, (k, n)
     scratch = torch.empty(n, dtype=torch.float32, device=device)
     indices, weights = _empty_draw(counter, k)
@@ -212,17 +216,17 @@ def _tickets(device: torch.device) -> Tensor:
 
 
 def _empty_rows(grad: Tensor, indices: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.empty(len(indices), grad.shape[1], dtype=dtype, device=grad.device)
+    return torch.empty(indices.shape[0], grad.shape[1], dtype=dtype, device=grad.device)
 
 
 @_registered(_empty_rows)
 def pick_rows(grad_output: Tensor, indices: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
     """See :func:`leantune.ops.rows.pick_rows`."""
     grad = _with_dense_rows(grad_output)
-    k, d = len(indices), grad.shape[1]
+    k, d = indices.shape[0], grad.shape[1]
     picked = _empty_rows(grad, indices, weights, dtype)
     rows, width = _tile(d, 4)
-    grid = triton.cdiv(k, rows), triton.cdiv(d, width)
+    grid = _ceil_div(k, rows), _ceil_div(d, width)
     args = grad, grad.stride(0), indices.contiguous(), weights.contiguous(), picked, k, d
     _launch(_pick, grid, grad, *args, rows, width, num_warps=4)
     return picked
@@ -237,7 +241,7 @@ def update_norms(
     n, t = len(grad_norms), len(guess)
     real = None if real is None else real.contiguous()
     sequences, positions = 32, 128
-    grid = (triton.cdiv(t, positions),)
+    grid = (_ceil_div(t, positions),)
     args = guess, grad_norms.contiguous(), real, n, t, decay
     _launch(_update, grid, guess, *args, sequences, positions, num_warps=4)
 
@@ -259,7 +263,7 @@ def _launch_draw(
     estimator: str = "systematic",
 ) -> None:
     """Score rows, and select some where there is room for them."""
-    n = len(scores)
+    n = scores.shape[0]
     if n >= 2**31:
         raise UnsupportedError(f"rows: n must be below 2**31, got {n}; split the batch")
     block, num_warps = (1024, 4) if n <= 1024 else (4096, 16)
@@ -280,10 +284,15 @@ def _launch_draw(
         rows, width = _tile(widest, num_warps)
     real = None if real is None else real.contiguous()
     args = x2d, x_stride, d, grad, grad_stride, grad_size, real, scores, edges, counter, tickets
-    sizes = estimator, rows, width, block
-    grid = (triton.cdiv(n, rows),)
+    span = max(block, _SPAN if n > 4096 else 0)
+    sizes = estimator, rows, width, span, block
+    grid = (_ceil_div(n, rows),)
     selection = indices, weights, word, n, k, ticket, share
     _launch(draw, grid, scores, *args, *selection, *sizes, num_warps=num_warps)
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)  # Triton's own costs the host more than the rest of a launch
 
 
 def _with_dense_rows(x2d: Tensor) -> Tensor:
@@ -308,10 +317,36 @@ def _word(seed: int, stream: int) -> int:
     return _signed(mixed(seed, stream))
 
 
+_compiled: dict[tuple[Any, ...], Any] = {}
+"""What a kernel was compiled for -> the compiled kernel."""
+
+
 def _launch(kernel: Any, grid: tuple[int, ...], where: Tensor, *args: Any, num_warps: int) -> None:
+    """Launch a kernel; one that was compiled before goes past Triton's look at each argument.
+
+    That look takes the host up to 60 us, where the launch itself takes 5.
+    """
     LAUNCHES[kernel.__name__] += 1
-    if where.is_cuda and where.get_device() != torch.cuda.current_device():
-        with torch.cuda.device(where.device):
-            kernel[grid](*args, num_warps=num_warps, **_OPTIONS)
-    else:
+    if not where.is_cuda:
         kernel[grid](*args, num_warps=num_warps, **_OPTIONS)
+        return
+    device = where.get_device()
+    key = kernel.__name__, device, num_warps, *map(_kind, _specialised(kernel)(args))
+    compiled = _compiled.get(key)
+    is_current = device == torch.cuda.current_device()
+    with nullcontext() if is_current else torch.cuda.device(device):
+        if compiled is None:
+            _compiled[key] = kernel[grid](*args, num_warps=num_warps, **_OPTIONS)
+        else:
+            compiled[(*grid, 1, 1)[:3]](*args)
+
+
+@cache
+def _specialised(kernel: Any) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
+    """Return what picks the arguments that a kernel is compiled for."""
+    return itemgetter(*(p.num for p in kernel.params if not p.do_not_specialize))
+
+
+def _kind(arg: Any) -> Any:
+    """Return what of an argument Triton compiles for, or more: of a number its value."""
+    return (arg.dtype, arg.data_ptr() % 16 == 0) if isinstance(arg, Tensor) else arg
