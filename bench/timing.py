@@ -7,6 +7,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
+import leantune as lt
 from bench import device, rows
 from leantune.measure.peak import StepStats
 
@@ -34,6 +35,7 @@ TIMES = {
     "median_ms": "ms",
 }
 """The columns that every timed table begins with: key of a row -> heading."""
+_NUM_FIRST = 17
 LEFT_OUT = "left out: "
 """Begins a printed line that names a variant without a row, and says why."""
 
@@ -113,6 +115,15 @@ class Bench(Generic[C]):
             else:
                 yield measured if name is None else measured[-1:]
             device.forget()
+
+
+def settle(session: lt.Session) -> None:
+    """Take a session past its first steps, which look at every gradient.
+
+    Of later ones one in eight does, and the step at which this stops is none of those.
+    """
+    for _ in range(_NUM_FIRST):
+        session.on_step()
 
 
 def say_left_out(case: Case, variant: str, error: Exception) -> None:

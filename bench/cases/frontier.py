@@ -17,7 +17,7 @@ import leantune as lt
 from bench import device
 from bench.cases.wta_crs_speed import COMPILED, Recipe
 from bench.models import BertBlocks, Gpt2Blocks, LlamaBlocks, minilm
-from bench.timing import TIMES, Bench, say_left_out, timing_row
+from bench.timing import TIMES, Bench, say_left_out, settle, timing_row
 from leantune.core.linear import is_conv1d
 from leantune.measure.peak import compare_steps
 
@@ -35,6 +35,7 @@ def _applied(recipe: Recipe) -> Prepare:
         if not methods:
             return model, _adamw(model)
         session = lt.apply(model, *methods)
+        settle(session)
         return model, session.optimizer(torch.optim.AdamW, lr=_RATE, fused=True)
 
     return prepare

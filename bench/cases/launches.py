@@ -15,7 +15,7 @@ import leantune as lt
 from bench import device
 from bench.cases.wta_crs_speed import ON_GPU, WITH_LIGER
 from bench.models import LlamaBlocks
-from bench.timing import Bench
+from bench.timing import Bench, settle
 
 RECIPES = ON_GPU | WITH_LIGER
 _FEW, _MANY = 2, 4
@@ -69,7 +69,7 @@ def _step(case: Case, where: torch.device, depth: int, name: str) -> Callable[[]
         model = LlamaBlocks(depth, case.width).to(torch.bfloat16).train()
         ids = torch.randint(0, 1024, case.batch)
     if methods := RECIPES[name]():
-        lt.apply(model, *methods)
+        settle(lt.apply(model, *methods))
 
     def step() -> None:
         model.zero_grad(set_to_none=True)

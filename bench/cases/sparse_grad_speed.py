@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import leantune as lt
 from bench import rivals
 from bench.models import BERT_MLP, BertBlocks, LlamaBlocks
-from bench.timing import TIMES, Bench, say_left_out, timing_row
+from bench.timing import TIMES, Bench, say_left_out, settle, timing_row
 from leantune.core.config import MethodConfig
 from leantune.measure.peak import compare_steps
 from leantune.methods.sparse_grad.conversion import SparseGradConversion
@@ -177,6 +177,7 @@ def _measure(case: Case, where: torch.device, variants: Sequence[str]) -> list[d
                 p.requires_grad_(True)
         if session is not None:
             session.calibrate([case.batch(where, seed) for seed in range(1, 4)])
+            settle(session)
         try:
             optimizer = _optimizer(name, model, session)
         except ImportError as error:

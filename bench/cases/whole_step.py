@@ -18,7 +18,7 @@ from transformers import (
 
 import leantune as lt
 from bench.cases.wta_crs_speed import Recipe
-from bench.timing import TIMES, Bench
+from bench.timing import TIMES, Bench, settle
 from leantune.measure.peak import compare_steps
 
 _LORA = lt.LoRA(rank=16)
@@ -100,6 +100,8 @@ def _measure(case: Case, where: torch.device, variants: Sequence[str]) -> list[d
             model = case.model().train()
         methods = RECIPES[name]()
         session = lt.apply(model, *methods) if methods else None
+        if session is not None:
+            settle(session)
         optimizer = _optimizer(model, session)
         steps[name] = _step(model, optimizer, batch)
         books[name] = lambda m=model, o=optimizer: lt.ledger(m, batch, optimizer=o)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import leantune as lt
 from bench import device
 from bench.models import BertBlocks, Gpt2Blocks, LlamaBlocks
-from bench.timing import TIMES, Bench, timing_row
+from bench.timing import TIMES, Bench, settle, timing_row
 from leantune.core.config import MethodConfig
 from leantune.measure.peak import compare_steps
 from leantune.measure.text import format_bytes
@@ -134,7 +134,7 @@ def _measure(case: Case, where: torch.device, variants: Sequence[str]) -> list[d
         if name in case.compiled:
             models[name] = device.compiled(model, case.compiled[name], device.compiler())
         elif methods := case.recipes[name]():
-            lt.apply(model, *methods)
+            settle(lt.apply(model, *methods))
     plain = {type(m).__module__.partition(".")[0] for m in models[variants[0]].modules()}
     assert "liger_kernel" not in plain, "Liger must not reach beyond the model it was applied to"
 

@@ -203,3 +203,40 @@ def test_the_page_shows_what_it_prints() -> None:
     # In a process of its own: what other tests have left in torch's caches saves some operations.
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert shown.stdout.splitlines() == printed.splitlines()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("given", [(), (lt.LoRA(rank=8),)])
+def test_the_allocators_peak_is_as_planned(given: tuple[lt.LoRA, ...]) -> None:
+    config = transformers.LlamaConfig(
+        vocab_size=8192,
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=6,
+        num_attention_heads=16,
+        num_key_value_heads=4,
+    )
+    options: dict[str, Any] = {"batch_size": 8, "max_length": 512, "precision": "bf16"}
+    plan = lt.plan(config, *given, **options, budget="100GiB")
+    ids = torch.randint(0, 8192, (8, 512), device="cuda")
+    (ids.float() @ ids.float().t()).sum()  # the library of products takes its own memory first
+    differences: dict[str, float] = {}
+    for way in (plan, *plan.alternatives):
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated()
+        model = transformers.LlamaForCausalLM(config).cuda().train()
+        session = lt.apply(model, *way.methods) if way.methods else None
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, fused=True)
+        for _ in range(2):
+            torch.cuda.reset_peak_memory_stats()
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        peak, planned = torch.cuda.max_memory_allocated() - before, way.num_bytes["peak"]
+        differences[str(way.methods)] = planned / peak - 1
+        del model, session, trained, optimizer, loss
+    print(differences)
+    assert all(abs(difference) <= 0.1 for difference in differences.values()), differences
