@@ -258,8 +258,9 @@ def _select(
         if ESTIMATOR == "wta":
             # Whole numbers above the cut reach tau.
             tau = _threshold(scores_ptr, total, n, k, SPAN)
-            tau = tl.minimum(tl.maximum(tau, 1.0), _UNITS + 1.0)
-            cut = tl.ceil(tau).to(tl.int32) - 1
+            # A constant is float32 on a GPU, which has no 2**30 + 1.
+            tau = tl.minimum(tl.maximum(tau, 1.0), 2.0 * _UNITS)
+            cut = (tl.ceil(tau) - 1.0).to(tl.int32)
         elif ESTIMATOR == "topk":
             cut, num_level = _least_kept(scores_ptr, n, k, BLOCK)
         pointers = scores_ptr, edges_ptr, counter_ptr, indices_ptr, weights_ptr
