@@ -98,7 +98,8 @@ def headlines(kind: str) -> str:
 
 _OURS = ("checkpointing", "WTA-CRS 0.1", "checkpointing + WTA-CRS 0.1")
 _RIVALS = ("Liger", "Liger + checkpointing", "torch.compile", "torch.compile, memory budget 0.1")
-_PARTS = ("MLP recomputed + WTA-CRS 0.1", *(f"Liger + {name}" for name in _OURS[1:]))
+_PARTS = ("MLP recomputed + WTA-CRS 0.1",)
+_ON_LIGER = tuple(f"Liger + {name}" for name in (*_OURS[1:], *_PARTS))
 _BLOCKS = ("SPT 1/8, blocks",)
 _HEADLINES = (
     ("", "wta_crs_speed", "GPT-2 block x 4, 16 x 128", _OURS),
@@ -107,7 +108,7 @@ _HEADLINES = (
         "",
         "wta_crs_speed",
         "Llama-1B x 16, 8 x 2048, bf16",
-        (*_OURS, "WTA-CRS 0.1, activation norms", *_PARTS, *_RIVALS),
+        (*_OURS, *_PARTS, *_RIVALS, *_ON_LIGER),
     ),
     ("", "wta_crs_speed", "BERT-base x 12, 64 x 512, bf16", (*_OURS, *_RIVALS)),
     (
@@ -117,8 +118,8 @@ _HEADLINES = (
         ("LoRA 16 on the MLP", "SparseGrad, block"),
     ),
     *(
-        (f"attention, {case.removeprefix('GPU, ')}", "spt_attention_speed", case, _BLOCKS)
-        for case in ("GPU, n = 8192", "GPU, n = 131072", "16 heads of 64, n = 32768")
+        (f"attention, {case}", "spt_attention_speed", case, _BLOCKS)
+        for case in (f"16 heads of 64, n = {n}" for n in (8192, 32768, 131072))
     ),
     ("", "routed_ffn_speed", "Llama FFN 4096, 16384 tokens, bf16", ("LoRA 16 + routed 2 of 4",)),
 )
