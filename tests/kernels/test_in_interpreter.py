@@ -18,9 +18,11 @@ IS_TOO_OLD = Version(triton.__version__) < Version("3.9") and Version(np.__versi
 
 @pytest.mark.slow
 @pytest.mark.skipif(IS_TOO_OLD, reason="the interpreter of Triton 3.6 wants numpy below 2.4")
-@pytest.mark.parametrize("name", ["test_rows_triton.py", "test_launches.py"])
+@pytest.mark.parametrize(
+    "name", ["test_rows_triton.py", "test_launches.py", "../planner/test_order_on_gpu.py"]
+)
 def test_in_the_interpreter(name: str) -> None:
-    forced = {"LEANTUNE_KERNELS": "triton"} if name == "test_launches.py" else {}
+    forced = {} if name == "test_rows_triton.py" else {"LEANTUNE_KERNELS": "triton"}
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", name],
         cwd=HERE,

@@ -5,10 +5,11 @@ chosen here.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from types import ModuleType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ T = TypeVar("T")
 _HAS_TRITON = find_spec("triton") is not None
 _IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _FORCED = os.environ.get("LEANTUNE_KERNELS", "")
+_sees_launches = False
 
 
 def on_gpu(where: Tensor | torch.device) -> bool:
@@ -68,7 +70,7 @@ def row_functions(where: Tensor) -> ModuleType:
 
     Kernels serve an NVIDIA GPU. ``LEANTUNE_KERNELS=reference`` does without them, and ``triton``
     insists; the latter serves the CPU where Triton interprets. Rows of float64 have no kernel, and
-    rows without numbers need none.
+    rows without numbers none that launches.
 
     Raises:
         ConfigError: an unknown ``LEANTUNE_KERNELS``.
@@ -86,11 +88,17 @@ def row_functions(where: Tensor) -> ModuleType:
             f"LEANTUNE_KERNELS: 'triton' needs an NVIDIA GPU and triton, but {lacks}; unset it"
         )
     is_wanted = _FORCED == "triton" or (_FORCED == "" and can_run and is_on_gpu)
-    if not is_wanted or where.dtype == torch.float64 or is_fake(where):
+    has_numbers = _sees_launches or not is_fake(where)
+    if not is_wanted or where.dtype == torch.float64 or not has_numbers:
         return rows
     from leantune.ops import rows_triton
 
     return rows_triton
+
+
+def sees_launches() -> bool:
+    """Return whether launches are looked at instead; see :func:`launches_seen`."""
+    return _sees_launches
 
 
 def num_launches() -> int:
@@ -100,6 +108,36 @@ def num_launches() -> int:
     from leantune.ops import rows_triton
 
     return rows_triton.LAUNCHES.total()
+
+
+@contextmanager
+def launches_seen(see: Callable[[list[Tensor]], None]) -> Generator[None]:
+    """Let Triton's kernels, ours and others', launch nothing inside.
+
+    What they would write stays as it was allocated: enough where shapes are all that counts.
+
+    Args:
+        see: gets the tensors that each launch would read and write.
+    """
+    global _sees_launches
+    if not _HAS_TRITON:
+        yield
+        return
+    from triton.runtime import jit  # type: ignore
+
+    kernels: Any = jit.KernelInterface
+
+    def launcher(kernel: Any, grid: Any) -> Callable[..., None]:
+        return lambda *args, **options: see(
+            [arg for arg in (*args, *options.values()) if isinstance(arg, Tensor)]
+        )
+
+    launch = kernels.__getitem__
+    kernels.__getitem__, _sees_launches = launcher, True
+    try:
+        yield
+    finally:
+        kernels.__getitem__, _sees_launches = launch, False
 
 
 class LateCopy:

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from leantune.errors import UnsupportedError
+from leantune.ops.backend import sees_launches
 from leantune.ops.draw_triton import draw
 from leantune.ops.random import RandomKey, mixed
 from leantune.ops.rows import Estimator
@@ -174,7 +175,9 @@ def sample_rows(
 
 
 def _empty_draw(counter: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    indices = torch.empty(k, dtype=torch.int32, device=counter.device)
+    # Where nothing is launched, rows are picked all the same.
+    make = torch.zeros if sees_launches() else torch.empty
+    indices = make(k, dtype=torch.int32, device=counter.device)
     return indices, torch.empty(k, dtype=torch.float32, device=counter.device)
 
 
@@ -327,7 +330,7 @@ def _launch(kernel: Any, grid: tuple[int, ...], where: Tensor, *args: Any, num_w
     That look costs the host several times what the launch itself does.
     """
     LAUNCHES[kernel.__name__] += 1
-    if not where.is_cuda:
+    if sees_launches() or not where.is_cuda:
         kernel[grid](*args, num_warps=num_warps, **_OPTIONS)
         return
     device = where.get_device()

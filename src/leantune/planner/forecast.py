@@ -20,7 +20,7 @@ from leantune.core.discovery import discover
 from leantune.errors import LeantuneError, UnsupportedError
 from leantune.measure.ledger import count_step
 from leantune.measure.step import make_step
-from leantune.ops.backend import is_fake
+from leantune.ops.backend import is_fake, launches_seen
 from leantune.planner.meter import Meter, Speed
 
 _DEPTHS = (2, 3)
@@ -118,7 +118,8 @@ class Blueprint:
         step = make_step("plan", model, batch)
         meter = Meter(model, blocks, step.tensors(), self._speed)
         try:
-            held = count_step(step, watch=meter)
+            with launches_seen(meter.touch):
+                held = count_step(step, watch=meter)
         except LeantuneError:
             raise
         except Exception as error:  # whatever a foreign forward makes of a tensor without numbers

@@ -109,14 +109,18 @@ class Meter(TorchDispatchMode):
         if made and not func.is_view:
             flops = _FLOPS.get(func._overloadpacket)
             if flops is None:
-                touched = (*made, *iter_tensors([args, kwargs]))
-                self.seconds += sum(t.numel() * t.itemsize for t in touched) / self._speed.traffic
+                self.touch((*made, *iter_tensors([args, kwargs])))
             else:
                 self.seconds += flops(*args, **kwargs, out_val=output) / self._speed.flops
-            self.seconds += self._speed.call
+                self.seconds += self._speed.call
         for tensor in made:
             self._note(tensor.untyped_storage())
         return output
+
+    def touch(self, touched: Sequence[Tensor]) -> None:
+        """Count the time of an operation that reads and writes tensors once."""
+        num_bytes = sum(t.numel() * t.itemsize for t in touched)
+        self.seconds += num_bytes / self._speed.traffic + self._speed.call
 
     def _note(self, storage: torch.UntypedStorage) -> None:
         key, num_bytes = storage._cdata, storage.nbytes()

@@ -15,16 +15,29 @@ from leantune.errors import ConfigError, LeantuneError, SiteError
 from leantune.integrations.configs import build_on_meta
 from leantune.measure.entries import LEDGERS
 from leantune.measure.text import format_bytes, table
-from leantune.methods import WTACRS, Checkpoint, LoRA
+from leantune.methods import WTACRS, Checkpoint, Liger, LoRA
 from leantune.ops.backend import by_device, own_device
 from leantune.planner.forecast import Blueprint
 from leantune.planner.meter import Speed
 from leantune.planner.request import PlanRequest
 
 ON_CPU = Speed(flops=5e10, traffic=1e10, call=5e-6)
+ON_GPU = Speed(flops=4e14, traffic=3e12, call=1e-5)
+"""With products in half precision; in float32 they take eight times as long."""
 _MLP, _BLOCK, _FEW = Checkpoint(parts=("mlp",)), Checkpoint(), WTACRS(keep_ratio=0.1)
-_ADDED = ((), (WTACRS(keep_ratio=0.3),), (_FEW,), (_MLP,), (_MLP, _FEW), (_BLOCK,), (_BLOCK, _FEW))
+_LIGER = Liger()
+_ADDED: tuple[tuple[MethodConfig, ...], ...] = (
+    (),
+    (WTACRS(keep_ratio=0.3),),
+    (_FEW,),
+    (_MLP,),
+    (_MLP, _FEW),
+    (_BLOCK,),
+    (_BLOCK, _FEW),
+)
 """What a plan may add. Where a part runs again, rows are drawn by exact norms, and few will do."""
+_ON_LIGER = tuple((_LIGER, *added) for added in _ADDED)
+"""The same on Liger's kernels, on a GPU; the first is tried first, and says why none can be."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +132,8 @@ def plan(
     Nothing is loaded: the methods are applied to a model without numbers, whose step runs on
     shapes. What it saves is what :func:`leantune.ledger` measures, to the byte. Time is an
     estimate, good for an order. To the methods given it adds what is recomputed (each block's MLP,
-    or each block), WTA-CRS (0.3, 0.1), and halved micro-batches where the batch does not fit.
+    or each block), WTA-CRS (0.3, 0.1), on a GPU Liger's kernels, and halved micro-batches where the
+    batch does not fit.
 
     Args:
         model: of token ids: loaded, on the meta device, or its configuration.
@@ -143,13 +157,16 @@ def plan(
     search, taken = _Search(model, request), _axes(given)
     ways: list[Plan] = []
     left_out: dict[str, str] = {}
-    for added in _ADDED:
+    for added in by_device(search.device, cpu=_ADDED, gpu=_ADDED + _ON_LIGER):
         if _keep_ratio(added) < request.min_keep_ratio or not taken.isdisjoint(_axes(added)):
+            continue
+        is_ligers = added[:1] == (_LIGER,)
+        if is_ligers and describe((_LIGER,)) in left_out:
             continue
         try:
             ways.append(search.largest((*given, *added)))
-        except SiteError as error:
-            if not added:
+        except LeantuneError as error:
+            if not added or not (is_ligers or isinstance(error, SiteError)):
                 raise
             left_out[describe(added)] = str(error).partition("; ")[0]
     ways.sort(key=lambda way: (not way.fits, way.relative_time))
@@ -169,7 +186,8 @@ def _keep_ratio(methods: Sequence[MethodConfig]) -> float:
 
 def _gradient(methods: Sequence[MethodConfig]) -> str:
     """Say what is done to the gradient, as far as the methods are known to keep or sample it."""
-    own = [type(m).__name__ for m in methods if not isinstance(m, LoRA | Checkpoint | WTACRS)]
+    known = LoRA | Checkpoint | WTACRS | Liger
+    own = [type(m).__name__ for m in methods if not isinstance(m, known)]
     if own or any(isinstance(m, WTACRS) and m.estimator == "topk" for m in methods):
         return f"as {' and '.join(own) or 'topk'} makes it"
     ratio = _keep_ratio(methods)
@@ -182,8 +200,9 @@ class _Search:
     def __init__(self, model: Any, request: PlanRequest) -> None:
         module = model if isinstance(model, nn.Module) else build_on_meta(model)
         first = next(module.parameters(), torch.empty(0))
-        device = own_device() if first.is_meta else first.device
-        on_gpu = Speed(5e13 if request.dtype is None else 4e14, 3e12, 1e-5)
+        self.device = device = own_device() if first.is_meta else first.device
+        is_half = (request.dtype or first.dtype).itemsize == 2
+        on_gpu = ON_GPU if is_half else ON_GPU._replace(flops=ON_GPU.flops / 8)
         self.name, self.request = type(module).__name__, request
         self._speed = by_device(device, cpu=ON_CPU, gpu=on_gpu)
         self._batch = request.batch(module, device)
