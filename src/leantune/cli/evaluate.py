@@ -1,14 +1,12 @@
 """``leantune evaluate``: a finished run's model, scored again on its own or on other data."""
 
-import contextlib
-import sys
 from typing import Annotated
 
 import typer
 from rich.markup import escape
 
 from leantune.cli.options import DebugFlag, JsonFlag, RunArgument
-from leantune.cli.output import hide_loading_bars, note, print_figures, print_json, reported_errors
+from leantune.cli.output import loading, print_figures, print_json, reported_errors
 
 
 def evaluate(
@@ -18,7 +16,7 @@ def evaluate(
         typer.Argument(
             metavar="[KEY=VALUE]...",
             help="data=FILE (all its rows), or a folder or hub data set with a validation split; "
-            "eval_batch_size, max_validation, score_answers; what is left out is the run's own",
+            "eval_batch_size, score_answers; what is left out is the run's own",
             show_default=False,
         ),
     ] = None,
@@ -27,20 +25,12 @@ def evaluate(
 ) -> None:
     """Score a finished run's model by the metrics of its training, on its or on other data."""
     with reported_errors(debug):
-        note(f"loading {run}: torch and transformers")
-        hide_loading_bars(str(run))
-        with contextlib.redirect_stdout(sys.stderr):
+        with loading(str(run), f"loading {run}: torch and transformers"):
             import leantune
-            from leantune.cli.recipe import build_recipe
-            from leantune.core.recipe import RECIPE_FILE
-            from leantune.training.recipe import RunRecipe
+            from leantune.cli.recipe import parse_pairs
             from leantune.training.results import RunResult
 
-            pairs = arguments or []
-            recipe = build_recipe(RunRecipe, [str(run / RECIPE_FILE), *pairs], [])
-            given = [pair.partition("=")[0].replace("-", "_") for pair in pairs]
-            options = {name: getattr(recipe, name, None) for name in given}
-            found = leantune.evaluate(run, **options)
+            found = leantune.evaluate(run, **parse_pairs(arguments or []))
             trained = RunResult.read(run).runs[-1].metrics
         if json:
             print_json({"run": str(run), **found})

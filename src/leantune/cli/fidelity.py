@@ -1,22 +1,13 @@
 """``leantune fidelity``: how far the methods' gradient is from the exact one, site by site."""
 
-import contextlib
-import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
 
-from leantune.cli.measure import load_step, number_samples
+from leantune.cli.measure import convert, load_step
 from leantune.cli.options import ArgumentsOption, DebugFlag, JsonFlag, MethodOption
-from leantune.cli.output import (
-    hide_loading_bars,
-    note,
-    out,
-    print_figures,
-    print_json,
-    reported_errors,
-)
+from leantune.cli.output import loading, note, out, print_figures, print_json, reported_errors
 from leantune.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -49,17 +40,13 @@ def fidelity(
             raise ConfigError(
                 "fidelity: methods must name at least one, got none; add --method wta_crs"
             )
-        hide_loading_bars(recipe.model)
-        note(f"measuring {num_draws} draws of {recipe.model}: loading transformers")
-        with contextlib.redirect_stdout(sys.stderr):
+        doing = f"measuring {num_draws} draws of {recipe.model}: loading transformers"
+        with loading(recipe.model, doing):
             import leantune
             from leantune.training.trainers import autocast
 
             model, batches = load_step(recipe, num_batches)
-            session = leantune.apply(model, *recipe.methods, seed=recipe.seed)
-            if any(c.needs_sample_ids for c in session.conversions):
-                number_samples(batches)
-            session.calibrate(batches)
+            convert(model, recipe, batches)
             with autocast(recipe.precision):
                 found = leantune.fidelity(model, batches[0], num_draws, batches=batches[1:])
         suspects = [item.name for item in found.parameters if item.looks_biased]

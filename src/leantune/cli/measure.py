@@ -1,7 +1,5 @@
 """``leantune measure``: the ledger of one training step, plain and with the methods."""
 
-import contextlib
-import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,7 +8,7 @@ from rich.markup import escape
 
 from leantune.cli.options import ArgumentsOption, DebugFlag, JsonFlag, MethodOption
 from leantune.cli.output import (
-    hide_loading_bars,
+    loading,
     note,
     out,
     print_figures,
@@ -47,9 +45,7 @@ def measure(
         from leantune.training.recipe import MeasureRecipe
 
         recipe = build_recipe(MeasureRecipe, arguments or [], method or [])
-        hide_loading_bars(recipe.model)
-        note(f"measuring a step of {recipe.model}: loading transformers")
-        with contextlib.redirect_stdout(sys.stderr):
+        with loading(recipe.model, f"measuring a step of {recipe.model}: loading transformers"):
             batch, ledgers, held = measure_step(recipe)
         document = _document(batch, ledgers, held, by_module)
         if json:
@@ -70,23 +66,17 @@ def measure_step(
     Raises:
         ConfigError: no such model, task or data.
     """
-    import leantune
     from leantune.measure.ledger import ledger
     from leantune.measure.still_held import find_still_held, sampled_linears
     from leantune.training.recipe import BASELINE
     from leantune.training.trainers import autocast
-    from leantune.training.weights import train_factors_in_full
 
     model, (batch,) = load_step(recipe)
     held: list[StillHeld] = []
     with autocast(recipe.precision):
         ledgers = {BASELINE: ledger(model, batch)}
         if recipe.methods:
-            session = leantune.apply(model, *recipe.methods, seed=recipe.seed)
-            train_factors_in_full(model)
-            if any(c.needs_sample_ids for c in session.conversions):
-                number_samples([batch])
-            session.calibrate([batch])
+            convert(model, recipe, [batch])
             after = ledgers["+".join(m.method for m in recipe.methods)] = ledger(model, batch)
             held = find_still_held(ledgers[BASELINE], after, sampled_linears(model))
     return batch, ledgers, held
@@ -144,17 +134,21 @@ def load_step(recipe: "MeasureRecipe", num_batches: int = 1) -> tuple[Any, list[
     return model, [{name: t.to(device) for name, t in batch.items()} for batch in batches]
 
 
-def number_samples(batches: Sequence[dict[str, Any]]) -> None:
-    """Give each sample the number that methods remember it by."""
+def convert(model: Any, recipe: "MeasureRecipe", batches: Sequence[dict[str, Any]]) -> None:
+    """Apply a recipe's methods and calibrate them, each sample numbered where one needs that."""
     import torch
 
+    import leantune
     from leantune.core.conversion import SAMPLE_ID
+    from leantune.training.weights import train_factors_in_full
 
-    first = 0
-    for batch in batches:
-        last = first + len(batch["input_ids"])
-        batch[SAMPLE_ID] = torch.arange(first, last)
-        first = last
+    session = leantune.apply(model, *recipe.methods, seed=recipe.seed)
+    train_factors_in_full(model)
+    if any(conversion.needs_sample_ids for conversion in session.conversions):
+        numbers = torch.arange(sum(len(batch["input_ids"]) for batch in batches))
+        for batch, part in zip(batches, numbers.split(recipe.batch_size), strict=True):
+            batch[SAMPLE_ID] = part
+    session.calibrate(batches)
 
 
 def _random_batch(

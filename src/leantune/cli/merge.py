@@ -7,7 +7,7 @@ import typer
 from rich.markup import escape
 
 from leantune.cli.options import DebugFlag, JsonFlag
-from leantune.cli.output import hide_loading_bars, out, print_json, reported_errors
+from leantune.cli.output import loading, out, print_json, reported_errors
 
 
 def merge(
@@ -36,10 +36,10 @@ def merge(
 ) -> None:
     """Write a checkpoint that loads without leantune: the base model with what was trained."""
     with reported_errors(debug):
-        hide_loading_bars(model or str(source))
-        import leantune
+        with loading(model or str(source)):
+            import leantune
 
-        methods = leantune.merge_checkpoint(source, output, model, overwrite=overwrite)
+            methods = leantune.merge_checkpoint(source, output, model, overwrite=overwrite)
         if json:
             print_json({"output": str(output), "methods": methods})
         else:

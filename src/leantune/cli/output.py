@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -84,13 +84,19 @@ def exit_code(stop: KeyboardInterrupt) -> int:
     return 128 + getattr(stop, "number", signal.SIGINT)
 
 
-def hide_loading_bars(model: str) -> None:
-    """Keep the libraries' own bars out of logs, and off the screen unless a model is downloaded.
+@contextmanager
+def loading(model: str, doing: str | None = None) -> Iterator[None]:
+    """Say what is going on, and leave stdout to the result: what libraries print goes to stderr.
 
-    Has an effect before transformers is imported; a setting of the user's wins.
+    Their own bars stay out of logs, and off the screen unless a model is downloaded. This has an
+    effect before transformers is imported; a setting of the user's wins.
     """
+    if doing is not None:
+        note(doing)
     if model in ("demo", "demo-llm") or Path(model).exists() or not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    with redirect_stdout(sys.stderr):
+        yield
 
 
 def print_json(document: Mapping[str, Any] | Sequence[Any]) -> None:

@@ -1,21 +1,12 @@
 """``leantune plan``: whether a training step fits a budget of memory, and what makes it fit."""
 
-import contextlib
-import sys
 from typing import Annotated
 
 import typer
 from rich.markup import escape
 
 from leantune.cli.options import DebugFlag, JsonFlag, MethodOption
-from leantune.cli.output import (
-    hide_loading_bars,
-    note,
-    out,
-    print_figures,
-    print_json,
-    reported_errors,
-)
+from leantune.cli.output import loading, out, print_figures, print_json, reported_errors
 
 
 def plan(
@@ -41,12 +32,10 @@ def plan(
     in any case: lora trains its factors alone.
     """
     with reported_errors(debug):
-        note(f"planning a step of {model}: building it from its configuration")
-        hide_loading_bars(model)
-        import leantune
-        from leantune.training.models import load_config
+        with loading(model, f"planning a step of {model}: building it from its configuration"):
+            import leantune
+            from leantune.training.models import load_config
 
-        with contextlib.redirect_stdout(sys.stderr):
             found = leantune.plan(
                 load_config(model, trust_remote_code=False),
                 *(method or []),

@@ -1,8 +1,6 @@
 """``leantune predict``: what a finished run's model makes of the rows of a file."""
 
-import contextlib
 import json as json_module
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +8,7 @@ import typer
 from rich.markup import escape
 
 from leantune.cli.options import DebugFlag, JsonFlag, RunArgument
-from leantune.cli.output import hide_loading_bars, note, out, print_json, reported_errors
+from leantune.cli.output import loading, out, print_json, reported_errors
 from leantune.errors import ConfigError
 
 
@@ -26,12 +24,6 @@ def predict(
         int,
         typer.Option("--max-new-tokens", min=1, help="chat: where an answer ends at the latest"),
     ] = 256,
-    batch_size: Annotated[
-        int | None,
-        typer.Option(
-            "--batch-size", min=1, help="rows at once; default: the run's", show_default=False
-        ),
-    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the output file")] = False,
     json: JsonFlag = False,
     debug: DebugFlag = False,
@@ -43,15 +35,12 @@ def predict(
                 f"predict: output must be a new file, got {str(output)!r}, which exists; choose "
                 "another, or give --overwrite to replace what is not the data"
             )
-        note(f"loading {run}: torch and transformers")
-        hide_loading_bars(str(run))
-        with contextlib.redirect_stdout(sys.stderr):
+        with loading(str(run), f"loading {run}: torch and transformers"):
             import leantune
             from leantune.core.disk import check_writable, write_atomic
 
             check_writable(output.parent)
-            size = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
-            found = leantune.predict(run, data, **size)
+            found = leantune.predict(run, data, max_new_tokens=max_new_tokens)
             lines = [json_module.dumps(row, ensure_ascii=False) + "\n" for row in found]
             write_atomic(output, "".join(lines))
         if json:

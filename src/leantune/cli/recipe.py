@@ -54,6 +54,14 @@ def build_recipe(kind: type[R], arguments: Sequence[str], methods: Sequence[str]
     return kind.from_dict(values | ({"methods": entries} if entries else {}))
 
 
+def parse_pairs(pairs: Sequence[str]) -> dict[str, Any]:
+    """Return option -> value of arguments ``KEY=VALUE``; whoever takes them judges the names."""
+    rules = _rules(RunRecipe)
+    split = (pair.partition("=") for pair in pairs)
+    named = {key.replace("-", "_"): text for key, _, text in split}
+    return {key: _parse(text, rules.get(key, "")) for key, text in named.items()}
+
+
 def with_seeds(recipe: RunRecipe, seeds: str) -> list[RunRecipe]:
     """Return the recipe with each seed, in a folder of its own; only what is there is resumed.
 

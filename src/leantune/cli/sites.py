@@ -1,7 +1,5 @@
 """``leantune sites``: what a model is made of, what each method takes of it, and what none does."""
 
-import contextlib
-import sys
 from collections.abc import Iterable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
@@ -10,14 +8,7 @@ import typer
 from rich.markup import escape
 
 from leantune.cli.options import DebugFlag, JsonFlag
-from leantune.cli.output import (
-    hide_loading_bars,
-    note,
-    out,
-    print_json,
-    print_text,
-    reported_errors,
-)
+from leantune.cli.output import loading, out, print_json, print_text, reported_errors
 
 if TYPE_CHECKING:
     from leantune.core.survey import Found, Survey
@@ -35,12 +26,10 @@ def sites(
     The model is built from its configuration; no weights are read or downloaded.
     """
     with reported_errors(debug):
-        note(f"building {model} from its configuration")
-        hide_loading_bars(model)
-        from leantune.core.survey import survey
-        from leantune.training.models import build_model
+        with loading(model, f"building {model} from its configuration"):
+            from leantune.core.survey import survey
+            from leantune.training.models import build_model
 
-        with contextlib.redirect_stdout(sys.stderr):
             found = survey(build_model(model))
         if json:
             print_json({"name": model, **asdict(found)})

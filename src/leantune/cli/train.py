@@ -1,8 +1,6 @@
 """``leantune train``: one recipe to a trained model, its results and its report."""
 
-import contextlib
 import shlex
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +12,7 @@ from leantune.cli.options import ArgumentsOption, DebugFlag, JsonFlag, MethodOpt
 from leantune.cli.output import (
     err,
     exit_code,
-    hide_loading_bars,
+    loading,
     note,
     out,
     print_figures,
@@ -90,28 +88,26 @@ def train(
                 f"train: seeds must be one with --dry-run, got {seeds}; steps of all are alike"
             )
         written: dict[str, Path] = {}
-        hide_loading_bars(recipe.model)
-        note(f"training {', '.join(recipe.variants())}: loading transformers")
-        with handled_by(end_process):
-            import leantune
-            from leantune.core.distributed import is_first_process
+        doing = f"training {', '.join(recipe.variants())}: loading transformers"
+        with loading(recipe.model, doing):
+            with handled_by(end_process):
+                import leantune
+                from leantune.core.distributed import is_first_process
 
-            train_recipe = leantune.train
+                train_recipe = leantune.train
 
-        for recipe in recipes:
-            folder = Path(recipe.output)
-            try:
-                # Stdout belongs to the result: what the libraries print goes elsewhere.
-                with contextlib.redirect_stdout(sys.stderr):
+            for recipe in recipes:
+                folder = Path(recipe.output)
+                try:
                     result = train_recipe(recipe, dry_run=dry_run)
-            except KeyboardInterrupt as stop:
-                if is_first_process():
-                    err().print(_interrupted(folder, recipe, seeds), soft_wrap=True)
-                raise typer.Exit(exit_code(stop)) from None
-            if is_first_process() and not dry_run:
-                from leantune.report.page import write_report
+                except KeyboardInterrupt as stop:
+                    if is_first_process():
+                        err().print(_interrupted(folder, recipe, seeds), soft_wrap=True)
+                    raise typer.Exit(exit_code(stop)) from None
+                if is_first_process() and not dry_run:
+                    from leantune.report.page import write_report
 
-                written = {"output": folder, "report": write_report(folder)}
+                    written = {"output": folder, "report": write_report(folder)}
         if not is_first_process():
             return
         if seeds is not None and not dry_run:

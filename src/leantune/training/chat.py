@@ -8,7 +8,7 @@ import datasets
 
 from leantune.errors import ConfigError, shown
 from leantune.training.progress import say
-from leantune.training.tables import Columns, as_text
+from leantune.training.tables import Columns, as_text, without_columns
 
 IGNORED = -100
 """The label of a token that is not trained on."""
@@ -28,18 +28,12 @@ def check_chats(columns: Columns, place: str) -> datasets.Dataset:
     """
     names = next((form for form in _FORMS if set(form) <= columns.keys()), None)
     if names is None:
-        raise ConfigError(
-            f"load_task: {place}: columns must be messages, or prompt and completion, for task "
-            f"chat, got {', '.join(columns)}; rename the columns in the file"
-        )
-    is_text = names != _FORMS[0] and isinstance(columns["prompt"][0], str)
-    read = check_text if is_text else check_messages
-    rows: dict[str, list[Any]] = {name: [] for name in names}
-    for number, values in enumerate(zip(*(columns[name] for name in names), strict=True), 1):
-        for name, value in zip(names, values, strict=True):
-            rows[name].append(read(f"{place} row {number}", name, value))
-        check_answer(f"{place} row {number}", names, [rows[name][-1] for name in names])
-    return datasets.Dataset.from_dict(rows)
+        raise without_columns(place, "messages, or prompt and completion, for task chat", columns)
+    rows: list[dict[str, Any]] = []
+    for where, row in checked_rows(columns, names, place):
+        check_answer(where, names, [*row.values()])
+        rows.append(row)
+    return datasets.Dataset.from_list(rows)
 
 
 def check_prompts(columns: Columns, place: str) -> list[Any]:
@@ -50,31 +44,40 @@ def check_prompts(columns: Columns, place: str) -> list[Any]:
     """
     name = next((name for name in ("prompt", "messages") if name in columns), None)
     if name is None:
-        raise ConfigError(
-            f"load_task: {place}: columns must be messages or prompt for task chat, got "
-            f"{', '.join(columns)}; rename the columns in the file"
-        )
-    read = check_text if isinstance(columns[name][0], str) else check_messages
+        raise without_columns(place, "messages or prompt for task chat", columns)
     prompts: list[Any] = []
-    for number, value in enumerate(columns[name], 1):
-        asked = read(f"{place} row {number}", name, value)
+    for where, row in checked_rows(columns, (name,), place):
+        asked = row[name]
         if not isinstance(asked, str) and asked[-1]["role"] == "assistant":
             asked = asked[:-1]
         if not asked:
-            refuse(f"{place} row {number}", name, "a question", value)
+            refuse(where, name, "a question", row[name])
         prompts.append(asked)
     return prompts
 
 
-def check_text(where: str, name: str, value: Any) -> str:
-    """Return a text, or refuse what is none."""
+def checked_rows(
+    columns: Columns, names: Sequence[str], place: str
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield where each row is from and its values: texts if the first row's are, else messages.
+
+    Raises:
+        ConfigError: a value is neither, or not as the first row's; names it.
+    """
+    is_text = names[0] != "messages" and isinstance(columns[names[0]][0], str)
+    read = _check_text if is_text else _check_messages
+    for number, values in enumerate(zip(*(columns[name] for name in names), strict=True), 1):
+        where = f"{place} row {number}"
+        yield where, {n: read(where, n, value) for n, value in zip(names, values, strict=True)}
+
+
+def _check_text(where: str, name: str, value: Any) -> str:
     if as_text(value) is None:
         refuse(where, name, "text, as the first prompt is", value)
     return value
 
 
-def check_messages(where: str, name: str, value: Any) -> list[dict[str, str]]:
-    """Return a chat of known roles, or refuse what is none."""
+def _check_messages(where: str, name: str, value: Any) -> list[dict[str, str]]:
     if not isinstance(value, list) or not value:
         refuse(where, name, "a list of messages that is not empty", value)
     for number, message in enumerate(value, 1):

@@ -21,6 +21,7 @@ from leantune.training.tables import (
     column_of,
     read_columns,
     read_splits,
+    without_columns,
 )
 
 VALIDATION_SHARE = 0.05
@@ -150,16 +151,13 @@ def load_task(
     )
 
 
-def load_rows(
-    task: Task, source: str, label_names: Sequence[str] | None, *, max_rows: int | None = None
-) -> datasets.Dataset:
+def load_rows(task: Task, source: str, label_names: Sequence[str] | None) -> datasets.Dataset:
     """Read and check rows that a trained model is judged by.
 
     Args:
         source: a file, all of whose rows count, or a folder, ``"hub"`` or a hub data set with a
             validation split.
         label_names: of the model's classes; None where it has none.
-        max_rows: take the head of the shuffle that ``load_task`` takes its subset from.
 
     Raises:
         ConfigError: as ``load_task``, or a label is not among the model's.
@@ -170,7 +168,7 @@ def load_rows(
     else:
         splits = {"validation": task.validation}
         columns, place = read_splits(task.name, source, splits, may_split=False)["validation"]
-    return _subset(task, "validation", check_rows(task, columns, place, label_names), max_rows)
+    return check_rows(task, columns, place, label_names)
 
 
 def check_rows(
@@ -346,10 +344,7 @@ def _class_names(columns: Columns, place: str) -> tuple[str, ...]:
 def _check_texts(columns: Columns, place: str) -> datasets.Dataset:
     """Return the lines of a language model's text, or name the first bad one."""
     if "text" not in columns:
-        raise ConfigError(
-            f"load_task: {place}: column 'text' must be in the table for task causal_lm, got "
-            f"columns {', '.join(columns)}; rename the column, or take task chat for messages"
-        )
+        raise without_columns(place, "text for task causal_lm, messages for task chat", columns)
     texts = checked(columns, "text", place, "text", as_text)
     return datasets.Dataset.from_dict({"text": texts})
 

@@ -24,13 +24,13 @@ from leantune.training.experiment import Experiment
 from leantune.training.models import load_model, load_tokenizer
 from leantune.training.progress import say
 from leantune.training.recipe import BASELINE, RunRecipe
-from leantune.training.results import METRICS_FILE, RunResult
+from leantune.training.results import RunResult
 from leantune.training.tables import as_text, checked, read_columns
 from leantune.training.trainers import make_trainer, training_arguments
 from leantune.training.weights import freeze, quantise
 
 MODEL = "model"
-MAY_DIFFER = ("data", "eval_batch_size", "max_validation", "score_answers")
+MAY_DIFFER = ("data", "eval_batch_size", "score_answers")
 """The options of a run that an evaluation may have its own of."""
 
 
@@ -62,7 +62,7 @@ def evaluate(run: str | Path, **options: Any) -> dict[str, Any]:
             "model said before its training; metrics.json has them"
         )
     if "data" in options:
-        rows = load_rows(task, recipe.data, labels, max_rows=recipe.max_validation)
+        rows = load_rows(task, recipe.data, labels)
         both = datasets.DatasetDict({"train": rows, "validation": rows})
     experiment = Experiment(recipe, data=both)
     with tempfile.TemporaryDirectory() as folder:
@@ -75,7 +75,7 @@ def evaluate(run: str | Path, **options: Any) -> dict[str, Any]:
 
 
 def predict(
-    run: str | Path, data: str | Path, *, max_new_tokens: int = 256, batch_size: int | None = None
+    run: str | Path, data: str | Path, *, max_new_tokens: int = 256
 ) -> list[dict[str, Any]]:
     """Ask a finished run's model what it makes of each row of a file.
 
@@ -83,7 +83,6 @@ def predict(
         run: the run's folder.
         data: a file in a format of the training data; its rows need no labels and no answers.
         max_new_tokens: where an answer ends at the latest.
-        batch_size: rows at once; None takes the run's ``eval_batch_size``.
 
     Returns:
         For each row in order: ``label`` and its ``probability``; the ``value`` of a regression; of
@@ -95,8 +94,7 @@ def predict(
     """
     run, path = Path(run).expanduser(), Path(data).expanduser()
     recipe, labels, quantize = _read_run(run)
-    size = batch_size or recipe.eval_batch_size
-    recipe = RunRecipe.read(recipe, {"eval_batch_size": size, "packing": False})
+    recipe = replace(recipe, packing=False)
     task, columns = get_task(recipe.task), read_columns(path)
     tokenizer = load_tokenizer(recipe.model, trust_remote_code=recipe.trust_remote_code)
     how = {name: getattr(recipe, name) for name in ("seed", "dtype", "trust_remote_code")}
@@ -109,7 +107,7 @@ def predict(
         return _losses(recipe, model, tokenizer, texts)
     if task.is_language_model:
         prompts = [encode_prompt(asked, tokenizer) for asked in check_prompts(columns, str(path))]
-        return _answers(model, tokenizer, prompts, size, max_new_tokens)
+        return _answers(model, tokenizer, prompts, recipe.eval_batch_size, max_new_tokens)
     unknown = [labels[0] if labels else 0] * len(next(iter(columns.values())))
     rows = check_rows(task, {**columns, "label": unknown}, str(path), labels)
     both = datasets.DatasetDict({"train": rows.select([0]), "validation": rows})
@@ -126,18 +124,11 @@ def predict(
 
 def _read_run(run: Path) -> tuple[RunRecipe, list[str] | None, str | None]:
     """Return what loads and scores a finished run's model, its classes, and how to quantise it."""
-    result = RunResult.read(run)
+    labels = RunResult.read(run).labels
     recipe = RunRecipe.from_dict(read_json(run / RECIPE_FILE))
     plain = {"model": str(run / MODEL)} if (run / MODEL).is_dir() else {}
     quantize, how = recipe.quantize, {"methods": (), "compare": (), "quantize": None}
-    recipe = replace(recipe, **how, **plain)
-    labels = result.labels or get_task(recipe.task).label_names
-    if get_task(recipe.task).kind == "classification" and labels is None:
-        raise ConfigError(
-            f"evaluate: {METRICS_FILE} of {run} must name the classes, got none, as older versions "
-            "wrote it; train again"
-        )
-    return recipe, None if labels is None else [*labels], quantize
+    return replace(recipe, **how, **plain), labels, quantize
 
 
 def _restore(model: Any, run: Path, recipe: RunRecipe, quantize: str | None) -> None:

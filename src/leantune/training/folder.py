@@ -100,8 +100,12 @@ def check_folder(recipe: RunRecipe) -> None:
             is_longer = goes_further(found, recipe)
             _check_same(found, recipe, ("epochs", "max_steps") if is_longer else ())
             if (output / METRICS_FILE).is_file() and not is_longer:
-                _refuse_start(recipe)
-                return
+                if recipe.resume_from is None:
+                    return
+                raise ConfigError(
+                    "RunRecipe: resume_from must be left out for a run that has ended, got "
+                    f"{recipe.resume_from!r}; start another run in another folder"
+                )
         check_writable(output)
         for name in _FOLDERS:
             check_replaceable(output / name, name)
@@ -151,14 +155,6 @@ def _check_same(found: RunRecipe, recipe: RunRecipe, lengths: tuple[str, ...]) -
                 f"RunRecipe: {key} must be {there[key]!r} to resume the run in {recipe.output}, "
                 f"got {wanted[key]!r}; keep it, or start another run in another folder"
             )
-
-
-def _refuse_start(ended: RunRecipe) -> None:
-    if ended.resume_from is not None:
-        raise ConfigError(
-            "RunRecipe: resume_from must be left out for a run that has ended, got "
-            f"{ended.resume_from!r}; start another run in another folder"
-        )
 
 
 def make_folder(recipe: RunRecipe, lock: RunLock, plan: dict[str, Any] | None) -> None:

@@ -4,16 +4,9 @@ from typing import Any
 
 import datasets
 
-from leantune.errors import ConfigError, UnsupportedError
-from leantune.training.chat import (
-    answered,
-    check_answer,
-    check_messages,
-    check_text,
-    encode_chats,
-    refuse,
-)
-from leantune.training.tables import Columns
+from leantune.errors import UnsupportedError
+from leantune.training.chat import answered, check_answer, checked_rows, encode_chats, refuse
+from leantune.training.tables import Columns, without_columns
 
 _ANSWERS = ("chosen", "rejected")
 
@@ -30,18 +23,12 @@ def check_pairs(columns: Columns, place: str) -> datasets.Dataset:
     from trl.data_utils import extract_prompt
 
     if not {*_ANSWERS} <= columns.keys():
-        raise ConfigError(
-            f"load_task: {place}: columns must be prompt, chosen and rejected for task preference, "
-            f"got {', '.join(columns)}; rename the columns in the file"
-        )
+        raise without_columns(place, "prompt, chosen and rejected for task preference", columns)
     first = columns["chosen"][0]
-    read: Any = check_text if isinstance(first, str) else check_messages
     is_whole = type(columns.get("prompt", [None])[0]) is not type(first)
     names = _ANSWERS if is_whole else ("prompt", *_ANSWERS)
     rows: list[dict[str, Any]] = []
-    for number, values in enumerate(zip(*(columns[name] for name in names), strict=True), 1):
-        where = f"{place} row {number}"
-        row: Any = {n: read(where, n, value) for n, value in zip(names, values, strict=True)}
+    for where, row in checked_rows(columns, names, place):
         if row["chosen"] == row["rejected"]:
             refuse(where, "rejected", "another answer than chosen", row["rejected"])
         if is_whole:

@@ -30,14 +30,12 @@ class VariantResult:
         metrics: of the trained model on the validation split, its ``loss`` among them.
         train_loss: (step, mean loss since the last entry).
         evaluations: (step, metrics).
-        fidelity: of each sampled site's gradient so far, every ``fidelity_steps``: ``{"step":
-            ..., "sites": {name: {"relative_variance", "cosine", "z_score"}}}``.
         num_steps: optimiser steps.
         best_step: the one whose weights and ``metrics`` were kept; None is the last.
         train_seconds: of the training with its evaluations; of a resumed run, the last part's.
         peak_bytes: peak of the CUDA allocator in training; None on the CPU.
-        fidelity: ``step`` and, for each of ``sites``, ``relative_variance``, ``cosine`` and
-            ``z_score`` of the gradient.
+        fidelity: every ``fidelity_steps`` the ``step`` and, for each of ``sites``, the
+            ``relative_variance``, ``cosine`` and ``z_score`` of the gradient so far.
     """
 
     name: str
@@ -50,7 +48,6 @@ class VariantResult:
     metrics: dict[str, float] = field(default_factory=dict)
     train_loss: list[list[float]] = field(default_factory=list)
     evaluations: list[list[Any]] = field(default_factory=list)
-    fidelity: list[dict[str, Any]] = field(default_factory=list)
     num_steps: int = 0
     best_step: int | None = None
     train_seconds: float = 0.0
@@ -111,8 +108,8 @@ class RunResult:
     num_validation: int
     seed: int
     runs: tuple[VariantResult, ...]
-    plan: dict[str, Any] | None = None
-    labels: list[str] | None = None
+    plan: dict[str, Any] | None
+    labels: list[str] | None
 
     @property
     def reference(self) -> VariantResult:
@@ -137,8 +134,7 @@ class RunResult:
             if data["format"] != METRICS_FORMAT or not data["runs"]:
                 raise ValueError(f"format {data['format']} with {len(data['runs'])} runs")
             runs = tuple(_checked(VariantResult, run) for run in data["runs"])
-            names = [spec.name for spec in dataclasses.fields(cls)]
-            known = {name: data[name] for name in names if name in data}
+            known = {spec.name: data[spec.name] for spec in dataclasses.fields(cls)}
             return _checked(cls, {**known, "runs": runs})
 
 

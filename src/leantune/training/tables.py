@@ -158,11 +158,16 @@ def column_of(columns: Columns, name: str, place: str) -> Sequence[Any]:
         ConfigError: there is no such column.
     """
     if name not in columns:
-        raise ConfigError(
-            f"load_task: {place}: column {name!r} must be in the table, got columns "
-            f"{', '.join(columns)}; rename the column in the file"
-        )
+        raise without_columns(place, repr(name), columns)
     return columns[name]
+
+
+def without_columns(place: str, rule: str, columns: Columns) -> ConfigError:
+    """Return the error for a table without the columns that its task needs."""
+    return ConfigError(
+        f"load_task: {place}: columns must be {rule}, got {', '.join(columns)}; rename the "
+        "columns in the file"
+    )
 
 
 def as_text(value: Any) -> str | None:
