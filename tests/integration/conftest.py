@@ -7,9 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from integration.tiny import bert, tokenizer, write_sentences
-
-import leantune as lt
+from integration.tiny import bert, text_run, tokenizer, write_sentences
 
 
 @pytest.fixture(autouse=True)
@@ -29,6 +27,12 @@ def ctrl_c() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
+@pytest.fixture(autouse=True)
+def one_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a step's time is does not matter here."""
+    monkeypatch.setattr("leantune.training.first_step.MEASURED_ROUNDS", 1)
+
+
 @pytest.fixture
 def model_folder(tmp_path: Path) -> Path:
     """A folder with a tiny BERT encoder without a head, and the tokenizer."""
@@ -45,16 +49,6 @@ def data_folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def base(model_folder: Path, data_folder: Path, tmp_path: Path) -> dict[str, Any]:
+def base(tmp_path: Path) -> dict[str, Any]:
     """Options of a run of ten steps, five an epoch."""
-    return {
-        "model": str(model_folder),
-        "task": "text",
-        "data": str(data_folder),
-        "output": str(tmp_path / "run"),
-        "methods": [lt.WTACRS(keep_ratio=0.3, min_rows=2)],
-        "epochs": 2,
-        "batch_size": 8,
-        "learning_rate": 1e-2,
-        "max_length": 32,
-    }
+    return text_run(tmp_path)

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from integration.test_run import Interrupt, saved_weights
-from integration.tiny import VOCABULARY, llama, same
+from integration.tiny import VOCABULARY, cut_off, llama, same, saved_weights
 from training.chats import chat_tokenizer, chats, run_options, said, write_lines
 
 import leantune as lt
@@ -81,8 +80,6 @@ def saved_weights_of(model: Any) -> dict[str, torch.Tensor]:
 
 
 METHODS: dict[str, list[Any]] = {
-    "lora": [LORA],
-    "wta_crs": [SAMPLED],
     "wta_crs, each sample's norms": [lt.WTACRS(keep_ratio=0.3, min_rows=2, norms="cache")],
     "lora+wta_crs+checkpoint": [LORA, SAMPLED, lt.Checkpoint()],
     "spt": [LORA, lt.SPTAttention(min_keys=2, num_codewords=4, subspace_width=4)],
@@ -92,18 +89,17 @@ METHODS: dict[str, list[Any]] = {
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_stopped_and_resumed_ends_with_the_same_bits(base: dict[str, Any], name: str) -> None:
-    methods = METHODS[name]
-    variant = "+".join(method.method for method in methods)
-    whole = lt.train(base, methods=methods, output=base["output"] + "-whole")
-    with pytest.raises(KeyboardInterrupt):
-        lt.train(base, methods=methods, callbacks=[Interrupt(3, variant)])
-    resumed = lt.train(base, methods=methods, resume=True)
+def test_cut_off_and_resumed_ends_with_the_same_bits(
+    base: dict[str, Any], tmp_path: Path, name: str
+) -> None:
+    base |= {"methods": METHODS[name], "save_steps": 3}
+    whole = lt.train(base)
+    cut_off(base["output"], tmp_path / "again", 6)
+    resumed = lt.train(base, output=tmp_path / "again", resume=True)
     assert resumed.runs[0].evaluations == whole.runs[0].evaluations
     assert resumed.runs[0].num_steps == 8
-    kept = "model" if (Path(base["output"]) / "model").is_dir() else "session"
-    if kept == "model":
-        assert same(saved_weights(base["output"]), saved_weights(base["output"] + "-whole"))
+    if (tmp_path / "run" / "model").is_dir():
+        assert same(saved_weights(tmp_path / "again"), saved_weights(tmp_path / "run"))
 
 
 def test_a_gpt2_in_bf16_checkpoints_and_its_model_answers_without_us(
@@ -179,11 +175,11 @@ def test_packed_rows_train_and_resume(base: dict[str, Any], tmp_path: Path, task
             write_lines(tmp_path / "data" / f"{split}.jsonl", rows)
     options = {"task": task, "packing": True, "batch_size": 2, "max_length": 24}
     options |= {"methods": [LORA, lt.SPTAttention(**SPT)]}
-    whole = lt.train(base, **options, output=base["output"] + "-whole")
+    options |= {"save_steps": 1}
+    whole = lt.train(base, **options)
     assert whole.num_train < 32 / 1.5 and whole.runs[0].metrics["loss"] > 0
-    with pytest.raises(KeyboardInterrupt):
-        lt.train(base, **options, callbacks=[Interrupt(3, "lora+spt_attention")])
-    resumed = lt.train(base, **options, resume=True)
+    cut_off(base["output"], tmp_path / "again", whole.runs[0].num_steps - 1)
+    resumed = lt.train(base, **options, output=tmp_path / "again", resume=True)
     assert resumed.runs[0].evaluations == whole.runs[0].evaluations
 
 

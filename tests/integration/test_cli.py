@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from integration.tiny import bert, tokenizer, write_sentences
+from integration.tiny import Interrupt, bert, tokenizer, write_sentences
 from typer.testing import CliRunner, Result
 
 import leantune as lt
@@ -231,29 +230,20 @@ class TestTrain:
         assert RunRecipe.from_dict(written).to_dict() == written
 
     def test_interrupt_keeps_a_checkpoint_and_says_how_to_resume(
-        self, tmp_path: Path, recipe: Path
+        self, tmp_path: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        folder = tmp_path / "run"
-        # A shell may start its children deaf to SIGINT.
-        code = (
-            "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-            "from leantune.cli import main; main()"
-        )
-        command = [sys.executable, "-c", code, "train", str(recipe), f"output={folder}"]
-        command += ["max_steps=400", "eval_steps=20", "save_steps=1000"]
-        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-            assert process.stderr is not None
-            seen = ""
-            for line in process.stderr:
-                if "evaluation" in line and "evaluation" not in seen:
-                    process.send_signal(signal.SIGINT)
-                seen += line
-        assert process.returncode == 130, seen
-        kept = re.search(r"checkpoint kept: (\S+/checkpoint-\d+);", plain(seen))
+        folder, train = tmp_path / "run", lt.train
+        stop = Interrupt(3)
+        monkeypatch.setattr(lt, "train", lambda r, dry_run: train(r, callbacks=[stop]))
+        result = invoke("train", recipe, f"output={folder}", "max_steps=400", "save_steps=1000")
+        seen = plain(result.stderr)
+        assert result.exit_code == 130, seen
+        kept = re.search(r"checkpoint kept: (\S+/checkpoint-3);", seen)
         assert kept is not None, seen
         assert (Path(kept[1]) / "trainer_state.json").is_file()
-        assert f"resume with: leantune train {folder / 'recipe.json'} resume=true" in plain(seen)
-        assert not re.search(r"Traceback|\r|\x1b", seen) and not (folder / "metrics.json").exists()
+        assert f"resume with: leantune train {folder / 'recipe.json'} resume=true" in seen
+        assert "Traceback" not in seen
+        assert result.stdout == "" and not (folder / "metrics.json").exists()
 
 
 class TestMeasure:
@@ -461,5 +451,3 @@ def test_plan_chooses_what_fits_and_prints_a_recipe(model: Path) -> None:
     assert document["num_bytes"]["peak"] < 2**30 and len(document["alternatives"]) == 2
     shown = invoke("plan", "--model", model, *size, "--budget", "1GiB", "--method", "checkpoint")
     assert "Checkpoint()" in shown.stdout and '"gradient_accumulation_steps": 1' in shown.stdout
-    refused = invoke("plan", "--model", model, *size, "--budget", "1KiB")
-    assert refused.exit_code == 2 and "budget must be at least" in plain(refused.stderr)

@@ -109,8 +109,8 @@ def test_keeping_the_largest_rows_only_is_worse_than_sampling() -> None:
         return [fit(method, seed=seed)[1] for seed in range(num_seeds)]
 
     # The biased estimator has no luck in it: its loss is the same for every seed.
-    topk = losses("topk", 3)
-    assert topk[0] == topk[1] == topk[2]
+    topk = losses("topk", 2)
+    assert topk[0] == topk[1]
     assert topk[0] > 1.5 * fmean(losses("systematic", 10))
 
 

@@ -1,5 +1,7 @@
 """Pairs of answers train an unmodified DPOTrainer: every method, resumption, the reference."""
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -7,13 +9,13 @@ import datasets
 import pytest
 import torch
 import transformers
-from integration.test_run import Interrupt, saved_weights
 from integration.test_trainer import CHECKPOINTING, penalty  # noqa: F401
-from integration.tiny import llama, same, tokenizer, weights
+from integration.tiny import cut_off, llama, same, saved_weights, tokenizer, weights
 from training.chats import chats, run_options
 
 import leantune as lt
 from leantune.errors import UnsupportedError
+from leantune.training.results import RunResult
 
 pytest.importorskip("trl", reason="trl is not installed")
 pytestmark = pytest.mark.filterwarnings(
@@ -60,37 +62,52 @@ def test_a_compared_run_learns_to_prefer(base: dict[str, Any]) -> None:
     assert {"model", "adapter", "session"} <= {path.name for path in Path(base["output"]).iterdir()}
 
 
-METHODS: dict[str, list[Any]] = {
-    "plain": [],
-    "lora": [LORA],
-    "wta_crs": [SAMPLED],
-    "lora+wta_crs+checkpoint": [LORA, SAMPLED, lt.Checkpoint()],
-    "spt": [LORA, lt.SPTAttention(min_keys=2, num_codewords=4, subspace_width=4)],
-    "routed_ffn": [LORA, lt.RoutedFFN()],
-    "sparse_grad": [lt.SparseGrad(density=0.1, num_calibration_batches=2)],
-    "meprop": [lt.MeProp(keep_ratio=0.5)],
-}
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_stopped_and_resumed_ends_with_the_same_bits(base: dict[str, Any], name: str) -> None:
-    methods = METHODS[name]
-    variant = "+".join(method.method for method in methods) or "baseline"
-    whole = lt.train(base, methods=methods, output=base["output"] + "-whole")
-    with pytest.raises(KeyboardInterrupt):
-        lt.train(base, methods=methods, callbacks=[Interrupt(3, variant)])
-    resumed = lt.train(base, methods=methods, resume=True)
-    assert resumed.runs[0].evaluations == whole.runs[0].evaluations
-    assert resumed.runs[0].num_steps == 8
-    if (Path(base["output"]) / "model").is_dir():
-        assert same(saved_weights(base["output"]), saved_weights(base["output"] + "-whole"))
-
-
 class Look(transformers.TrainerCallback):
     """Keep what the trainer trains on."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.rows = kwargs["train_dataloader"].dataset
+
+
+METHODS: dict[str, list[Any]] = {
+    "plain": [],
+    "lora+wta_crs+checkpoint": [LORA, SAMPLED, lt.Checkpoint()],
+    "spt": [LORA, lt.SPTAttention(min_keys=2, num_codewords=4, subspace_width=4)],
+    "routed_ffn": [LORA, lt.RoutedFFN()],
+    "sparse_grad": [lt.SparseGrad(density=0.1, num_calibration_batches=2)],
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Any, ...]]:
+    """Return a function that trains by the methods of a name, once: options, result and rows.
+
+    TRL cannot load a second model meanwhile.
+    """
+
+    @cache
+    def train(name: str) -> tuple[dict[str, Any], RunResult, Any]:
+        options = run_options(tmp_path_factory.mktemp("run"), pairs)
+        options |= {"task": "preference", "methods": METHODS[name], "save_steps": 3}
+        look, dpo = Look(), pytest.importorskip("trl.trainer.dpo_trainer")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(dpo, "create_model_from_path", None)
+            return options, lt.train(options, callbacks=[look]), look.rows
+
+    return train
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_cut_off_and_resumed_ends_with_the_same_bits(
+    trained: Any, tmp_path: Path, name: str
+) -> None:
+    options, whole, _ = trained(name)
+    cut_off(options["output"], tmp_path / "run", 6)
+    resumed = lt.train(options, output=tmp_path / "run", resume=True)
+    assert resumed.runs[0].evaluations == whole.runs[0].evaluations
+    assert resumed.runs[0].num_steps == 8
+    if (tmp_path / "run" / "model").is_dir():
+        assert same(saved_weights(tmp_path / "run"), saved_weights(options["output"]))
 
 
 def log_probs(model: Any, prompt: list[int], answer: list[int]) -> torch.Tensor:
@@ -101,16 +118,11 @@ def log_probs(model: Any, prompt: list[int], answer: list[int]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", ["plain", "lora+wta_crs+checkpoint", "spt", "routed_ffn"])
-def test_the_reference_is_the_loaded_model_and_no_second_one(
-    base: dict[str, Any], monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_the_reference_is_the_loaded_model_and_no_second_one(trained: Any, name: str) -> None:
     """Also where a method changes what forward computes: only the policy is routed or sparse."""
-    dpo = pytest.importorskip("trl.trainer.dpo_trainer")
-    monkeypatch.setattr(dpo, "create_model_from_path", None)
-    look = Look()
-    lt.train(base, methods=METHODS[name], callbacks=[look], epochs=1)
+    *_, rows = trained(name)
     plain = llama().eval()
-    for row in look.rows.select(range(4)):
+    for row in rows.select(range(4)):
         for answer in ("chosen", "rejected"):
             expected = log_probs(plain, row["prompt_ids"], row[f"{answer}_ids"])
             assert row[f"ref_{answer}_logps"] == pytest.approx(expected.item(), abs=1e-4)

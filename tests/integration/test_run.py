@@ -22,6 +22,7 @@ from integration.tiny import (
     llama,
     same,
     saved_weights,
+    text_run,
     tokenizer,
     write_sentences,
 )
@@ -121,19 +122,26 @@ def test_a_recipe_passes_through_few_functions(
     assert "run.py:train" in seen and len(seen) <= 30, sorted(seen)
 
 
-def test_equal_recipes_give_equal_bits_and_other_seeds_do_not(base: dict[str, Any]) -> None:
-    results = []
-    for number, seed in enumerate((0, 0, 1)):
-        output = f"{base['output']}{number}"
-        lt.train(base, output=output, epochs=1, seed=seed)
-        results.append(saved_weights(output))
-    assert same(results[0], results[1])
-    assert not same(results[0], results[2])
+def test_equal_recipes_give_equal_bits_and_other_seeds_do_not(
+    base: dict[str, Any], whole: tuple[RunResult, Path]
+) -> None:
+    for seed in (0, 1):
+        output = f"{base['output']}{seed}"
+        lt.train(base, output=output, seed=seed)
+        assert same(saved_weights(output), saved_weights(whole[1])) == (seed == 0)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunResult, Path]:
+    """What a run by the options of ``base`` found when nothing stopped it, and its folder."""
+    options = text_run(tmp_path_factory.mktemp("whole"))
+    return lt.train(options), Path(options["output"])
 
 
 @pytest.mark.parametrize("step", [3, 5])
-def test_interrupted_and_resumed_equals_uninterrupted(base: dict[str, Any], step: int) -> None:
-    whole = lt.train(base, output=base["output"] + "-whole", save_steps=5)
+def test_interrupted_and_resumed_equals_uninterrupted(
+    base: dict[str, Any], step: int, whole: tuple[RunResult, Path]
+) -> None:
     with pytest.raises(KeyboardInterrupt):
         lt.train(base, callbacks=[Interrupt(step)], save_steps=5)
     assert (Path(base["output"]) / "checkpoints" / f"checkpoint-{step}").is_dir()
@@ -142,13 +150,14 @@ def test_interrupted_and_resumed_equals_uninterrupted(base: dict[str, Any], step
     seen = Steps()
     resumed = lt.train(Path(base["output"]) / "recipe.json", callbacks=[seen], resume=True)
     assert [number for _, number in seen.steps] == list(range(step + 1, 11))
-    assert same(saved_weights(base["output"]), saved_weights(base["output"] + "-whole"))
-    assert resumed.runs[0].evaluations == whole.runs[0].evaluations
+    assert same(saved_weights(base["output"]), saved_weights(whole[1]))
+    assert resumed.runs[0].evaluations == whole[0].runs[0].evaluations
     assert [at for at, _ in resumed.runs[0].train_loss] == list(range(1, 11))
 
 
-def test_an_abrupt_end_goes_on_from_the_last_checkpoint(base: dict[str, Any]) -> None:
-    lt.train(base, output=base["output"] + "-whole")
+def test_an_abrupt_end_goes_on_from_the_last_checkpoint(
+    base: dict[str, Any], whole: tuple[RunResult, Path]
+) -> None:
     with pytest.raises(KeyboardInterrupt):
         lt.train(base, callbacks=[Interrupt(8, at_once=True)])
     # A crash may also leave a checkpoint half written.
@@ -158,26 +167,14 @@ def test_an_abrupt_end_goes_on_from_the_last_checkpoint(base: dict[str, Any]) ->
     seen = Steps()
     lt.train(base, callbacks=[seen], resume=True)
     assert [number for _, number in seen.steps] == [6, 7, 8, 9, 10]
-    assert same(saved_weights(base["output"]), saved_weights(base["output"] + "-whole"))
+    assert same(saved_weights(base["output"]), saved_weights(whole[1]))
 
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Options of a run that was cut off at step 8 of 10, with checkpoints at steps 4 and 6."""
     folder = tmp_path_factory.mktemp("stopped")
-    bert().bert.save_pretrained(folder / "model")
-    tokenizer().save_pretrained(folder / "model")
-    options = {
-        "model": str(folder / "model"),
-        "task": "text",
-        "data": str(write_sentences(folder / "data", lambda good: str(int(good)))),
-        "output": str(folder / "run"),
-        "methods": [SAMPLED],
-        "batch_size": 4,
-        "max_length": 32,
-        "max_steps": 10,
-        "save_steps": 2,
-    }
+    options = text_run(folder) | {"batch_size": 4, "max_steps": 10, "save_steps": 2}
     with pytest.raises(KeyboardInterrupt):
         lt.train(options, callbacks=[Interrupt(8, at_once=True)])
     names = sorted(path.name for path in (folder / "run" / "checkpoints").iterdir())
@@ -197,12 +194,12 @@ def at_the_start(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the checkpoints that runs would go on from, in place of what follows."""
     begun: list[str] = []
 
-    def measure(self: Any) -> None:
+    def experiment(*_: Any) -> None:
         found = sys._getframe(1).f_locals["starts"]
         begun.extend(path.name for path in found.values())
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("leantune.training.run.measure", measure)
+    monkeypatch.setattr("leantune.training.run.Experiment", experiment)
     return begun
 
 

@@ -154,6 +154,7 @@ def test_of_two_processes_one_prints_and_writes(
     command += ["batch_size=4", "max_length=16", "gradient_accumulation_steps=2"]
     ran = subprocess.run(command, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
+    assert "\r" not in ran.stderr  # no bars
     document = json.loads(ran.stdout)
     for line in ("loading torch", "baseline: step 0/2: training starts", f"writing {output}"):
         assert ran.stderr.splitlines().count(line) == 1, line

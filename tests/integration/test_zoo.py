@@ -121,6 +121,11 @@ class Exact(NamedTuple):
     evaluation: list[Tensor]
     activations: int
 
+    @property
+    def outputs(self) -> list[Tensor]:
+        """Those of training."""
+        return [x for name, x in self.training.items() if name.isdigit()]
+
 
 @cache
 def exact(name: str) -> Exact:
@@ -131,8 +136,18 @@ def exact(name: str) -> Exact:
 
 
 @runs()
-def test_wta_crs_leaves_all_but_the_weight_gradients_alone(name: str) -> None:
+def test_wta_crs_takes_every_linear_of_the_blocks_and_touches_their_weight_gradients_alone(
+    name: str,
+) -> None:
+    plain, _ = zoo.build(name)
     model, batch = convert(name, lt.WTACRS())
+    taken = sampled(model).keys()
+    blocks = [n for n, m in model.named_modules() if isinstance(m, GradientCheckpointingLayer)]
+    linears = {n for n, m in plain.named_modules() if type(m) in (nn.Linear, Conv1D)}
+    inside = {n for n in linears if any(n.startswith(f"{b}.") for b in blocks)}
+    assert inside <= taken
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    assert head is None or all(model.get_submodule(n) is not head for n in taken)
     changed = differing(step(model, batch), exact(name).training)
     assert changed <= {f"{linear}.weight" for linear in sampled(model)}
     with torch.no_grad():
@@ -174,30 +189,20 @@ class Readers:
         return Counter(frozenset(linears) for _, linears in self.seen.values())
 
 
-@runs()
-def test_wta_crs_takes_every_linear_of_the_blocks_and_no_head(name: str) -> None:
-    plain, _ = zoo.build(name)
-    model, _ = convert(name, lt.WTACRS())
-    taken = sampled(model).keys()
-    blocks = [n for n, m in model.named_modules() if isinstance(m, GradientCheckpointingLayer)]
-    linears = {n for n, m in plain.named_modules() if type(m) in (nn.Linear, Conv1D)}
-    inside = {n for n in linears if any(n.startswith(f"{b}.") for b in blocks)}
-    assert inside <= taken
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    assert head is None or all(model.get_submodule(n) is not head for n in taken)
+# Linears called twice; parallel blocks; blocks that read one encoder; one layer for all blocks.
+UNBIASED = ["deberta_v2", "phi", "bart", "albert"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MORE_LAYOUTS)
+@pytest.mark.parametrize("name", [name for name in MORE_LAYOUTS if name not in UNBIASED])
 def test_wta_crs_weight_gradients_show_no_bias(name: str) -> None:
     model, batch = convert(name, lt.WTACRS())
-    overall = lt.fidelity(model, batch, num_draws=32).overall
+    overall = lt.fidelity(model, batch, num_draws=16).overall
     assert overall is not None and overall.bias_ratio < 2 and overall.cosine > 0.3
 
 
-# Linears called twice; parallel blocks; blocks that read one encoder; one layer for all blocks.
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["deberta_v2", "phi", "bart", "albert"])
+@pytest.mark.parametrize("name", UNBIASED)
 def test_wta_crs_weight_gradients_are_unbiased(name: str) -> None:
     assert bias(name, lt.WTACRS()).ok
     assert not bias(name, lt.WTACRS(estimator="topk")).ok
@@ -234,25 +239,24 @@ NO_PART = {
 @pytest.mark.parametrize("part", NO_PART)
 @runs()
 def test_a_recomputed_part_is_exact_and_keeps_less_or_is_refused(name: str, part: str) -> None:
-    plain, batch = zoo.build(name)
     if name in NO_PART[part].split():
         with pytest.raises(LeantuneError, match=f"its {part} must be told from the rest, got"):
-            lt.apply(plain, lt.Checkpoint(parts=part))
+            lt.apply(zoo.build(name)[0], lt.Checkpoint(parts=part))
         return
-    model, _ = convert(name, lt.Checkpoint(parts=part))
-    assert not differing(step(model, batch), step(plain, batch))
-    assert lt.ledger(model, batch).activations < lt.ledger(plain, batch).activations
+    model, batch = convert(name, lt.Checkpoint(parts=part))
+    assert not differing(step(model, batch), exact(name).training)
+    assert lt.ledger(model, batch).activations < exact(name).activations
 
 
 @runs("lora")
 def test_lora_adapts_every_linear_asked_for_and_samples_beside_it(name: str) -> None:
-    plain, batch = zoo.build(name)
+    plain, _ = zoo.build(name)
     linears = [s for s in lt.find_sites(plain) if s.role == "linear" and s.unusable is None]
     asked = {s.name for s in linears if s.block is not None}
-    model, _ = convert(name, lt.LoRA(rank=4), lt.WTACRS())
+    model, batch = convert(name, lt.LoRA(rank=4), lt.WTACRS())
     adapters = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
     assert adapters.keys() == asked
-    torch.testing.assert_close(outputs(model, batch), outputs(plain, batch), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(outputs(model, batch), exact(name).outputs, rtol=1e-4, atol=1e-5)
     grads = step(model, batch)
     # Without a token of global attention nothing runs through its linears.
     for adapter in [name for name in adapters if not name.endswith("_global")]:
@@ -275,9 +279,8 @@ def test_spt_attention(name: str) -> None:
 
 
 def check_neutral_and_other_options(method: str, name: str) -> None:
-    plain, batch = zoo.build(name)
-    model, _ = convert(name, neutral(method))
-    torch.testing.assert_close(outputs(model, batch), outputs(plain, batch), rtol=1e-4, atol=1e-5)
+    model, batch = convert(name, neutral(method))
+    torch.testing.assert_close(outputs(model, batch), exact(name).outputs, rtol=1e-4, atol=1e-5)
     model, _ = convert(name, example(method))
     assert all(torch.isfinite(x).all() for x in step(model, batch).values())
 

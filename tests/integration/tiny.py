@@ -1,6 +1,7 @@
 """Tiny models with dropout, a tokenizer made in code, rows of tokens, and plain trainers."""
 
 import random
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,8 @@ import transformers
 from models import padded
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
+
+import leantune as lt
 
 VOCABULARY = 64
 WORDS = (
@@ -143,8 +146,39 @@ def write_sentences(folder: Path, label: Callable[[bool], str]) -> Path:
     return folder
 
 
+def text_run(folder: Path) -> dict[str, Any]:
+    """Write a tiny BERT encoder and its data; return a run's options: ten steps, five an epoch."""
+    bert().bert.save_pretrained(folder / "model")
+    tokenizer().save_pretrained(folder / "model")
+    return {
+        "model": str(folder / "model"),
+        "task": "text",
+        "data": str(write_sentences(folder / "data", lambda good: str(int(good)))),
+        "output": str(folder / "run"),
+        "methods": [lt.WTACRS(keep_ratio=0.3, min_rows=2)],
+        "epochs": 2,
+        "batch_size": 8,
+        "learning_rate": 1e-2,
+        "max_length": 32,
+    }
+
+
 def saved_weights(folder: Path | str) -> dict[str, torch.Tensor]:
     return load_file(Path(folder) / "model" / "model.safetensors")
+
+
+def cut_off(whole: Path | str, output: Path | str, step: int) -> None:
+    """Copy a run that has ended as it would be, had it been killed after a checkpoint."""
+    shutil.copytree(whole, output)
+    for path in Path(output).iterdir():
+        if path.name in ("model", "adapter", "session"):
+            shutil.rmtree(path)
+    (Path(output) / "metrics.json").unlink()
+    (Path(output) / "checkpoints" / "result.json").unlink()
+    for path in (Path(output) / "checkpoints").glob("checkpoint-*"):
+        if int(path.name.partition("-")[2]) > step:
+            shutil.rmtree(path)
+    assert (Path(output) / "checkpoints" / f"checkpoint-{step}").is_dir()
 
 
 class Interrupt(TrainerCallback):
