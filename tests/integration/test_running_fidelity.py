@@ -52,10 +52,10 @@ METHODS = {
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_training_is_the_same_to_the_bit(tmp_path: Path, method: Any) -> None:
-    expected, _, nothing = train(tmp_path / "a", method)
-    got, session, found = train(tmp_path / "b", method, fidelity_steps=4)
+    expected, _, nothing = train(tmp_path / "a", method, max_steps=8)
+    got, session, found = train(tmp_path / "b", method, max_steps=8, fidelity_steps=4)
     assert same(got, expected) and nothing == []
-    assert [entry["step"] for entry in found] == [4, 8, 12]
+    assert [entry["step"] for entry in found] == [4, 8]
     # A factor whose gradient is 0 in the first step has no figures before the next.
     assert len(found[-1]["fidelity"]) == sampled_sites(session)
     figures = list(found[-1]["fidelity"].values())

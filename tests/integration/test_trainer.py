@@ -61,12 +61,19 @@ def test_a_plain_trainer_learns_with_sampled_rows(tmp_path: Path) -> None:
     assert (session.step, num_forwards(session)) == (60, 60)
 
 
-def test_stopped_anywhere_and_resumed_ends_with_the_same_bits(tmp_path: Path) -> None:
-    expected, whole = train(tmp_path, sampled())
+@pytest.fixture(scope="module")
+def usual(tmp_path_factory: pytest.TempPathFactory) -> tuple[Weights, lt.Session, Path]:
+    """A training that nothing stopped: its weights, its session, and its folder."""
+    folder = tmp_path_factory.mktemp("usual")
+    return (*train(folder, sampled()), folder)
+
+
+def test_stopped_anywhere_and_resumed_ends_with_the_same_bits(usual: Any) -> None:
+    expected, whole, folder = usual
     # Six steps an epoch: the last stop falls on the border of two epochs.
     for stop in (1, 4, 6):
-        checkpoint = tmp_path / f"checkpoint-{stop}"
-        got, resumed = train(tmp_path, sampled(), resume=checkpoint, save_strategy="no")
+        checkpoint = folder / f"checkpoint-{stop}"
+        got, resumed = train(folder, sampled(), resume=checkpoint, save_strategy="no")
         assert same(got, expected), stop
         assert (resumed.step, num_forwards(resumed)) == (whole.step, num_forwards(whole)) == (7, 7)
 
@@ -84,20 +91,22 @@ def num_forwards(session: lt.Session) -> int:
     ],
     ids=lambda options: next(iter(options)),
 )
-def test_every_way_to_train_resumes_with_the_same_bits(tmp_path: Path, options: dict) -> None:
+def test_every_way_to_train_resumes_with_the_same_bits(
+    tmp_path: Path, options: dict, usual: Any
+) -> None:
     expected, session = train(tmp_path, sampled(), **options)
     got, _ = train(tmp_path, sampled(), resume=tmp_path / "checkpoint-3", **options)
     assert same(got, expected)
     assert all(value.isfinite().all() for value in got.values())
-    plain, _ = train(tmp_path / "plain", sampled())
-    assert not same(plain, expected)
+    assert not same(usual[0], expected)
     assert session.step == options.get("max_steps", 7)
     assert num_forwards(session) == session.step * options.get("gradient_accumulation_steps", 1)
 
 
-def test_other_draws_after_the_stop_end_elsewhere(tmp_path: Path) -> None:
+def test_other_draws_after_the_stop_end_elsewhere(tmp_path: Path, usual: Any) -> None:
     """The control of the tests above: they would notice a state that is not restored."""
-    expected, _ = train(tmp_path, sampled())
+    expected, _, folder = usual
+    shutil.copytree(folder / "checkpoint-3", tmp_path / "checkpoint-3")
     file = tmp_path / "checkpoint-3" / SESSION_FILE
     state = load_file(file)
     save_file({**state, "counter": torch.zeros_like(state["counter"])}, file)
@@ -119,10 +128,12 @@ def test_a_checkpoint_without_its_session_is_refused(tmp_path: Path) -> None:
         train(tmp_path, sampled(), resume=file.parent, max_steps=2)
 
 
-def test_a_checkpoint_elsewhere_is_named_or_found_in_the_arguments(tmp_path: Path) -> None:
-    expected, _ = train(tmp_path / "a", sampled())
+def test_a_checkpoint_elsewhere_is_named_or_found_in_the_arguments(
+    tmp_path: Path, usual: Any
+) -> None:
+    expected, _, folder = usual
     moved = tmp_path / "kept"
-    shutil.move(tmp_path / "a" / "checkpoint-3", moved)
+    shutil.copytree(folder / "checkpoint-3", moved)
     with pytest.raises(lt.ConfigError, match=r"resume_from=\.\.\."):
         train(tmp_path / "b", sampled(), resume=moved)
     got, _ = train(tmp_path / "b", sampled(), resume=moved, resume_from_checkpoint=str(moved))
