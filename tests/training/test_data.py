@@ -112,7 +112,7 @@ def test_a_text_becomes_blocks(tmp_path: Path) -> None:
         ("sentence1\tclass\nw1\t1\n", "text", "columns must be 'label', got sentence1, class"),
         ("text\tlabel\nw1\t1\nw2\t0\n", "text", "columns must be 'sentence1', got text, label"),
         ("sentence1\tlabel\nw1\t1\tmore\n", "text", r"train\.tsv must be a table"),
-        ("sentence1\tlabel\n", "text", "no data"),
+        ("sentence1\tlabel\n", "text", "got ValueError: no rows"),
         ("", "text", "train.tsv must be a table"),
         ("sentence1\tlabel\tlabel\nw1\t1\t0\n", "text", "columns twice: label"),
         ("sentence1\tlabel\nw1\t1e39\n", "regression", "must be a finite number, got '1e39'"),

@@ -71,11 +71,6 @@ class StopOnNonFinite(TrainerCallback):
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
     ) -> None:
-        if not _is_finite(model):
-            raise ConfigError(
-                f"{args.run_name}: weights must be finite at step {state.global_step}, got NaN or "
-                "infinity in the checkpoint; remove it to resume from an earlier one"
-            )
         self._first_bad = torch.zeros((), dtype=torch.long, device=args.device)
         self._hook = model.register_forward_hook(self._note)
 

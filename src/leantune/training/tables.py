@@ -112,6 +112,8 @@ def read_columns(path: Path) -> Columns:
     try:
         if FORMATS.get(suffix) == "json":
             columns = _json_columns(path)
+        elif FORMATS.get(suffix) == "csv":
+            columns = _table_columns(path, suffix)
         else:
             columns = dataset_columns(_read_dataset(path, suffix))
         if not all(map(len, columns.values())):
@@ -176,28 +178,27 @@ def as_text(value: Any) -> str | None:
     return value if is_text else None
 
 
+def _table_columns(path: Path, suffix: str) -> Columns:
+    """Read every field of a table as the text it is, be it a number or the word "null"."""
+    # GLUE does not quote.
+    how: dict[str, Any] = {"sep": "\t", "quoting": 3} if suffix == ".tsv" else {}
+    how |= {"dtype": str, "na_filter": False, "index_col": False}
+    names = pandas.read_csv(path, nrows=1, header=None, **how).iloc[0].tolist()
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"columns twice: {', '.join(twice)}")
+    with warnings.catch_warnings():
+        # Rows longer than the header are cut short with a warning.
+        warnings.simplefilter("error", pandas.errors.ParserWarning)
+        table = pandas.read_csv(path, **how)
+    return {name: table[name].tolist() for name in table}
+
+
 def _read_dataset(path: Path, suffix: str) -> Any:
     if suffix not in FORMATS:
         raise ValueError(f"suffix {suffix!r}")
-    options = _text_columns(path, suffix) if FORMATS[suffix] == "csv" else {}
-    with tempfile.TemporaryDirectory() as cache, warnings.catch_warnings():
-        # Rows longer than the header are cut short with a warning.
-        warnings.simplefilter("error", pandas.errors.ParserWarning)
+    with tempfile.TemporaryDirectory() as cache:
         where = {"data_files": str(path), "cache_dir": cache, "keep_in_memory": True}
-        return datasets.load_dataset(FORMATS[suffix], split="train", **where, **options)
-
-
-def _text_columns(path: Path, suffix: str) -> dict[str, Any]:
-    """Return what reads every field as the text it is, be it a number or the word "null"."""
-    # GLUE does not quote.
-    options: dict[str, Any] = {"sep": "\t", "quoting": 3} if suffix == ".tsv" else {}
-    header = pandas.read_csv(path, nrows=1, header=None, dtype=str, na_filter=False, **options)
-    names = header.iloc[0].tolist()
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise ValueError(f"columns twice: {', '.join(twice)}")
-    header = pandas.read_csv(path, nrows=0, **options).columns
-    text = datasets.Features({column: datasets.Value("string") for column in header})
-    return options | {"na_filter": False, "index_col": False, "features": text}
+        return datasets.load_dataset(FORMATS[suffix], split="train", **where)
 
 
 def _json_columns(path: Path) -> Columns:
