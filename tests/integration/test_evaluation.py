@@ -206,8 +206,9 @@ def test_the_commands_print_scores_and_write_predictions(trained: Any, tmp_path:
     shown = plain(invoke("evaluate", run, f"data={run.parent / 'data'}").stdout)
     score = f"{metrics['accuracy']:.4f}"
     assert f"accuracy {score} {score}" in shown and "on 16 rows of" in shown
-    wrong = invoke("evaluate", run, "daata=x")
-    assert wrong.exit_code == 2 and "did you mean 'data'?" in plain(wrong.stderr)
+    for argument, hint in (("daata=x", "did you mean 'data'?"), ("run=x", "got 'run'"), ("x", "got 'x'")):
+        wrong = invoke("evaluate", run, argument)
+        assert wrong.exit_code == 2 and hint in plain(wrong.stderr)
     output = tmp_path / "predicted.jsonl"
     how = ("predict", run, "--data", file, "--output", output)
     assert json.loads(invoke(*how, "--json").stdout)["num_rows"] == 16

@@ -55,11 +55,16 @@ def build_recipe(kind: type[R], arguments: Sequence[str], methods: Sequence[str]
 
 
 def parse_pairs(pairs: Sequence[str]) -> dict[str, Any]:
-    """Return option -> value of arguments ``KEY=VALUE``; whoever takes them judges the names."""
-    rules = _rules(RunRecipe)
+    """Return option -> value of arguments ``KEY=VALUE`` of a run.
+
+    Raises:
+        ConfigError: an option is unknown.
+    """
     split = (pair.partition("=") for pair in pairs)
     named = {key.replace("-", "_"): text for key, _, text in split}
-    return {key: _parse(text, rules.get(key, "")) for key, text in named.items()}
+    RunRecipe.refuse_unknown(named)
+    rules = _rules(RunRecipe)
+    return {key: _parse(text, rules[key]) for key, text in named.items()}
 
 
 def with_seeds(recipe: RunRecipe, seeds: str) -> list[RunRecipe]:
