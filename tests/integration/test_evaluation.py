@@ -206,7 +206,8 @@ def test_the_commands_print_scores_and_write_predictions(trained: Any, tmp_path:
     shown = plain(invoke("evaluate", run, f"data={run.parent / 'data'}").stdout)
     score = f"{metrics['accuracy']:.4f}"
     assert f"accuracy {score} {score}" in shown and "on 16 rows of" in shown
-    for argument, hint in (("daata=x", "did you mean 'data'?"), ("run=x", "got 'run'"), ("x", "got 'x'")):
+    hints = {"daata=x": "did you mean 'data'?", "run=x": "got 'run'", "other.yaml": "'other.yaml'"}
+    for argument, hint in hints.items():
         wrong = invoke("evaluate", run, argument)
         assert wrong.exit_code == 2 and hint in plain(wrong.stderr)
     output = tmp_path / "predicted.jsonl"
