@@ -109,13 +109,10 @@ class StopOnNonFinite(TrainerCallback):
     def _check(self, args: Any, state: Any, model: Any) -> None:
         if self._first_bad > 0:
             raise _diverged(args, "the loss", int(self._first_bad))
-        if not _is_finite(model):
+        # Weights in few bits are whole numbers, and do not change.
+        weights = (p.detach() for p in model.parameters() if has_entries(p))
+        if not all(weight.isfinite().all() for weight in weights):
             raise _diverged(args, "a weight", state.global_step)
-
-
-def _is_finite(model: nn.Module) -> bool:
-    # Weights in few bits are whole numbers, and do not change.
-    return all(bool(p.detach().isfinite().all()) for p in model.parameters() if has_entries(p))
 
 
 def _diverged(args: Any, what: str, step: int) -> ConfigError:
