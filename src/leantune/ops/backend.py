@@ -5,11 +5,10 @@ chosen here.
 """
 
 import os
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from leantune.errors import ConfigError, UnsupportedError
 from leantune.ops import rows
+from leantune.ops.launches_triton import sees_launches
 
 T = TypeVar("T")
 
@@ -24,7 +24,6 @@ T = TypeVar("T")
 _HAS_TRITON = find_spec("triton") is not None
 _IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _FORCED = os.environ.get("LEANTUNE_KERNELS", "")
-_sees_launches = False
 
 
 def on_gpu(where: Tensor | torch.device) -> bool:
@@ -88,17 +87,12 @@ def row_functions(where: Tensor) -> ModuleType:
             f"LEANTUNE_KERNELS: 'triton' needs an NVIDIA GPU and triton, but {lacks}; unset it"
         )
     is_wanted = _FORCED == "triton" or (_FORCED == "" and can_run and is_on_gpu)
-    has_numbers = _sees_launches or not is_fake(where)
+    has_numbers = sees_launches() or not is_fake(where)
     if not is_wanted or where.dtype == torch.float64 or not has_numbers:
         return rows
     from leantune.ops import rows_triton
 
     return rows_triton
-
-
-def sees_launches() -> bool:
-    """Return whether launches are looked at instead; see :func:`launches_seen`."""
-    return _sees_launches
 
 
 def num_launches() -> int:
@@ -108,36 +102,6 @@ def num_launches() -> int:
     from leantune.ops import rows_triton
 
     return rows_triton.LAUNCHES.total()
-
-
-@contextmanager
-def launches_seen(see: Callable[[list[Tensor]], None]) -> Generator[None]:
-    """Let Triton's kernels, ours and others', launch nothing inside.
-
-    What they would write stays as it was allocated: enough where shapes are all that counts.
-
-    Args:
-        see: gets the tensors that each launch would read and write.
-    """
-    global _sees_launches
-    if not _HAS_TRITON:
-        yield
-        return
-    from triton.runtime import jit  # type: ignore
-
-    kernels: Any = jit.KernelInterface
-
-    def launcher(kernel: Any, grid: Any) -> Callable[..., None]:
-        return lambda *args, **options: see(
-            [arg for arg in (*args, *options.values()) if isinstance(arg, Tensor)]
-        )
-
-    launch = kernels.__getitem__
-    kernels.__getitem__, _sees_launches = launcher, True
-    try:
-        yield
-    finally:
-        kernels.__getitem__, _sees_launches = launch, False
 
 
 class LateCopy:

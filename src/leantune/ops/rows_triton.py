@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from leantune.errors import UnsupportedError
-from leantune.ops.backend import sees_launches
 from leantune.ops.draw_triton import draw
+from leantune.ops.launches_triton import sees_launches
 from leantune.ops.random import RandomKey, mixed
 from leantune.ops.rows import Estimator
 

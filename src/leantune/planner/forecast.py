@@ -20,7 +20,8 @@ from leantune.core.discovery import discover
 from leantune.errors import LeantuneError, UnsupportedError
 from leantune.measure.ledger import count_step
 from leantune.measure.step import make_step
-from leantune.ops.backend import is_fake, launches_seen
+from leantune.ops.backend import is_fake
+from leantune.ops.launches_triton import launches_seen
 from leantune.planner.meter import Meter, Speed
 
 _DEPTHS = (2, 3)
