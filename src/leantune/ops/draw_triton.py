@@ -17,6 +17,7 @@ _DRAW_STEP, _MASK32 = tl.constexpr(DRAW_STEP), tl.constexpr(0xFFFFFFFF)
 _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 _UNITS, _ONE, _LOG_ONE = tl.constexpr(2.0**30), tl.constexpr(1 << 30), tl.constexpr(30)
 _MOST_STEPS = tl.constexpr(64)
+_ONE_ABOVE, _LOG_ABOVE = tl.constexpr(1 << 46), tl.constexpr(46)
 
 
 @triton.jit
@@ -92,11 +93,6 @@ def _weigh(scores_ptr, n, SPAN: tl.constexpr):
 
 
 @triton.jit
-def _add(count, tail, other_count, other_tail):
-    return count + other_count, tail + other_tail
-
-
-@triton.jit
 def _threshold(mass_ptr, total, n, k, SPAN: tl.constexpr):
     """Return tau, float64: ``sum(min(1, mass / tau)) = k``, by a fixed point from above.
 
@@ -114,10 +110,10 @@ def _threshold(mass_ptr, total, n, k, SPAN: tl.constexpr):
         for first in range(0, n, SPAN):
             mass = tl.load(mass_ptr + first + offsets, offsets < n - first, 0.0).to(tl.int32)
             above = mass > cut
-            pair = above.to(tl.int32), tl.where(above, 0, mass).to(tl.int64)
-            above_here, tail_here = tl.reduce(pair, 0, _add)
-            found += above_here
-            tail += tail_here
+            # One sum for both: what is counted lies above what up to 2**15 masses add up to.
+            both = tl.sum(tl.where(above, _ONE_ABOVE, mass.to(tl.int64)), 0)
+            found += (both >> _LOG_ABOVE).to(tl.int32)
+            tail += both & (_ONE_ABOVE - 1)
         tau = tail.to(tl.float64) / (k - found).to(tl.float64)
         step = tl.where(found == count, _MOST_STEPS, step + 1)
         count = found
