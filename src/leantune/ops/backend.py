@@ -87,8 +87,7 @@ def row_functions(where: Tensor) -> ModuleType:
             f"LEANTUNE_KERNELS: 'triton' needs an NVIDIA GPU and triton, but {lacks}; unset it"
         )
     is_wanted = _FORCED == "triton" or (_FORCED == "" and can_run and is_on_gpu)
-    has_numbers = sees_launches() or not is_fake(where)
-    if not is_wanted or where.dtype == torch.float64 or not has_numbers:
+    if not is_wanted or where.dtype == torch.float64 or (is_fake(where) and not sees_launches()):
         return rows
     from leantune.ops import rows_triton
 

@@ -111,7 +111,7 @@ def _threshold(mass_ptr, total, n, k, SPAN: tl.constexpr):
             mass = tl.load(mass_ptr + first + offsets, offsets < n - first, 0.0).to(tl.int32)
             above = mass > cut
             # One sum for both: what is counted lies above what up to 2**15 masses add up to.
-            both = tl.sum(tl.where(above, _ONE_ABOVE, mass.to(tl.int64)), 0)
+            both = tl.sum(tl.where(above, _ONE_ABOVE, mass.to(tl.int64)), 0).to(tl.int64)
             found += (both >> _LOG_ABOVE).to(tl.int32)
             tail += both & (_ONE_ABOVE - 1)
         tau = tail.to(tl.float64) / (k - found).to(tl.float64)
