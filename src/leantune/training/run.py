@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from leantune.core.disk import write_atomic, writing
-from leantune.core.distributed import is_first_process
+from leantune.core.distributed import is_first_process, sum_over_ranks
 from leantune.core.manifest import atomic_folder
 from leantune.core.recipe import RECIPE_FILE
 from leantune.core.saving import writes_plain
@@ -97,7 +97,7 @@ def train(
         check_space(recipe, max(d.ledger["gradients"] + d.ledger["optimizer"] for d in drafts))
         if dry_run:
             return experiment.result(tuple(forecast(experiment, draft) for draft in drafts))
-        # Making the first trainer was the meeting point: every process has checked the folder now.
+        sum_over_ranks(torch.zeros((), device=own_device()))  # all have checked the folder now
         if not recipe.resume and is_first_process():
             make_folder(recipe, lock, experiment.plan)
         runs = tuple(_train(experiment, draft, starts, past) for draft in drafts)
