@@ -35,9 +35,10 @@ TIMES = {
     "median_ms": "ms",
 }
 """The columns that every timed table begins with: key of a row -> heading."""
-_NUM_FIRST = 17
 LEFT_OUT = "left out: "
 """Begins a printed line that names a variant without a row, and says why."""
+_NUM_FIRST = 17
+"""Steps after which a session is settled."""
 
 
 @dataclass(frozen=True)

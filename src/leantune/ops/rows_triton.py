@@ -287,7 +287,7 @@ def _launch_draw(
         rows, width = _tile(widest, num_warps)
     real = None if real is None else real.contiguous()
     args = x2d, x_stride, d, grad, grad_stride, grad_size, real, scores, edges, counter, tickets
-    span = max(block, _SPAN if n > 4096 else 0)
+    span = _SPAN if n > block else block
     sizes = estimator, rows, width, span, block
     grid = (_ceil_div(n, rows),)
     selection = indices, weights, word, n, k, ticket, share
