@@ -376,3 +376,11 @@ def test_a_full_disk_keeps_the_old_report(folder: Path, monkeypatch: pytest.Monk
     with pytest.raises(OSError, match="No space left"):
         write_report(folder)
     assert (folder / "report.html").read_bytes() == old
+
+
+def test_results_of_another_type_are_refused(written: Path, tmp_path: Path) -> None:
+    metrics = json.loads((written / "metrics.json").read_text())
+    metrics["runs"][0]["saved_bytes"] = "many"
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+    with pytest.raises(lt.ConfigError, match=r"metrics\.json must be .* saved_bytes must be"):
+        RunResult.read(tmp_path)

@@ -1,11 +1,12 @@
 """What a run found: the content of ``metrics.json``, which reports and the command read."""
 
 import dataclasses
+import types
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar, get_args, get_origin
 
 from leantune.core.disk import read_json
 from leantune.errors import ConfigError
@@ -72,7 +73,7 @@ class VariantResult:
             ConfigError: the file is damaged.
         """
         with _damage_named(path):
-            return cls(**read_json(path))
+            return _checked(cls, read_json(path))
 
     def saved(self, key: Callable[[Mapping[str, Any]], str]) -> dict[str, int]:
         """Return bytes of activations summed by ``key(entry)``, in the order of the forward."""
@@ -132,9 +133,9 @@ class RunResult:
             data = read_json(path)
             if data["format"] != METRICS_FORMAT or not data["runs"]:
                 raise ValueError(f"format {data['format']} with {len(data['runs'])} runs")
-            runs = tuple(VariantResult(**run) for run in data["runs"])
+            runs = tuple(_checked(VariantResult, run) for run in data["runs"])
             known = {spec.name: data[spec.name] for spec in dataclasses.fields(cls)}
-            return cls(**{**known, "runs": runs})
+            return _checked(cls, {**known, "runs": runs})
 
 
 @contextmanager
@@ -146,3 +147,33 @@ def _damage_named(path: Path) -> Generator[None]:
             f"results: {path} must be what a finished run of format {METRICS_FORMAT} writes, "
             f"got {type(error).__name__}: {error}; give a finished run's folder, or train again"
         ) from error
+
+
+R = TypeVar("R", VariantResult, RunResult)
+
+
+def _checked(kind: type[R], data: Any) -> R:
+    """Make a result of a file's values; raise TypeError where one is of another type."""
+    result = kind(**data)
+    for spec in dataclasses.fields(kind):
+        if not _fits(data.get(spec.name, getattr(result, spec.name)), spec.type):
+            raise TypeError(f"{spec.name} must be {spec.type}")
+    if isinstance(result, VariantResult):
+        for entry in result.ledger["entries"]:
+            texts = (entry["ledger"], entry["module"], entry["kind"])
+            if not _fits(list(texts), list[str]) or not _fits(entry["num_bytes"], int):
+                raise TypeError(f"ledger must hold entries, got {entry}")
+    return result
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value that JSON gave is of a field's type."""
+    if kind is Any:
+        return True
+    if isinstance(kind, types.UnionType):
+        return any(_fits(value, one) for one in get_args(kind))
+    base = get_origin(kind) or kind
+    if not isinstance(value, int | float if base is float else base):
+        return False
+    items: Any = value.values() if base is dict else value if base is list else ()
+    return all(_fits(item, get_args(kind)[-1]) for item in items)
