@@ -104,6 +104,12 @@ _CASES = (
     _Case("systematic", "activation only, floor 0.05", {"norms": "activation"}),
     _Case("systematic", "running, floor 0.05", {}),
     _Case("systematic", "running, seen in every step, floor 0.05", {}, looks_always=True),
+    _Case("systematic", "running, floor 0.05, allocation measured", {"allocation": "measured"}),
+    _Case(
+        "systematic",
+        "exact norms, allocation measured",
+        {"allocation": "measured", **_EXACT_NORMS},
+    ),
     _Case("systematic", "cache (last visit, 30 steps ago), floor 0.05", {"norms": "cache"}),
 )
 """Every one is unbiased."""
@@ -136,7 +142,8 @@ def minilm_rows(keep_ratio: float = 0.1, task: str = "rte", batch_size: int = 16
         for batch in targets if config.norms == "cache" else ():
             _visit(session, batch)
         model.load_state_dict(trained)
-        for batch in shown if config.norms == "running" and config.draw_at == "auto" else ():
+        learns = config.draw_at == "auto" or config.allocation == "measured"
+        for batch in shown if config.norms == "running" and learns else ():
             _visit(session, batch, is_step=not case.looks_always)
         values = _relative_variances(session, targets)
         yield {

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from leantune.core.config import MethodConfig, option
+from leantune.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,11 @@ class WTACRS(MethodConfig):
         "nowhere (activation norms alone), or each sample's previous visit (the paper's: batches "
         "must carry sample_id)",
     )
+    allocation: Literal["even", "measured"] = option(
+        "even",
+        help="how the kept rows are divided among linears: each keeps the same share, or, after "
+        "sixteen steps, those keep more where it lowers the variance most, at the same bytes",
+    )
     draw_at: Literal["auto", "forward", "backward"] = option(
         "auto",
         help="when rows are chosen: in backward the gradient norms are exact but the input is "
@@ -44,3 +50,11 @@ class WTACRS(MethodConfig):
         help="share of the probability that is spread evenly, where gradient norms are a guess",
     )
     cache_gib: float = option(4.0, gt=0, help="host memory that norms='cache' may take, in GiB")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.allocation == "measured" and self.estimator in ("crs", "topk"):
+            raise ConfigError(
+                f"WTACRS: allocation must be 'even' where estimator is {self.estimator!r}, got "
+                "'measured': it goes by the variance of draws without replacement; leave one out"
+            )

@@ -1,6 +1,7 @@
 """A model under WTA-CRS: its linears converted, and what they learn together."""
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from leantune.core.conversion import SwapConversion
 from leantune.core.linear import Swap, converted, swap_all
 from leantune.core.runtime import Runtime
 from leantune.core.sites import Site, group_by_input
+from leantune.methods.wta_crs.allocation import Allocation
 from leantune.methods.wta_crs.cache import CachedNorms
 from leantune.methods.wta_crs.config import WTACRS
 from leantune.methods.wta_crs.masks import LearnedMasks
@@ -21,7 +23,7 @@ from leantune.ops.random import stream_of
 _DECAY = 0.9
 """Weight of the past in the running norms."""
 
-_NORMS = "norms/"
+_NORMS, _ALLOCATION = "norms/", "allocation/"
 
 
 class SampledLinears(SwapConversion):
@@ -32,6 +34,7 @@ class SampledLinears(SwapConversion):
         pool: who read with whom.
         masks: which row masks are trusted.
         norms: what is known of gradient norms; None where nothing is guessed.
+        allocation: how rows are divided among the linears; None for evenly.
         handles: of the hooks that take sample ids out of the batch, where ``norms`` wants them.
     """
 
@@ -41,6 +44,7 @@ class SampledLinears(SwapConversion):
         pool: SamplePool,
         masks: LearnedMasks,
         norms: RunningNorms | CachedNorms | None,
+        allocation: Allocation | None,
         handles: Sequence[RemovableHandle] = (),
     ) -> None:
         super().__init__(swaps)
@@ -48,15 +52,18 @@ class SampledLinears(SwapConversion):
         self._pool = pool
         self._masks = masks
         self._norms = norms
+        self._allocation = allocation
         self._handles = handles
 
     def on_step(self, step: int) -> None:
-        """Refuse a loss that counted padding which was left out.
+        """Refuse a loss that counted padding which was left out, and divide the rows.
 
         Raises:
             UnsupportedError: such a loss.
         """
         self._masks.learn("step")
+        if self._allocation is not None:
+            self._allocation.on_step()
 
     def undo(self) -> None:
         """Put the plain linears back."""
@@ -70,8 +77,11 @@ class SampledLinears(SwapConversion):
         Raises:
             UnsupportedError: a loss counted padding that was left out.
         """
-        norms = {} if self._norms is None else self._norms.state_dict()
-        named = {f"{_NORMS}{name}": value for name, value in norms.items()}
+        named = {
+            f"{prefix}{name}": value
+            for prefix, part in self._learned().items()
+            for name, value in part.state_dict().items()
+        }
         return self._pool.state_dict() | self._masks.state_dict() | named
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -80,14 +90,19 @@ class SampledLinears(SwapConversion):
         Raises:
             ConfigError: it is of another model or recipe, or not finite.
         """
+        learned = self._learned()
         rest = {key: value for key, value in state.items() if key not in ("readers", "masks")}
-        if self._norms is None or not all(key.startswith(_NORMS) for key in rest):
-            super().load_state_dict(rest)
-        if self._norms is not None:
-            norms = {key.removeprefix(_NORMS): value for key, value in rest.items()}
-            self._norms.load_state_dict(norms)
+        super().load_state_dict({k: v for k, v in rest.items() if not k.startswith((*learned,))})
+        for prefix, part in learned.items():
+            own = {k.removeprefix(prefix): v for k, v in rest.items() if k.startswith(prefix)}
+            part.load_state_dict(own)
         self._pool.load_state_dict(state)
         self._masks.load_state_dict(state)
+
+    def _learned(self) -> dict[str, RunningNorms | CachedNorms | Allocation]:
+        """Return what learns while training, where there is such, by the prefix of its state."""
+        parts = {_NORMS: self._norms, _ALLOCATION: self._allocation}
+        return {prefix: part for prefix, part in parts.items() if part is not None}
 
 
 def convert(
@@ -103,8 +118,12 @@ def convert(
     if config.draw_at != "backward":
         runtime.at_forward_begin(masks.begin)
     twins: list[tuple[str, nn.Module]] = []
-    for group in groups:
-        columns = tuple(range(len(twins), len(twins) + len(group)))
+    ends = list(accumulate(map(len, groups), initial=0))
+    ranges = [tuple(range(*ends)) for ends in pairwise(ends)]
+    allocation = None
+    if config.allocation == "measured":
+        allocation = Allocation(config.keep_ratio, devices, ranges, pool)
+    for group, columns in zip(groups, ranges, strict=True):
         for column, site in zip(columns, group, strict=True):
             rows = SampledRows(
                 column,
@@ -113,6 +132,7 @@ def convert(
                 norms=norms,
                 pool=pool,
                 masks=masks,
+                allocation=allocation,
                 config=config,
                 runtime=runtime,
                 block=None if site.block is None else model.get_submodule(site.block),
@@ -121,7 +141,7 @@ def convert(
             twins.append((site.name, converted(site.module, runtime, rows=rows)))
     swaps = swap_all(model, twins)
     handles = norms.install(model) if isinstance(norms, CachedNorms) else []
-    return SampledLinears(swaps, pool, masks, norms, handles)
+    return SampledLinears(swaps, pool, masks, norms, allocation, handles)
 
 
 def _norm_source(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from leantune.core.runtime import Runtime
+from leantune.methods.wta_crs.allocation import Allocation
 from leantune.methods.wta_crs.cache import CachedNorms
 from leantune.methods.wta_crs.config import WTACRS
 from leantune.methods.wta_crs.masks import LearnedMasks, RowMask
@@ -68,6 +69,7 @@ class SampledRows:
         norms: what guesses gradient norms in forward; None for no guess.
         pool: where linears that read one tensor find its sample.
         masks: which rows of padding may be left out.
+        allocation: what gives the linear its share of rows; None for the options' own.
         config: the options.
         runtime: of the session.
         block: the module around the linear whose flag says that it is checkpointed, or None.
@@ -83,6 +85,7 @@ class SampledRows:
         norms: RunningNorms | CachedNorms | None,
         pool: SamplePool,
         masks: LearnedMasks,
+        allocation: Allocation | None,
         config: WTACRS,
         runtime: Runtime,
         block: nn.Module | None,
@@ -95,6 +98,7 @@ class SampledRows:
         self._norms = norms
         self._pool = pool
         self._masks = masks
+        self._allocation = allocation
         self._runtime = runtime
         # Transformers sets this flag on the block itself, also after we were applied.
         self._block = block
@@ -107,6 +111,8 @@ class SampledRows:
             return KeptRows(x), None
         ids = None if self._norms is None else self._norms.ids
         if self._draws_in_backward():
+            if self._allocation is not None:
+                self._allocation.expect(self._column, source.shape, x.device)
             return KeptRows(x), Note(source.shape, ids)
         masks = self._masks.fitting(source.shape, x.device)
         # A compiler sees the same computation in every reader and does it once by itself.
@@ -118,6 +124,8 @@ class SampledRows:
             if shares:
                 self._pool.offer(source, x.dtype, drawn)
         column = drawn.column
+        if self._allocation is not None:
+            self._allocation.expect(column, source.shape, x.device)
         if self._norms is not None:
             column = self._column if self._norms.by_reader else column
             self._norms.expect(column, source.shape, x.device)
@@ -154,12 +162,15 @@ class SampledRows:
             looks = self._norms is not None and self._norms.observes(self._runtime.step)
             if looks or note.masks:
                 self._observe(note, note.column, looks, grad_output)
-            return weighted(kept, grad_output)
-        rows = flatten(kept.rows)
-        k = budget(len(rows), self.config.keep_ratio, self.config.min_rows)
-        # Exact norms: padding has none, and nothing else needs a floor.
-        key = self._runtime.key(rows.device)
-        return weighted(self._sample(rows, grad_output, None, 0.0, k, key), grad_output)
+        else:
+            rows = flatten(kept.rows)
+            # Exact norms: padding has none, and nothing else needs a floor.
+            key, k = self._runtime.key(rows.device), self._budget(len(rows))
+            kept = self._sample(rows, grad_output, None, 0.0, k, key)
+        product = weighted(kept, grad_output)
+        if self._allocation is not None:
+            self._allocation.observe(self._column, kept, product)
+        return product
 
     def _observe(self, note: Note, column: int, looks: bool, grad_output: Tensor) -> None:
         """Learn from a backward what the next forward draw may take for granted."""
@@ -197,9 +208,14 @@ class SampledRows:
     def _num_kept(self, shape: torch.Size, dtype: torch.dtype) -> int | None:
         """Return how many rows are kept of an input, or None where that would keep no less."""
         num_rows, w = shape[:-1].numel(), shape[-1]
-        k = budget(num_rows, self.config.keep_ratio, self.config.min_rows)
+        k = self._budget(num_rows)
         row_bytes = w * dtype.itemsize
         return k if k * (row_bytes + _EXTRA_BYTES) < num_rows * row_bytes else None
+
+    def _budget(self, num_rows: int) -> int:
+        share = self._allocation
+        ratio = self.config.keep_ratio if share is None else share.ratios[self._column]
+        return budget(num_rows, ratio, self.config.min_rows)
 
     def nbytes(self, shape: torch.Size, dtype: torch.dtype) -> int:
         """Return the bytes kept of an input of ``shape``; linears of one input share theirs."""
