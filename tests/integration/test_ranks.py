@@ -20,6 +20,7 @@ from models import MODELS
 from ranks import Ranks
 from safetensors.torch import load_file
 from torch import distributed as dist
+from training.chats import chats, run_options
 
 import leantune as lt
 from leantune.core.disk import read_json
@@ -185,20 +186,21 @@ def test_sparse_gradients_are_refused(ranks: Ranks) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_of_two_processes_is_resumed(
-    model_folder: Path, data_folder: Path, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("task", ["text", "chat"])
+# peft asks transformers for names that transformers is about to drop.
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+def test_a_run_of_two_processes_is_resumed(base: dict[str, Any], tmp_path: Path, task: str) -> None:
     """Each process goes on from a state of its own, and the manifest vouches for both."""
-    options = {
-        "model": str(model_folder),
-        "task": "text",
-        "data": str(data_folder),
-        "methods": [lt.WTACRS(keep_ratio=0.3, min_rows=2)],
-        "max_steps": 4,
-        "save_steps": 2,
-        "batch_size": 4,
-        "max_length": 32,
-    }
+    sampled = lt.WTACRS(keep_ratio=0.3, min_rows=2, allocation="measured")
+    if task == "chat":
+        pytest.importorskip("trl", reason="trl is not installed")
+        (tmp_path / "chats").mkdir()
+        packed = {"packing": True, "max_length": 24, "batch_size": 1}
+        base = {**run_options(tmp_path / "chats", chats), **packed}
+        base["methods"] = [lt.LoRA(rank=4), sampled]
+    else:
+        base |= {"methods": [sampled], "batch_size": 4}
+    options = {**base, "max_steps": 4, "save_steps": 2, "eval_steps": 2}
     whole, cut_off = tmp_path / "whole", tmp_path / "cut off"
     # Processes of its own: accelerate keeps what it saw of a process's first environment.
     pool = Ranks()

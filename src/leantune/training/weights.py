@@ -121,12 +121,12 @@ def _to_nf4(model: Any, layers: dict[str, nn.Linear]) -> None:
         new = bitsandbytes.nn.Linear4bit(
             old.in_features, old.out_features, bias, old.weight.dtype, quant_type="nf4"
         )
-        # It is packed on its way to the device.
         new.weight = bitsandbytes.nn.Params4bit(
             old.weight.data, requires_grad=False, quant_type="nf4"
         )
         new.bias = old.bias
-        model.set_submodule(name, new)
+        # It is packed on its way to a device, be it the one where it is.
+        model.set_submodule(name, new.to(old.weight.device))
     model.is_loaded_in_4bit = True
 
 
