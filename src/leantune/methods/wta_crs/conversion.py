@@ -11,13 +11,12 @@ from leantune.core.conversion import SwapConversion
 from leantune.core.linear import Swap, converted, swap_all
 from leantune.core.runtime import Runtime
 from leantune.core.sites import Site, group_by_input
-from leantune.methods.wta_crs.allocation import Allocation
 from leantune.methods.wta_crs.cache import CachedNorms
 from leantune.methods.wta_crs.config import WTACRS
 from leantune.methods.wta_crs.masks import LearnedMasks
 from leantune.methods.wta_crs.norms import RunningNorms
 from leantune.methods.wta_crs.policy import SampledRows
-from leantune.methods.wta_crs.sharing import SamplePool
+from leantune.methods.wta_crs.sharing import Allocation, SamplePool
 from leantune.ops.random import stream_of
 
 _DECAY = 0.9

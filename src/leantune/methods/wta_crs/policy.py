@@ -12,12 +12,11 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from leantune.core.runtime import Runtime
-from leantune.methods.wta_crs.allocation import Allocation
 from leantune.methods.wta_crs.cache import CachedNorms
 from leantune.methods.wta_crs.config import WTACRS
 from leantune.methods.wta_crs.masks import LearnedMasks, RowMask
 from leantune.methods.wta_crs.norms import RunningNorms
-from leantune.methods.wta_crs.sharing import Drawn, SamplePool
+from leantune.methods.wta_crs.sharing import Allocation, Drawn, SamplePool
 from leantune.ops.backend import row_functions
 from leantune.ops.linear import flatten
 from leantune.ops.random import RandomKey
