@@ -90,7 +90,8 @@ def _size(
 
 
 def _time(result: RunResult, run: VariantResult) -> Cell:
-    text, spread = f"{run.step_ms:.1f} ms", run.step_time_ratio_spread
+    digits = 1 if run.step_ms < 100 else 0
+    text, spread = f"{run.step_ms:,.{digits}f} ms", run.step_time_ratio_spread
     if run.step_time_ratio is None or spread is None or run is result.reference:
         return Cell(text)
     of = f"{run.step_time_ratio:.3f} of {result.reference.name}"
