@@ -107,7 +107,7 @@ def divided(costs: list[float], inputs: dict[int, tuple[int, int]]) -> list[floa
     cpu = torch.device("cpu")
     allocation = Allocation(0.1, [cpu] * len(costs), [(c,) for c in inputs], SamplePool(len(costs)))
     for column, (n, width) in inputs.items():
-        allocation.expect(column, torch.Size((n, width)), cpu)
+        allocation.expect(column, column, torch.Size((n, width)), cpu)
     allocation._divide(costs)
     return allocation.ratios
 

@@ -111,7 +111,7 @@ class SampledRows:
         ids = None if self._norms is None else self._norms.ids
         if self._draws_in_backward():
             if self._allocation is not None:
-                self._allocation.expect(self._column, source.shape, x.device)
+                self._allocation.expect(self._column, self._column, source.shape, x.device)
             return KeptRows(x), Note(source.shape, ids)
         masks = self._masks.fitting(source.shape, x.device)
         # A compiler sees the same computation in every reader and does it once by itself.
@@ -124,7 +124,7 @@ class SampledRows:
                 self._pool.offer(source, x.dtype, drawn)
         column = drawn.column
         if self._allocation is not None:
-            self._allocation.expect(column, source.shape, x.device)
+            self._allocation.expect(self._column, column, source.shape, x.device)
         if self._norms is not None:
             column = self._column if self._norms.by_reader else column
             self._norms.expect(column, source.shape, x.device)

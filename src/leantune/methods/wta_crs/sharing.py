@@ -142,16 +142,17 @@ class Allocation:
         self._inputs: dict[int, tuple[int, int]] = {}
         self._num_steps, self._is_learning = 0, True
 
-    def expect(self, column: int, shape: torch.Size, device: torch.device) -> None:
-        """Take note in forward of what a linear draws from: backward changes values alone.
+    def expect(self, column: int, drawer: int, shape: torch.Size, device: torch.device) -> None:
+        """Take note in forward of what a sample is drawn from: backward changes values alone.
 
         Args:
-            column: of the linear that draws.
-            shape: (..., w) of its input.
+            column: of a reader.
+            drawer: column of the linear that draws.
+            shape: (..., w) of the input.
             device: of the input.
         """
         if self._is_learning:
-            self._inputs[column] = shape[:-1].numel(), shape[-1]
+            self._inputs[drawer] = shape[:-1].numel(), shape[-1]
             if self._met[column].device != device:  # the model has moved
                 self._met[column] = self._met[column].to(device)
 
