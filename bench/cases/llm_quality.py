@@ -121,11 +121,11 @@ def _table(found: list[dict[str, Any]]) -> str:
             ours = values(task, name, key, factor)
             base = None if name == exact else values(task, exact, key, factor)
             line[task] = quality.cell(ours, base, digits) if ours else ""
-        texts = [by_key[k] for k in by_key if k[:2] == (TEXT, name)]
-        bases = [by_key[k] for k in by_key if k[:2] == (TEXT, FULL)]
-        if texts and bases:
-            line["saved"] = f"{texts[0]['saved_bytes'] / bases[0]['saved_bytes']:.2f}"
-            seconds = [fmean(r["step_cpu_seconds"] for r in part) for part in (texts, bases)]
+        keys = [((TEXT, name, seed), (TEXT, FULL, seed)) for seed in SEEDS]
+        pairs = [(by_key[a], by_key[b]) for a, b in keys if a in by_key and b in by_key]
+        if pairs:
+            line["saved"] = f"{pairs[0][0]['saved_bytes'] / pairs[0][1]['saved_bytes']:.2f}"
+            seconds = [sum(row["step_cpu_seconds"] for row in x) for x in zip(*pairs, strict=True)]
             line["time"] = f"{seconds[0] / seconds[1]:.2f}"
         lines.append(line)
     heads = {"recipe": "recipe", "sst2": "SST-2 answers", "rte": "RTE answers"}
