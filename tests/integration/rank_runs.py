@@ -204,6 +204,17 @@ def sampled_rows(
     return {"gradients": gradients, "values": values(session)}
 
 
+def measured_ratios() -> Tensor:
+    """Return how WTA-CRS divides its rows after steps on this process's own part of the batches."""
+    model = MODELS["bert"].build()
+    config = lt.WTACRS(keep_ratio=0.3, min_rows=2, allocation="measured")
+    session = lt.apply(model, config, seed=3)
+    for step in range(16):
+        model(**part(batch("bert", step))).loss.backward()
+        session.on_step()
+    return session.state_dict()["0.wta_crs/allocation/ratios"]
+
+
 def save_sharded(folder: str) -> None:
     model = MODELS["bert"].build()
     session = lt.apply(model, lt.SparseGrad())

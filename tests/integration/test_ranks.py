@@ -9,6 +9,7 @@ import torch
 from integration.rank_runs import (
     calibrated_start,
     forward_uncalibrated,
+    measured_ratios,
     sampled_rows,
     save_sharded,
     sharded_order,
@@ -174,6 +175,12 @@ def test_ranks_draw_different_rows(ranks: Ranks, keep_ratio: float, differs: boo
     assert torch.equal(one, other) != differs
 
 
+def test_ranks_divide_their_rows_alike(ranks: Ranks) -> None:
+    """Each sees other batches; what sampling costs is summed."""
+    one, other = ranks.run(measured_ratios)
+    assert torch.equal(one, other) and one.unique().numel() > 1
+
+
 def test_a_sharded_session_is_not_saved(ranks: Ranks, tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match=r"session\.save: parameters must be whole"):
         ranks.run(save_sharded, str(tmp_path / "saved"))
@@ -191,7 +198,7 @@ def test_sparse_gradients_are_refused(ranks: Ranks) -> None:
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 def test_a_run_of_two_processes_is_resumed(base: dict[str, Any], tmp_path: Path, task: str) -> None:
     """Each process goes on from a state of its own, and the manifest vouches for both."""
-    sampled = lt.WTACRS(keep_ratio=0.3, min_rows=2, allocation="measured")
+    sampled = lt.WTACRS(keep_ratio=0.3, min_rows=2)
     if task == "chat":
         pytest.importorskip("trl", reason="trl is not installed")
         (tmp_path / "chats").mkdir()
