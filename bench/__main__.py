@@ -29,6 +29,7 @@ _PARTS = {
     "host": "host:main",
     "whole-step": "cases.whole_step:BENCH.run",
     "frontier": "cases.frontier:BENCH.run",
+    "planned": "cases.planned:BENCH.run",
     "gpu": "gpu:main",
     "models": "cases.models:main",
     "same-bits": "same_bits:main",

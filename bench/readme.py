@@ -196,6 +196,22 @@ def whole_step() -> str:
     return _of_cases("whole_step", lay_out, "forward + backward + AdamW") or NO_ROWS
 
 
+def planned() -> str:
+    """Return one table per model: peak and time as planned, and as its steps then took."""
+
+    def lay_out(of_case: list[dict[str, Any]]) -> str:
+        heads = {"variant": "", "methods": "methods", "batch": "batch"}
+        heads |= {"planned_peak_mib": "peak planned, MiB", "peak_mib": "measured"}
+        heads |= {"planned_time": "step time planned", "time": "measured"}
+        lines = [
+            r | {"planned_time": f"{r['planned_ratio']:.2f}", "time": rows.spread(r)}
+            for r in of_case
+        ]
+        return rows.table(lines, heads)
+
+    return _of_cases("planned", lay_out, "forward + backward + AdamW") or NO_ROWS
+
+
 def launches() -> str:
     """Return what a block launches, and how long host and GPU need."""
     lay_out = partial(rows.table, columns=block_launches.COLUMNS)
@@ -326,6 +342,7 @@ TABLES: dict[str, Callable[[], Any]] = {
     "llm-quality": llm_quality.summary,
     "quantised-bytes": quantised_bytes.summary,
     "whole-step": whole_step,
+    "planned": planned,
     "launches": launches,
     "host": host_costs,
     "frontier-plots": pareto.first_page,

@@ -146,6 +146,11 @@ def test_a_second_plan_that_does_not_hold_says_what_would(fit: Any) -> None:
         fit("10kB")
 
 
+def test_lora_is_not_trained_where_all_weights_are_asked_for(fit: Any) -> None:
+    with pytest.raises(lt.ConfigError, match=r"fits but LoRA\(\) \+ Checkpoint.*add lora"):
+        fit("600KiB")
+
+
 def test_a_rival_that_is_what_was_planned_is_trained_once(base: dict[str, Any]) -> None:
     options = {"methods": [], "compare": ["baseline"], "budget": "1GiB", "max_steps": 1}
     monkey = pytest.MonkeyPatch()

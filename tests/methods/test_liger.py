@@ -448,7 +448,7 @@ SAMPLED = lt.WTACRS(keep_ratio=0.25, min_rows=2)
 def test_a_forecast_knows_the_bytes(name: str, recipe: tuple[MethodConfig, ...]) -> None:
     """Kernels do not run without numbers; what they would write is there all the same."""
     recipe = (lt.Liger(), *recipe)
-    blueprint = Blueprint(build(name), torch.device(DEVICE), Speed(1e13, 1e12, 1e-5))
+    blueprint = Blueprint(build(name), torch.device(DEVICE), Speed(1e13, 1e12, 1e-5, overlaps=True))
     forecast, plain = blueprint.forecast(batch_of(), recipe), blueprint.forecast(batch_of())
     model = build(name)
     lt.apply(model, *recipe)

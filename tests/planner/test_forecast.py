@@ -17,7 +17,7 @@ from leantune.planner.forecast import Blueprint, Forecast
 from leantune.planner.meter import Meter, Speed
 
 CPU = torch.device("cpu")
-SPEED = Speed(flops=5e10, traffic=1e10, call=5e-6)
+SPEED = Speed(flops=5e10, traffic=1e10, call=5e-6, overlaps=False)
 LEDGERS = ("weights", "gradients", "optimizer", "activations")
 FEW = lt.WTACRS(keep_ratio=0.1, min_rows=2)
 RECIPES: dict[str, tuple[MethodConfig, ...]] = {

@@ -156,12 +156,26 @@ def test_what_is_no_model_is_named() -> None:
 def test_the_smallest_budget_that_an_error_names_is_enough_and_the_smallest() -> None:
     """Gradients that accumulate take more here than the smaller micro-batch saves."""
     wide, two = gpt2(n_embd=256), {"batch_size": 2, "max_length": 8, "min_keep_ratio": 1}
-    with pytest.raises(lt.ConfigError, match=r"below its weights'.*LoRA\(\)\) takes") as refused:
-        lt.plan(wide, lt.Checkpoint(), **two, budget="1KiB")
+    given = lt.Checkpoint(), lt.LoRA(rank=256)
+    with pytest.raises(lt.ConfigError, match="below its weights'") as refused:
+        lt.plan(wide, *given, **two, budget="1KiB")
     least = int(str(refused.value).split("at least ")[1].split("MiB")[0])
-    assert lt.plan(wide, lt.Checkpoint(), **two, budget=f"{least}MiB").accumulation_steps == 1
+    assert lt.plan(wide, *given, **two, budget=f"{least}MiB").accumulation_steps == 1
     with pytest.raises(lt.ConfigError, match=f"at least {least}MiB"):
-        lt.plan(wide, lt.Checkpoint(), **two, budget=f"{least - 1}MiB")
+        lt.plan(wide, *given, **two, budget=f"{least - 1}MiB")
+
+
+def test_where_all_weights_do_not_fit_lora_may() -> None:
+    wide = gpt2(n_embd=256)
+    whole = lt.plan(wide, lt.Checkpoint(), **EXACT, budget="1GiB")
+    assert not whole.alternatives
+    smaller = lt.plan(wide, lt.Checkpoint(), **EXACT, budget=whole.num_bytes["weights"] * 3)
+    assert smaller.methods == (lt.LoRA(), lt.Checkpoint()) and smaller.relative_time < 1
+    assert [(way.methods, way.fits) for way in smaller.alternatives] == [
+        ((lt.Checkpoint(),), False)
+    ]
+    with pytest.raises(lt.ConfigError, match=r"the smallest is LoRA\(\) \+ Checkpoint\(\) on "):
+        lt.plan(wide, lt.Checkpoint(), **EXACT, budget="1KiB")
 
 
 @pytest.mark.parametrize(

@@ -18,11 +18,19 @@ In each of these every further block adds the same to the most bytes that are he
 
 
 class Speed(NamedTuple):
-    """The speed of a device: operations on numbers and bytes a second, seconds for each call."""
+    """The speed of a device: what its operations take.
+
+    Args:
+        flops: that products compute a second.
+        traffic: bytes a second.
+        call: seconds for each operation.
+        overlaps: whether a product computes while it reads.
+    """
 
     flops: float
     traffic: float
     call: float
+    overlaps: bool
 
 
 def _on_cpu(*args: Any, **_: Any) -> int:
@@ -53,7 +61,7 @@ class Meter(TorchDispatchMode):
     Attributes:
         peaks: most bytes held at once, by phase.
         peaks_besides_grads: the same without gradients that have reached their parameters.
-        seconds: an estimate from products, the bytes of other operations, and their number.
+        seconds: an estimate from what products compute, and from all operations' bytes and number.
     """
 
     def __init__(
@@ -107,20 +115,21 @@ class Meter(TorchDispatchMode):
         output = func(*args, **kwargs)
         made = list(iter_tensors([output]))
         if made and not func.is_view:
-            flops = _FLOPS.get(func._overloadpacket)
-            if flops is None:
-                self.touch((*made, *iter_tensors([args, kwargs])))
-            else:
-                self.seconds += flops(*args, **kwargs, out_val=output) / self._speed.flops
-                self.seconds += self._speed.call
+            count = _FLOPS.get(func._overloadpacket)
+            flops = 0 if count is None else count(*args, **kwargs, out_val=output)
+            self.touch((*made, *iter_tensors([args, kwargs])), flops)
         for tensor in made:
             self._note(tensor.untyped_storage())
         return output
 
-    def touch(self, touched: Sequence[Tensor]) -> None:
-        """Count the time of an operation that reads and writes tensors once."""
-        num_bytes = sum(t.numel() * t.itemsize for t in touched)
-        self.seconds += num_bytes / self._speed.traffic + self._speed.call
+    def touch(self, touched: Sequence[Tensor], flops: int = 0) -> None:
+        """Count the time of an operation that reads and writes tensors once.
+
+        A product reads its weight for each micro-batch anew, however few the rows.
+        """
+        speed, num_bytes = self._speed, sum(t.numel() * t.itemsize for t in touched)
+        both = flops / speed.flops, num_bytes / speed.traffic
+        self.seconds += speed.call + (max(both) if speed.overlaps else sum(both))
 
     def _note(self, storage: torch.UntypedStorage) -> None:
         key, num_bytes = storage._cdata, storage.nbytes()

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,8 +22,8 @@ from leantune.planner.forecast import Blueprint
 from leantune.planner.meter import Speed
 from leantune.planner.request import PlanRequest
 
-ON_CPU = Speed(flops=5e10, traffic=1e10, call=5e-6)
-ON_GPU = Speed(flops=4e14, traffic=3e12, call=1e-5)
+ON_CPU = Speed(flops=5e10, traffic=5e9, call=2e-5, overlaps=False)
+ON_GPU = Speed(flops=4e14, traffic=3e12, call=1e-5, overlaps=True)
 """With products in half precision; in float32 they take eight times as long."""
 _MLP, _BLOCK, _FEW = Checkpoint(parts=("mlp",)), Checkpoint(), WTACRS(keep_ratio=0.1)
 _LIGER = Liger()
@@ -133,7 +134,8 @@ def plan(
     shapes. What it saves is what :func:`leantune.ledger` measures, to the byte. Time is an
     estimate, good for an order. To the methods given it adds what is recomputed (each block's MLP,
     or each block), WTA-CRS (0.3, 0.1), on a GPU Liger's kernels, and halved micro-batches where the
-    batch does not fit.
+    batch does not fit. Where all weights are trained and that fits in no way, it trains LoRA's
+    factors instead.
 
     Args:
         model: of token ids: loaded, on the meta device, or its configuration.
@@ -154,26 +156,15 @@ def plan(
     options: Any = {"budget": budget, "min_keep_ratio": min_keep_ratio, "precision": precision}
     request = PlanRequest(batch_size=batch_size, max_length=max_length, **options)
     given = method_configs(methods, "plan")
-    search, taken = _Search(model, request), _axes(given)
-    ways: list[Plan] = []
-    left_out: dict[str, str] = {}
-    for added in by_device(search.device, cpu=_ADDED, gpu=_ADDED + _ON_LIGER):
-        if _keep_ratio(added) < request.min_keep_ratio or not taken.isdisjoint(_axes(added)):
-            continue
-        is_ligers = added[:1] == (_LIGER,)
-        if is_ligers and describe((_LIGER,)) in left_out:
-            continue
-        try:
-            ways.append(search.largest((*given, *added)))
-        except LeantuneError as error:
-            if not added or not (is_ligers or isinstance(error, SiteError)):
-                raise
-            left_out[describe(added)] = str(error).partition("; ")[0]
+    search = _Search(model, request)
+    ways = search.ways(given)
+    if not any(way.fits for way in ways) and "trained" not in _axes(given):
+        with suppress(LeantuneError):  # no place for an adapter, by itself or beside what is given
+            ways += search.ways((LoRA(), *given))
     ways.sort(key=lambda way: (not way.fits, way.relative_time))
     if not ways[0].fits:
-        smallest = min(ways, key=lambda way: way.num_bytes["peak"])
-        raise ConfigError(_nothing_fits(search, smallest, budget))
-    return dataclasses.replace(ways[0], alternatives=tuple(ways[1:]), left_out=left_out)
+        raise ConfigError(_nothing_fits(search, ways, budget))
+    return dataclasses.replace(ways[0], alternatives=tuple(ways[1:]), left_out=search.left_out)
 
 
 def _axes(methods: Sequence[MethodConfig]) -> set[str]:
@@ -208,6 +199,25 @@ class _Search:
         self._batch = request.batch(module, device)
         self._blueprint = Blueprint(module, device, self._speed)
         self._seconds: float | None = None
+        self.left_out: dict[str, str] = {}
+
+    def ways(self, given: Sequence[MethodConfig]) -> list[Plan]:
+        """Return the methods given, as they are and with each of what may be added to them."""
+        ways: list[Plan] = []
+        taken, least = _axes(given), self.request.min_keep_ratio
+        for added in by_device(self.device, cpu=_ADDED, gpu=_ADDED + _ON_LIGER):
+            if _keep_ratio(added) < least or not taken.isdisjoint(_axes(added)):
+                continue
+            is_ligers = added[:1] == (_LIGER,)
+            if is_ligers and describe((_LIGER,)) in self.left_out:
+                continue
+            try:
+                ways.append(self.largest((*given, *added)))
+            except LeantuneError as error:
+                if not added or not (is_ligers or isinstance(error, SiteError)):
+                    raise
+                self.left_out[describe(added)] = str(error).partition("; ")[0]
+        return ways
 
     def largest(self, methods: Sequence[MethodConfig]) -> Plan:
         """Return the way with the largest micro-batch that fits, or else the smallest way."""
@@ -246,24 +256,14 @@ class _Search:
         )
 
 
-def _nothing_fits(search: _Search, smallest: Plan, budget: str | int) -> str:
+def _nothing_fits(search: _Search, ways: Sequence[Plan], budget: str | int) -> str:
+    smallest = min(ways, key=lambda way: way.num_bytes["peak"])
     weights = smallest.num_bytes["weights"]
     below = f", below its weights' {format_bytes(weights)}"
     got = budget if isinstance(budget, str) else format_bytes(budget)
-    text = (
-        f"plan: budget must be at least {_rounded_up(smallest)} for {search.name}, got {got}"
-        f"{below if weights > search.request.budget else ''}; the smallest is "
-        f"{describe(smallest.methods)} on {smallest.batch_size} x {search.request.max_length} "
+    return (
+        f"plan: budget must be at least {-(-smallest.num_bytes['peak'] // 2**20)}MiB for "
+        f"{search.name}, got {got}{below if weights > search.request.budget else ''}; the smallest "
+        f"is {describe(smallest.methods)} on {smallest.batch_size} x {search.request.max_length} "
         "tokens at a time: raise it, or shorten max_length"
     )
-    if "trained" in _axes(smallest.methods):
-        return text
-    try:
-        lora = search.way((LoRA(), *smallest.methods), smallest.batch_size)
-    except LeantuneError:
-        return text
-    return f"{text}; training LoRA's factors alone (leantune.LoRA()) takes {_rounded_up(lora)}"
-
-
-def _rounded_up(way: Plan) -> str:
-    return f"{-(-way.num_bytes['peak'] // 2**20)}MiB"

@@ -1,7 +1,7 @@
 """A run's budget of memory: a plan from the configuration, tried on the longest batch before it."""
 
 import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, cast
@@ -9,7 +9,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 
 from leantune.core.distributed import broadcast
 from leantune.core.tensors import iter_tensors
@@ -17,6 +17,7 @@ from leantune.errors import ConfigError
 from leantune.measure.entries import LEDGERS
 from leantune.measure.ledger import ledger
 from leantune.measure.text import format_bytes
+from leantune.methods import LoRA
 from leantune.ops.backend import on_gpu, own_device
 from leantune.planner.meter import Meter, Speed
 from leantune.planner.plan import describe, plan
@@ -70,6 +71,13 @@ def fit_budget(
             found = plan(model, *recipe.methods, **how, budget=left, precision=recipe.precision)
         except ConfigError as error:
             raise ConfigError(f"{error}{why}") from error
+        if any(isinstance(m, LoRA) and m not in recipe.methods for m in found.methods):
+            raise ConfigError(
+                f"RunRecipe: budget must be what training all weights takes, got {recipe.budget}, "
+                f"where nothing fits but {describe(found.methods)} "
+                f"({format_bytes(found.num_bytes['peak'])}{why}): add lora to methods, with about "
+                "ten times the learning rate, or raise the budget"
+            )
         chosen = _with(recipe, found.methods, found.batch_size, found.accumulation_steps)
         say(
             f"{who}: planned {describe(found.methods)} on {found.accumulation_steps} x "
@@ -124,17 +132,30 @@ def measure_step(
     step()
     with context:
         held = ledger(model, batch, optimizer=optimizer)
+    known = iter_tensors([batch, list(optimizer.state.values())])
+    peak = peak_of_step(model, step, known, held.weights + held.optimizer)
+    sizes = torch.tensor([*(getattr(held, name) for name in LEDGERS), peak])
+    return dict(zip(_SIZES, broadcast(sizes.to(trainer.args.device)).tolist(), strict=True))
+
+
+def peak_of_step(
+    model: nn.Module, step: Callable[[], None], known: Iterable[Tensor], resident: int
+) -> int:
+    """Run a step and return the most bytes held at once: of CUDA's allocator, else of tensors.
+
+    Args:
+        model: that the step trains.
+        step: to the end of the optimiser's update, whose state exists.
+        known: tensors that exist before it, besides the model's own.
+        resident: bytes of the model and of that state.
+    """
     if on_gpu(own_device()):
         torch.cuda.reset_peak_memory_stats()
         step()
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        known = iter_tensors([batch, list(optimizer.state.values())])
-        with Meter(model, [], known, Speed(1, 1, 1)) as meter:
-            step()
-        peak = held.weights + held.optimizer + max(meter.peaks)
-    sizes = torch.tensor([*(getattr(held, name) for name in LEDGERS), peak])
-    return dict(zip(_SIZES, broadcast(sizes.to(trainer.args.device)).tolist(), strict=True))
+        return torch.cuda.max_memory_allocated()
+    with Meter(model, [], known, Speed(1, 1, 1, overlaps=False)) as meter:
+        step()
+    return resident + max(meter.peaks)
 
 
 def by_length(rows: Any) -> tuple[Any, int]:
