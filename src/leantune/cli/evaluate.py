@@ -17,7 +17,6 @@ def evaluate(
             metavar="[KEY=VALUE]...",
             help="data=FILE (all its rows), or a folder or hub data set with a validation split; "
             "eval_batch_size, score_answers; what is left out is the run's own",
-            show_default=False,
         ),
     ] = None,
     json: JsonFlag = False,

@@ -18,10 +18,10 @@ def fidelity(
     arguments: ArgumentsOption = None,
     method: MethodOption = None,
     num_draws: Annotated[
-        int, typer.Option("--num-draws", min=2, help="draws; at least 32 tell a bias from chance")
+        int, typer.Option(min=2, help="draws; at least 32 tell a bias from chance")
     ] = 64,
     num_batches: Annotated[
-        int, typer.Option("--num-batches", min=1, help="batches to take the training's noise from")
+        int, typer.Option(min=1, help="batches to take the training's noise from")
     ] = 4,
     json: JsonFlag = False,
     debug: DebugFlag = False,

@@ -22,13 +22,10 @@ methods:
 
 def init(
     path: Annotated[
-        Path | None,
-        typer.Argument(
-            metavar="[PATH]", help="file to write; default: print it", show_default=False
-        ),
+        Path | None, typer.Argument(metavar="[PATH]", help="file to write; default: print it")
     ] = None,
     task: Annotated[
-        str, typer.Option("--task", help="a GLUE task, text, regression, causal_lm, chat, ...")
+        str, typer.Option(help="a GLUE task, text, regression, causal_lm, chat, ...")
     ] = "text",
     json: JsonFlag = False,
     debug: DebugFlag = False,
@@ -73,11 +70,9 @@ def starting_recipe(task: str) -> str:
         and task in ONLY_FOR.get(name, (task,))
     ]
     lines = [f"format: {FORMAT}", *(_line(rows[name], chosen[name]) for name in chosen)]
-    start = (
-        "\n".join(lines)
-        + f"\n\n{_METHODS}\n# Below are the defaults: take away a # to change one.\n"
-    )
-    return start + "\n".join("# " + _line(row, row["default"]) for row in others) + "\n"
+    lines += ["", _METHODS, "# Below are the defaults: take away a # to change one."]
+    lines += ["# " + _line(row, row["default"]) for row in others]
+    return "\n".join(lines) + "\n"
 
 
 def _line(row: dict[str, Any], value: Any) -> str:

@@ -21,10 +21,8 @@ def merge(
     model: Annotated[
         str | None,
         typer.Option(
-            "--model",
             metavar="NAME",
             help="the base model: a folder, a hub name, or demo; default: the run's own",
-            show_default=False,
         ),
     ] = None,
     overwrite: Annotated[

@@ -16,16 +16,13 @@ ArgumentsOption = Annotated[
         metavar="[RECIPE.yaml] [KEY=VALUE]...",
         help="a recipe file, and options that win over it: batch_size=16, keep_ratio=0.3, or in "
         "full wta_crs.keep_ratio=0.3",
-        show_default=False,
     ),
 ]
 MethodOption = Annotated[
     list[str] | None,
     typer.Option(
-        "--method",
         metavar="NAME",
         help="train with this method (repeatable); replaces the recipe's list of methods and keeps "
         "the options given there",
-        show_default=False,
     ),
 ]

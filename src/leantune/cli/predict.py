@@ -15,14 +15,11 @@ from leantune.errors import ConfigError
 def predict(
     run: RunArgument,
     data: Annotated[
-        Path, typer.Option("--data", metavar="FILE", help="rows; they need no labels or answers")
+        Path, typer.Option(metavar="FILE", help="rows; they need no labels or answers")
     ],
-    output: Annotated[
-        Path, typer.Option("--output", metavar="FILE.jsonl", help="a line of JSON for each row")
-    ],
+    output: Annotated[Path, typer.Option(metavar="FILE.jsonl", help="a line of JSON for each row")],
     max_new_tokens: Annotated[
-        int,
-        typer.Option("--max-new-tokens", min=1, help="chat: where an answer ends at the latest"),
+        int, typer.Option(min=1, help="chat: where an answer ends at the latest")
     ] = 256,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the output file")] = False,
     json: JsonFlag = False,

@@ -44,12 +44,12 @@ def print_survey(survey: "Survey") -> None:
     for block in sorted(blocks, key=lambda block: block is None):
         _print_block(block, [row for row in survey.found if row.block == block])
     rows = [
-        (c.method, str(c.num_sites), _percent(c.share) if c.share else "", escape(c.why_not or ""))
+        (c.method, str(c.num_sites), f"{c.share:.1%}" if c.share else "", escape(c.why_not or ""))
         for c in survey.choices
     ]
     print_text("By their own choice", ("method", "sites", "weights", "why not"), rows)
     left = sorted(survey.left, key=lambda left: -left.share)
-    rows = [(escape(item.name), _percent(item.share), escape(item.why)) for item in left]
+    rows = [(escape(item.name), f"{item.share:.1%}", escape(item.why)) for item in left]
     print_text("Taken by none", ("parameter", "weights", "what it is"), rows)
 
 
@@ -66,7 +66,3 @@ def _print_block(block: str | None, found: "Iterable[Found]") -> None:
         what = f"{row.part or row.role}{', ' * bool(shape)}{shape}"
         rows.append((escape(name), what, ", ".join(row.methods) or "-"))
     print_text(escape(title), ("module", "what", "taken by"), rows)
-
-
-def _percent(share: float) -> str:
-    return f"{share:.1%}"

@@ -25,19 +25,15 @@ from leantune.training.interrupt import end_process, handled_by
 BudgetOption = Annotated[
     str | None,
     typer.Option(
-        "--budget",
         metavar="SIZE",
         help="memory that a step may take, such as 22GiB: the planner adds what makes it fit",
-        show_default=False,
     ),
 ]
 SeedsOption = Annotated[
     str | None,
     typer.Option(
-        "--seeds",
         metavar="0,1,2",
         help="train with each of these seeds, in OUTPUT/seed-0 and so on, and compare",
-        show_default=False,
     ),
 ]
 DryRunFlag = Annotated[
@@ -49,10 +45,8 @@ DryRunFlag = Annotated[
 ResumeOption = Annotated[
     str | None,
     typer.Option(
-        "--resume-from",
         metavar="CHECKPOINT",
         help="go on from this checkpoint of the run, such as checkpoint-60",
-        show_default=False,
     ),
 ]
 
