@@ -53,13 +53,7 @@ class ScoreAnswers(TrainerCallback):
 
     # The trainer passes much more by keyword; what is not named here is not needed.
     def on_evaluate(
-        self,
-        args: Any,
-        state: Any,
-        control: Any,
-        model: Any = None,
-        metrics: Any = None,
-        **kwargs: Any,
+        self, args: Any, state: Any, control: Any, model: Any, metrics: Any, **kwargs: Any
     ) -> None:
         step = max(1, args.per_device_eval_batch_size // self._num_answers) * self._num_answers
         scores = torch.cat(

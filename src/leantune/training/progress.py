@@ -46,13 +46,11 @@ class ProgressLines(transformers.TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._say(state, "training starts" if not state.global_step else "training goes on")
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any, **kwargs: Any) -> None:
         if "loss" in logs:
             self._say(state, f"loss {float(logs['loss']):.4f}")
 
-    def on_evaluate(
-        self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any
-    ) -> None:
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any, **kwargs: Any) -> None:
         found = [f"{name} {value:.4f}" for name, value in scores(metrics).items()]
         self._say(state, f"evaluation: {', '.join(found)}")
 

@@ -69,7 +69,7 @@ class StopOnNonFinite(TrainerCallback):
         self._first_bad: Tensor
 
     def on_train_begin(
-        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+        self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any
     ) -> None:
         self._first_bad = torch.zeros((), dtype=torch.long, device=args.device)
         self._hook = model.register_forward_hook(self._note)
@@ -77,24 +77,18 @@ class StopOnNonFinite(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._step = state.global_step + 1
 
-    def on_step_end(
-        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
         if control.should_log or control.should_evaluate or control.should_save:
             self._check(args, state, model)
 
     on_epoch_end = on_step_end
 
-    def on_evaluate(
-        self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any
-    ) -> None:
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any, **kwargs: Any) -> None:
         for name, value in scores(metrics).items():
             if not math.isfinite(value):
                 raise _diverged(args, f"{name} on the validation split", state.global_step)
 
-    def on_train_end(
-        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
         self._hook.remove()
         self._check(args, state, model)
 
