@@ -34,8 +34,7 @@ def fit(experiment: Experiment) -> RunRecipe:
     if recipe.resume:
         experiment.plan = read_json(kept) if kept.is_file() else None
         return recipe
-    how: Any = {"dtype": recipe.dtype, "trust_remote_code": recipe.trust_remote_code}
-    model = model_on_meta(recipe.model, experiment.task, experiment.labels, **how)
+    model = model_on_meta(recipe, experiment.task, experiment.labels)
     freeze(model, recipe.freeze)
     if recipe.gradient_checkpointing:
         checkpoint_blocks(model)

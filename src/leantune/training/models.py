@@ -123,21 +123,19 @@ def load_model(
     return model
 
 
-def model_on_meta(
-    name: str, task: Task, labels: Sequence[str] | None, *, dtype: str, trust_remote_code: bool
-) -> Any:
-    """Build a model with the task's head from its configuration, without numbers or memory.
+def model_on_meta(recipe: RunRecipe, task: Task, labels: Sequence[str] | None) -> Any:
+    """Build a recipe's model with the task's head from its configuration, without numbers.
 
     Raises:
         ConfigError: there is no configuration, or the model cannot be built on the meta device.
     """
-    config = load_config(name, trust_remote_code=trust_remote_code)
+    config = load_config(recipe.model, trust_remote_code=recipe.trust_remote_code)
     config.num_labels = len(labels or ("score",))
     kinds: Any = transformers.AutoModelForSequenceClassification._model_mapping
     if task.is_language_model:
         kinds = transformers.AutoModelForCausalLM._model_mapping
     config.architectures = [getattr(kinds.get(type(config), None), "__name__", "none")]
-    return build_on_meta(config).to(_DTYPES[dtype])
+    return build_on_meta(config).to(_DTYPES[recipe.dtype])
 
 
 def build_model(name: str) -> Any:
@@ -274,11 +272,7 @@ def _fold_adapter(network: Any, folder: Path) -> Any:
 def _load_base(
     name: str, place: str, session_folder: Path, recipe: RunRecipe | None, trust: dict[str, bool]
 ) -> Any:
-    """Load the model that a session was applied to, in the class that ``place`` names.
-
-    Raises:
-        ConfigError: transformers has no such class.
-    """
+    """Load the model that a session was applied to, in the class that ``place`` names."""
     config = load_config(place, **trust)
     architecture = _architecture(config)
     kind = getattr(transformers, architecture, None)
