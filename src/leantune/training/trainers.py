@@ -93,12 +93,10 @@ def _with_ids(collate: Any) -> Any:
     """Let TRL's collator, which picks what it knows, pass on which sample is which."""
 
     def collate_with_ids(rows: list[dict[str, Any]]) -> dict[str, Any]:
-        ids = (
-            {SAMPLE_ID: torch.tensor([row[SAMPLE_ID] for row in rows])}
-            if SAMPLE_ID in rows[0]
-            else {}
-        )
-        return {**collate(rows), **ids}
+        batch = collate(rows)
+        if SAMPLE_ID in rows[0]:
+            batch[SAMPLE_ID] = torch.tensor([row[SAMPLE_ID] for row in rows])
+        return batch
 
     return collate_with_ids
 

@@ -100,12 +100,7 @@ def quantise(model: nn.Module, kind: str) -> None:
         _to_nf4(model, layers)
         return
     require("torchao", extra="quant", who="RunRecipe: quantize")
-    from torchao.quantization import (
-        Int8WeightOnlyConfig,
-        IntxWeightOnlyConfig,
-        PerGroup,
-        quantize_,
-    )
+    from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup, quantize_
 
     int4: torch.dtype = torch.int4  # type: ignore[attr-defined]
     four = IntxWeightOnlyConfig(weight_dtype=int4, granularity=PerGroup(_GROUP))
