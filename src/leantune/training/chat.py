@@ -2,13 +2,13 @@
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import datasets
 
 from leantune.errors import ConfigError, shown
 from leantune.training.progress import say
-from leantune.training.tables import Columns, as_text, without_columns
+from leantune.training.tables import Columns, as_text, refuse, without_columns
 
 IGNORED = -100
 """The label of a token that is not trained on."""
@@ -103,13 +103,6 @@ def check_answer(where: str, names: Sequence[str], values: Sequence[Any]) -> Non
         last = last[-1]["content"]
     if not last.strip():
         refuse(where, names[-1], "an answer that is not blank", last)
-
-
-def refuse(where: str, name: str, rule: str, value: Any) -> NoReturn:
-    """Raise a ConfigError that names the row, what it must hold and what it holds."""
-    raise ConfigError(
-        f"load_task: {where}: {name} must be {rule}, got {shown(value)}; correct or remove the row"
-    )
 
 
 def encode_chats(rows: Iterable[Any], tokenizer: Any) -> Iterator[tuple[list[int], list[int]]]:

@@ -11,7 +11,6 @@ import datasets
 
 from leantune.errors import ConfigError, shown
 from leantune.training.chat import check_chats, cut_chats, encode_chats
-from leantune.training.packing import pack
 from leantune.training.preference import check_pairs, cut_pairs
 from leantune.training.progress import say
 from leantune.training.tables import (
@@ -184,10 +183,34 @@ def check_rows(
         ConfigError: a column is missing or a value not acceptable; names the first.
     """
     if task.kind == "causal_lm":
-        return _check_texts(columns, place)
-    if task.kind in ("chat", "preference"):
-        return (check_chats if task.kind == "chat" else check_pairs)(columns, place)
-    return _check_labelled(task, columns, place, label_names)
+        if "text" not in columns:
+            raise without_columns(place, "text for task causal_lm, messages for task chat", columns)
+        texts = checked(columns, "text", place, "text", as_text)
+        return datasets.Dataset.from_dict({"text": texts})
+    if task.kind == "chat":
+        return check_chats(columns, place)
+    if task.kind == "preference":
+        return check_pairs(columns, place)
+    fitting = (found for found in task.columns if set(found) <= columns.keys())
+    own = next(fitting, task.columns[-1])
+    ids = {name: i for i, name in enumerate(label_names or ())}
+    if task.label_names is not None:
+        ids |= {str(i): i for i in ids.values()}
+    rows: dict[str, list[Any]] = {}
+    for name, column in zip(_PAIR, own, strict=False):
+        rows[name] = checked(columns, column, place, "text", as_text)
+    features: dict[str, Any] = {name: datasets.Value("string") for name in rows}
+    rule = f"one of {', '.join(list(ids)[:20])}" if ids else "a finite number"
+    read = (lambda value: ids.get(_class(value) or "")) if ids else _score
+    rows["label"] = checked(columns, "label", place, rule, read)
+    kinds = {type(value) for value in columns["label"]}
+    if ids and len(kinds) > 1:
+        raise ConfigError(
+            f"load_task: {place}: column 'label' must hold values of one type, got "
+            f"{' and '.join(sorted(kind.__name__ for kind in kinds))}; write all as text"
+        )
+    features["label"] = datasets.ClassLabel(names=list(label_names)) if label_names else _SCORE
+    return datasets.Dataset.from_dict(rows, features=datasets.Features(features))
 
 
 def _subset(
@@ -273,9 +296,13 @@ def _rows_or_packs(
             cut = _segments(rows["text"], tokenizer)
         else:
             cut = cut_chats(str(split), [*encode_chats(rows, tokenizer)], max_length)
-        found[split] = (
-            pack(cut, max_length, may_cut=is_text) if packing else datasets.Dataset.from_dict(cut)
-        )
+        found[split] = datasets.Dataset.from_dict(cut)
+        if packing:
+            from trl.data_utils import pack_dataset
+
+            # Best fit decreasing; a text's longer rows are cut in parts, all of which are kept.
+            how: Any = "bfd_split" if is_text else "bfd"
+            found[split] = pack_dataset(found[split], max_length, how)
     return found
 
 
@@ -339,40 +366,6 @@ def _class_names(columns: Columns, place: str) -> tuple[str, ...]:
             "other data, or task 'regression' for scores"
         )
     return names
-
-
-def _check_texts(columns: Columns, place: str) -> datasets.Dataset:
-    """Return the lines of a language model's text, or name the first bad one."""
-    if "text" not in columns:
-        raise without_columns(place, "text for task causal_lm, messages for task chat", columns)
-    texts = checked(columns, "text", place, "text", as_text)
-    return datasets.Dataset.from_dict({"text": texts})
-
-
-def _check_labelled(
-    task: Task, columns: Columns, place: str, names: Sequence[str] | None
-) -> datasets.Dataset:
-    """Return the rows under the standard names, or name the first bad value."""
-    fitting = (found for found in task.columns if set(found) <= columns.keys())
-    own = next(fitting, task.columns[-1])
-    ids = {name: i for i, name in enumerate(names or ())}
-    if task.label_names is not None:
-        ids |= {str(i): i for i in ids.values()}
-    rows: dict[str, list[Any]] = {}
-    for name, column in zip(_PAIR, own, strict=False):
-        rows[name] = checked(columns, column, place, "text", as_text)
-    features: dict[str, Any] = {name: datasets.Value("string") for name in rows}
-    rule = f"one of {', '.join(list(ids)[:20])}" if ids else "a finite number"
-    read = (lambda value: ids.get(_class(value) or "")) if ids else _score
-    rows["label"] = checked(columns, "label", place, rule, read)
-    kinds = {type(value) for value in columns["label"]}
-    if ids and len(kinds) > 1:
-        raise ConfigError(
-            f"load_task: {place}: column 'label' must hold values of one type, got "
-            f"{' and '.join(sorted(kind.__name__ for kind in kinds))}; write all as text"
-        )
-    features["label"] = datasets.ClassLabel(names=list(names)) if names else _SCORE
-    return datasets.Dataset.from_dict(rows, features=datasets.Features(features))
 
 
 def _class(value: Any) -> str | None:

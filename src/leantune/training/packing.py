@@ -1,25 +1,10 @@
-"""Short rows side by side in full ones, where no segment of a row sees another."""
+"""Short rows side by side in full ones: whether a model keeps them apart."""
 
-from collections.abc import Mapping
 from typing import Any
 
-import datasets
 import torch
 
 from leantune.errors import ConfigError
-
-
-def pack(rows: Mapping[str, list[Any]], max_length: int, *, may_cut: bool) -> datasets.Dataset:
-    """Put rows of tokens side by side until ``max_length``, with TRL's best fit decreasing.
-
-    Args:
-        rows: ``input_ids`` and ``labels``.
-        may_cut: whether a longer row is cut in parts, all of which are kept.
-    """
-    from trl.data_utils import pack_dataset
-
-    strategy = "bfd_split" if may_cut else "bfd"
-    return pack_dataset(datasets.Dataset.from_dict({**rows}), max_length, strategy)  # type: ignore[return-value]
 
 
 def check_segments(model: Any, name: str) -> None:

@@ -5,8 +5,8 @@ from typing import Any
 import datasets
 
 from leantune.errors import UnsupportedError
-from leantune.training.chat import answered, check_answer, checked_rows, encode_chats, refuse
-from leantune.training.tables import Columns, without_columns
+from leantune.training.chat import answered, check_answer, checked_rows, encode_chats
+from leantune.training.tables import Columns, refuse, without_columns
 
 _ANSWERS = ("chosen", "rejected")
 

@@ -6,7 +6,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import datasets
 import pandas
@@ -145,12 +145,16 @@ def checked(
     """
     values = list(map(read, column_of(columns, name, place)))
     if None in values:
-        row = values.index(None)
-        raise ConfigError(
-            f"load_task: {place} row {row + 1}: {name!r} must be {rule}, got "
-            f"{shown(columns[name][row])}; correct or remove the row"
-        )
+        at = values.index(None)
+        refuse(f"{place} row {at + 1}", repr(name), rule, columns[name][at])
     return values
+
+
+def refuse(where: str, name: str, rule: str, value: Any) -> NoReturn:
+    """Raise a ConfigError that names the row, what it must hold and what it holds."""
+    raise ConfigError(
+        f"load_task: {where}: {name} must be {rule}, got {shown(value)}; correct or remove the row"
+    )
 
 
 def column_of(columns: Columns, name: str, place: str) -> Sequence[Any]:
