@@ -128,7 +128,6 @@ def _train(
     stop = StopOnInterrupt()
     for last in (stop, StopOnNonFinite(), SealCheckpoints()):
         trainer.add_callback(last)
-    peak = None
     if on_gpu(own_device()):
         torch.cuda.reset_peak_memory_stats()
     # Whatever was measured or converted before, training starts from the same random stream.
@@ -137,8 +136,7 @@ def _train(
     with stop, writing(folder), _no_code_in(start_from):
         trainer.train(resume_from_checkpoint=None if start_from is None else str(start_from))
     seconds = time.perf_counter() - start
-    if on_gpu(own_device()):
-        peak = torch.cuda.max_memory_allocated()
+    peak = torch.cuda.max_memory_allocated() if on_gpu(own_device()) else None
     step = trainer.state.global_step
     # With early stopping the trainer has put the best weights back.
     best = trainer.state.best_global_step
