@@ -23,6 +23,7 @@ RECIPES: dict[str, Recipe] = {
     "exact": (),
     "WTA-CRS 0.3": (lt.WTACRS(keep_ratio=0.3),),
     "WTA-CRS 0.1": (lt.WTACRS(keep_ratio=0.1),),
+    "WTA-CRS 0.1, allocation measured": (lt.WTACRS(keep_ratio=0.1, allocation="measured"),),
     "WTA-CRS 0.1, activation norms": (lt.WTACRS(keep_ratio=0.1, norms="activation"),),
     "WTA-CRS 0.1, cached norms": (lt.WTACRS(keep_ratio=0.1, norms="cache"),),
     "checkpointing + WTA-CRS 0.1": (lt.Checkpoint(), lt.WTACRS(keep_ratio=0.1)),
