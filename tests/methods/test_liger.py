@@ -468,7 +468,7 @@ def test_a_plan_may_take_ligers_kernels(monkeypatch: pytest.MonkeyPatch) -> None
     options: dict[str, Any] = {"batch_size": 2, "max_length": 16, "budget": "1GiB"}
     plan = lt.plan(build(), **options)
     ways = {way.methods: way for way in (plan, *plan.alternatives)}
-    assert ways[(lt.Liger(),)].gradient == "exact" and len(ways) == 14
+    assert ways[(lt.Liger(),)].gradient == "exact" and len(ways) == 12
     for methods, way in ways.items():
         if methods[:1] != (lt.Liger(),):
             on_liger = ways[(lt.Liger(), *methods)]

@@ -41,7 +41,7 @@ def ways(plan: Plan) -> dict[str, Plan]:
 
 def test_with_room_the_fastest_way_takes_the_whole_batch(roomy: Plan) -> None:
     every = [roomy, *roomy.alternatives]
-    assert len(every) == 7 and all(way.fits and way.accumulation_steps == 1 for way in every)
+    assert len(every) == 6 and all(way.fits and way.accumulation_steps == 1 for way in every)
     assert [way.relative_time for way in every] == sorted(way.relative_time for way in every)
     plain = ways(roomy)["()"]
     assert (plain.relative_time, plain.gradient) == (1.0, "exact")
@@ -62,9 +62,30 @@ def test_what_costs_more_saves_more(roomy: Plan) -> None:
     def saved(*methods: Any) -> int:
         return ways(roomy)[str(methods)].num_bytes["activations"]
 
-    few, mlp, block = lt.WTACRS(keep_ratio=0.1), lt.Checkpoint(parts=("mlp",)), lt.Checkpoint()
-    assert saved() > saved(few) > saved(mlp, few) > saved(block, few)
-    assert saved() > saved(mlp) > saved(block)
+    some, mlp, block = lt.WTACRS(keep_ratio=0.3), lt.Checkpoint(parts=("mlp",)), lt.Checkpoint()
+    assert saved() > saved(some) > saved(mlp, some) > saved(block)
+    assert saved() > saved(mlp) > saved(block) == saved(block, lt.WTACRS(keep_ratio=0.1))
+
+
+@pytest.mark.parametrize(
+    ("bound", "sampled"),
+    [
+        (0.1, {"()": [0.3, 0.1], "mlp": [0.3, 0.1], "block": [0.1]}),
+        (0.3, {"()": [0.3], "mlp": [0.3], "block": [0.1]}),
+        (0.31, {"()": [], "mlp": [], "block": []}),
+    ],
+)
+def test_the_bound_is_a_third_where_rows_are_drawn_by_exact_norms(
+    bound: float, sampled: dict[str, list[float]]
+) -> None:
+    parts = {"()": (), "mlp": (lt.Checkpoint(parts=("mlp",)),), "block": (lt.Checkpoint(),)}
+    plan = lt.plan(gpt2(), batch_size=1, max_length=8, budget="1GiB", min_keep_ratio=bound)
+    found = {way.methods for way in (plan, *plan.alternatives)}
+    assert found == {
+        (*part, *rows)
+        for name, part in parts.items()
+        for rows in [(), *((lt.WTACRS(keep_ratio=ratio),) for ratio in sampled[name])]
+    }
 
 
 def test_a_small_budget_is_met_by_what_a_step_then_holds() -> None:
@@ -100,8 +121,8 @@ def test_the_recipe_is_read_by_a_run_and_the_rest_is_json(roomy: Plan) -> None:
     del recipe["gradient_accumulation_steps"]
     assert MeasureRecipe.from_dict(recipe).methods == roomy.methods
     document = json.loads(json.dumps(roomy.to_dict()))
-    assert document["num_bytes"] == roomy.num_bytes and len(document["alternatives"]) == 6
-    assert str(roomy).count("\n") == 8
+    assert document["num_bytes"] == roomy.num_bytes and len(document["alternatives"]) == 5
+    assert str(roomy).count("\n") == 7
 
 
 def test_a_configuration_names_its_class() -> None:

@@ -19,7 +19,7 @@ def plan(
     method: MethodOption = None,
     min_keep_ratio: Annotated[
         float, typer.Option(help="least share of rows that WTA-CRS may keep; 1 leaves it out")
-    ] = 0.1,
+    ] = 0.3,
     precision: Annotated[
         str, typer.Option(help="dtype of the products: float32, bf16 or fp16")
     ] = "float32",

@@ -25,18 +25,19 @@ from leantune.planner.request import PlanRequest
 ON_CPU = Speed(flops=5e10, traffic=5e9, call=2e-5, overlaps=False)
 ON_GPU = Speed(flops=4e14, traffic=3e12, call=1e-5, overlaps=True)
 """With products in half precision; in float32 they take eight times as long."""
-_MLP, _BLOCK, _FEW = Checkpoint(parts=("mlp",)), Checkpoint(), WTACRS(keep_ratio=0.1)
-_LIGER = Liger()
+_MLP, _BLOCK, _LIGER = Checkpoint(parts=("mlp",)), Checkpoint(), Liger()
+_SOME, _FEW = WTACRS(keep_ratio=0.3), WTACRS(keep_ratio=0.1)
 _ADDED: tuple[tuple[MethodConfig, ...], ...] = (
     (),
-    (WTACRS(keep_ratio=0.3),),
+    (_SOME,),
     (_FEW,),
     (_MLP,),
+    (_MLP, _SOME),
     (_MLP, _FEW),
     (_BLOCK,),
     (_BLOCK, _FEW),
 )
-"""What a plan may add. Where a part runs again, rows are drawn by exact norms, and few will do."""
+"""What a plan may add."""
 _ON_LIGER = tuple((_LIGER, *added) for added in _ADDED)
 """The same on Liger's kernels, on a GPU; the first is tried first, and says why none can be."""
 
@@ -125,7 +126,7 @@ def plan(
     batch_size: int,
     max_length: int,
     budget: str | int,
-    min_keep_ratio: float = 0.1,
+    min_keep_ratio: float = 0.3,
     precision: str = "float32",
 ) -> Plan:
     """Choose the fastest way to train a model in a budget of memory.
@@ -145,7 +146,8 @@ def plan(
         max_length: tokens of the longest sample.
         budget: ``"22GiB"``, ``"8 GB"``, or bytes: for tensors, without what the allocator rounds
             up and the driver takes.
-        min_keep_ratio: bound on the variance that WTA-CRS may add; 1 leaves it out.
+        min_keep_ratio: bound on the variance that WTA-CRS may add: the least share of rows that it
+            keeps, or a third of that where whole blocks run again; 1 leaves it out.
         precision: of the products, as in a recipe: float32, bf16 or fp16.
 
     Raises:
@@ -206,7 +208,9 @@ class _Search:
         ways: list[Plan] = []
         taken, least = _axes(given), self.request.min_keep_ratio
         for added in by_device(self.device, cpu=_ADDED, gpu=_ADDED + _ON_LIGER):
-            if _keep_ratio(added) < least or not taken.isdisjoint(_axes(added)):
+            # Where whole blocks run again, rows are drawn by exact norms: a third will do.
+            ratio = _keep_ratio(added) * (3 if _BLOCK in (*given, *added) else 1)
+            if ratio < least or not taken.isdisjoint(_axes(added)):
                 continue
             is_ligers = added[:1] == (_LIGER,)
             if is_ligers and describe((_LIGER,)) in self.left_out:

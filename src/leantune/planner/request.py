@@ -54,7 +54,7 @@ class PlanRequest(Options):
     max_length: int = option(MISSING, ge=2, le=10**9, help="tokens of the longest sample")
     budget: int = option(MISSING, help="memory that the step may take, such as 22GiB")
     min_keep_ratio: float = option(
-        0.1, gt=0, le=1, help="least share of rows that WTA-CRS may keep; 1 leaves it out"
+        0.3, gt=0, le=1, help="least share of rows that WTA-CRS may keep; 1 leaves it out"
     )
     precision: Literal["float32", "bf16", "fp16"] = option(
         "float32", help="dtype of the products; weights keep theirs"
