@@ -184,7 +184,8 @@ def _gradient(methods: Sequence[MethodConfig]) -> str:
     if own or any(isinstance(m, WTACRS) and m.estimator == "topk" for m in methods):
         return f"as {' and '.join(own) or 'topk'} makes it"
     ratio = _keep_ratio(methods)
-    return "exact" if ratio == 1 else f"unbiased, variance <= {1 / ratio - 1:.1f}"
+    drawn = "unbiased by exact norms" if _BLOCK in methods else "unbiased"
+    return "exact" if ratio == 1 else f"{drawn}, variance <= {1 / ratio - 1:.1f}"
 
 
 class _Search:
