@@ -112,8 +112,9 @@ def _step(
 
     def step() -> None:
         for at in range(0, num_samples, size):
-            out = model(**{name: tensor[at : at + size] for name, tensor in batch.items()})
-            (out.loss * (size / num_samples)).backward()
+            part = {name: tensor[at : at + size] for name, tensor in batch.items()}
+            # The logits are gone before backward, as in a Trainer.
+            (model(**part).loss * (size / num_samples)).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

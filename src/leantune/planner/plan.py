@@ -22,7 +22,7 @@ from leantune.planner.forecast import Blueprint
 from leantune.planner.meter import Speed
 from leantune.planner.request import PlanRequest
 
-ON_CPU = Speed(flops=5e10, traffic=5e9, call=2e-5, overlaps=False)
+ON_CPU = Speed(flops=5e10, traffic=4e9, call=5e-5, overlaps=False)
 ON_GPU = Speed(flops=4e14, traffic=3e12, call=1e-5, overlaps=True)
 """With products in half precision; in float32 they take eight times as long."""
 _MLP, _BLOCK, _LIGER = Checkpoint(parts=("mlp",)), Checkpoint(), Liger()
