@@ -79,7 +79,7 @@ RECIPES: dict[str, Recipe] = {
     "LoRA 8 + WTA-CRS 0.1": (_ADAPTED, _TENTH),
 }
 PEFTS = ("VeLoRA 8", "LoRA-FA 8")
-"""PEFT's own, at the linears that ours adapts."""
+"""PEFT's own, at the linears that ours adapts, their updates scaled as ours are."""
 NAMES = (*RECIPES, *PEFTS)
 
 
@@ -170,12 +170,13 @@ def _prepared(
     if name == PEFTS[1]:
         from peft.optimizers import create_lorafa_optimizer
 
-        model = peft_model(model)
-        return model, None, create_lorafa_optimizer(model, r=8, lora_alpha=8, **options)
+        scale: dict[str, Any] = {"lora_alpha": _ADAPTED.alpha}
+        model = peft_model(model, **scale)
+        return model, None, create_lorafa_optimizer(model, r=8, **scale, **options)
     if name == PEFTS[0]:
         from peft import VeloraConfig
 
-        model = peft_model(model, velora_config=VeloraConfig())
+        model = peft_model(model, lora_alpha=_ADAPTED.alpha, velora_config=VeloraConfig())
     options["fused"] = True
     session = lt.apply(model, *RECIPES[name], seed=seed) if RECIPES.get(name) else None
     if session is not None:
