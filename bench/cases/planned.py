@@ -42,7 +42,7 @@ class Case:
     def variants(self) -> list[str]:
         return [PLAIN, *SHARES]
 
-    def plan(self, model: nn.Module, budget: str | int) -> Plan:
+    def plan(self, model: nn.Module, budget: int) -> Plan:
         """Plan a step of this case in a budget."""
         size: Any = {"batch_size": self.batch_size, "max_length": self.max_length}
         return lt.plan(model, *self.given(), **size, budget=budget)
@@ -89,7 +89,7 @@ def _measure(case: Case, where: torch.device, variants: Sequence[str]) -> list[d
         first = {key: tensor[: way.batch_size] for key, tensor in batch.items()}
         held = lt.ledger(model, first, optimizer=optimizer)
         saved[name] = held.activations
-        known = iter_tensors([batch, first, list(optimizer.state.values())])
+        known = iter_tensors([batch, list(optimizer.state.values())])
         peaks[name] = peak_of_step(model, step, known, held.weights + held.optimizer)
     stats = compare_steps(steps, reference=variants[0], rounds=7, warmup=0)
     return [

@@ -1,6 +1,7 @@
 """What was planned stands beside what its step took."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import transformers
@@ -12,7 +13,9 @@ from bench.timing import Bench
 
 
 def tiny() -> nn.Module:
-    config = transformers.GPT2Config(vocab_size=64, n_embd=64, n_head=2, n_layer=2, bos_token_id=1)
+    # Its logits are large enough for a step that holds them too long to be seen.
+    shape: dict[str, Any] = {"n_embd": 64, "n_head": 2, "n_layer": 2}
+    config = transformers.GPT2Config(vocab_size=4096, **shape)
     return transformers.GPT2LMHeadModel(config)
 
 
@@ -28,4 +31,4 @@ def test_what_is_planned_is_what_a_step_holds(
         assert row["planned_peak_mib"] <= share * plain["planned_peak_mib"]
         assert row["methods"] != "plain" or row["batch"] != "1 x 8"
     for row in (plain, *ours):
-        assert row["peak_mib"] == pytest.approx(row["planned_peak_mib"], rel=0.1)
+        assert row["peak_mib"] == pytest.approx(row["planned_peak_mib"], abs=0.21)

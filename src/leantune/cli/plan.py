@@ -29,7 +29,7 @@ def plan(
     """Say whether a training step fits a budget of memory, and choose what makes it fit.
 
     The model is built from its configuration; no weights are read or downloaded. A --method is kept
-    in any case: lora trains its factors alone.
+    in any case: lora trains its factors alone. Blocks that run again may keep a third of the rows.
     """
     with reported_errors(debug):
         with loading(model, f"planning a step of {model}: building it from its configuration"):
